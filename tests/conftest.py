@@ -1,0 +1,30 @@
+"""Settings of every test: no network, caches in a temporary folder, the same examples each run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Before any library reads them
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+settings.register_profile(
+    "kpatch", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("kpatch")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or leaves anything in a user's cache."""
+    folder: Path = tmp_path_factory.mktemp("cache", numbered=True)
+    monkeypatch.setenv("KPATCH_CACHE", str(folder / "kpatch"))
+    monkeypatch.setenv("HF_HOME", str(folder / "huggingface"))
+    for name in ("KPATCH_DEBUG", "NO_COLOR", "COLUMNS", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
