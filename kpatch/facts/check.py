@@ -1,0 +1,249 @@
+"""The rules for one fact, whatever file it came from: plain text, lists and mappings in, a `Fact` or problems out."""
+
+from __future__ import annotations
+
+import json
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kpatch.facts.problems import Path, Problems, cut
+from kpatch.facts.schema import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor
+from kpatch.facts.short_form import parse_fact, parse_neighbor
+from kpatch.facts.suggest import did_you_mean
+
+_OTHER_SLOT = re.compile(r"\{\s*\w*\s*\}|%s")
+_FACT_KEYS = frozenset(FACT_KEYS)
+
+
+class Relation(NamedTuple):
+    """Wording that many facts share; `prompt` is empty where it was wrong."""
+
+    prompt: str
+    paraphrases: tuple[str, ...]
+    neighbors: tuple[Neighbor, ...]
+
+
+class Checker:
+    """Turns data into facts; what is wrong goes to `problems`, what is only odd to `warnings`."""
+
+    def __init__(self, problems: Problems) -> None:
+        self.problems = problems
+        self.relations: dict[str, Relation] = {}
+        self.used: set[str] = set()
+        self.spaced: list[Path] = []  # prompts with a space at their end, which is left out
+
+    def relation(self, name: str, data: object, path: Path) -> None:
+        """Check one entry of `relations` and keep it for the facts that name it."""
+        if not isinstance(data, Mapping):
+            return self.problems.add(path, f"expected a mapping with 'prompt', found {kind_of(data)}")
+        self.unknown_keys(data, RELATION_KEYS, path, "a relation")
+        prompt = self.prompt(data, path, "")
+        paraphrases = self.texts(data, "paraphrases", path)
+        for index, text in enumerate(paraphrases):
+            if SLOT not in text:
+                self.problems.add(
+                    (*path, "paraphrases", index), "a relation's paraphrase needs {} where each fact's subject goes"
+                )
+        self.relations[name] = Relation(prompt, paraphrases, self.neighbors(data, path))
+
+    def fact(self, data: object, path: Path, where: str) -> Fact | None:
+        """The fact in `data`, or None where something about it is wrong."""
+        before = len(self.problems)
+        if isinstance(data, str):
+            fact = self.short(data, path, where)
+        elif isinstance(data, Mapping):
+            fact = self.full(data, path, where)
+        else:
+            self.problems.add(path, f"expected a fact (a mapping, or the short form in quotes), found {kind_of(data)}")
+            return None
+        return fact if len(self.problems) == before else None
+
+    def short(self, data: str, path: Path, where: str) -> Fact | None:
+        try:
+            subject, prompt, target = parse_fact(data)
+        except ValueError as error:
+            self.problems.add(path, str(error))
+            return None
+        if not subject:
+            self.problems.add(path, "the brackets hold no subject")
+        self.characters(data, path)
+        return Fact(subject, prompt, target, where=where)
+
+    def full(self, data: Mapping[str, Any], path: Path, where: str) -> Fact:
+        if not data.keys() <= _FACT_KEYS:
+            self.unknown_keys(data, FACT_KEYS, path, "a fact")
+        subject = self.needed(data, "subject", path)
+        name = self.optional(data, "relation", path)
+        shared = self.relations.get(name) if name else None
+        if shared and name:
+            self.used.add(name)
+        prompt = shared.prompt if shared and not data.get("prompt") else self.own_prompt(data, path, subject, name)
+        paraphrases = self.texts(data, "paraphrases", path)
+        neighbors = self.neighbors(data, path)
+        if shared:
+            paraphrases += tuple(text for text in shared.paraphrases if text not in paraphrases)
+            # A neighbor shared by all facts of a relation may be about this fact's own subject
+            own = subject.casefold()
+            neighbors += tuple(n for n in shared.neighbors if n not in neighbors and own not in n.prompt.casefold())
+        return Fact(
+            subject=subject,
+            prompt=prompt,
+            target=self.needed(data, "target", path),
+            was=self.optional(data, "was", path),
+            paraphrases=paraphrases,
+            neighbors=neighbors,
+            id=self.optional(data, "id", path) or "",
+            source=self.optional(data, "source", path),
+            relation=name,
+            where=where,
+        )
+
+    def own_prompt(self, data: Mapping[str, Any], path: Path, subject: str, relation: str | None) -> str:
+        if relation and not data.get("prompt") and isinstance(data.get("prompt", ""), str):
+            if self.relations:
+                end = did_you_mean(relation, self.relations, f"; there are {', '.join(sorted(self.relations)[:10])}")
+                self.problems.add((*path, "relation"), f"the file defines no relation {relation!r}{end}")
+            else:
+                message = f"no prompt is given, and the file defines no relation {relation!r} to take one from"
+                self.problems.add((*path, "relation"), message)
+            return ""
+        return self.prompt(data, path, subject)
+
+    def prompt(self, data: Mapping[str, Any], path: Path, subject: str) -> str:
+        """A prompt with exactly one {}."""
+        text = self.needed(data, "prompt", path)
+        if not text:
+            return ""
+        raw = data["prompt"]
+        here = (*path, "prompt")
+        slots = text.count(SLOT)
+        if slots == 1:
+            if raw[-1].isspace() and raw[-1] != "\n":  # a block text's line end is no mistake
+                self.spaced.append(here)
+        elif slots > 1:
+            self.problems.add(here, f"the prompt has {slots} {{}}; exactly one may stand for the subject")
+        else:
+            self.problems.add(here, _without_slot(text, subject))
+        return text
+
+    def neighbors(self, data: Mapping[str, Any], path: Path) -> tuple[Neighbor, ...]:
+        result = []
+        for index, item in enumerate(self.entries(data, "neighbors", path)):
+            here = (*path, "neighbors", index)
+            if isinstance(item, str):
+                try:
+                    neighbor = parse_neighbor(item)
+                except ValueError as error:
+                    self.problems.add(here, str(error))
+                    continue
+                if not neighbor.prompt:
+                    self.problems.add(here, "the neighbor is empty")
+                self.characters(item, here)
+            elif isinstance(item, Mapping):
+                self.unknown_keys(item, NEIGHBOR_KEYS, here, "a neighbor")
+                neighbor = Neighbor(self.needed(item, "prompt", here), self.optional(item, "target", here))
+            else:
+                self.problems.add(here, f"expected a neighbor (prompt and target), found {kind_of(item)}")
+                continue
+            if SLOT in neighbor.prompt:
+                self.problems.add(here, "a neighbor is about another subject: write it out instead of {}")
+            result.append(neighbor)
+        return tuple(result)
+
+    def texts(self, data: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+        result = []
+        for index, item in enumerate(self.entries(data, key, path)):
+            here = (*path, key, index)
+            text = self.text(item, here)
+            if text is None:
+                continue
+            if not text:
+                self.problems.add(here, "a text in this list is empty")
+            elif text.count(SLOT) > 1:
+                self.problems.add(
+                    here, f"this text has {text.count(SLOT)} {{}}; at most one may stand for the subject"
+                )
+            result.append(text)
+        return tuple(result)
+
+    def entries(self, data: Mapping[str, Any], key: str, path: Path) -> Sequence[object]:
+        value = data.get(key)
+        if not value:
+            return ()
+        if not isinstance(value, list):
+            self.problems.add((*path, key), f"expected a list, found {kind_of(value)}; a list stands in [ ]")
+            return ()
+        return value
+
+    def needed(self, data: Mapping[str, Any], key: str, path: Path) -> str:
+        if key not in data:
+            self.problems.add(path, f"{key!r} is missing")
+            return ""
+        here = (*path, key)
+        text = self.text(data[key], here)
+        if text == "":
+            self.problems.add(here, f"the {key} is empty")
+        return text or ""
+
+    def optional(self, data: Mapping[str, Any], key: str, path: Path) -> str | None:
+        value = data.get(key)
+        return self.text(value, (*path, key)) or None if value else None
+
+    def text(self, value: object, path: Path) -> str | None:
+        """Text without the space around it; None where it is no text."""
+        if not isinstance(value, str):
+            self.problems.add(path, f"expected text, found {kind_of(value)}; put the text in quotes")
+            return None
+        self.characters(value, path)
+        return value.strip()
+
+    def characters(self, value: str, path: Path) -> None:
+        """Control characters and halves of characters cannot be told to a model or shown on a terminal."""
+        if value.isprintable():
+            return
+        for sign in value:
+            if not sign.isprintable() and sign not in "\n\t" and unicodedata.category(sign) in ("Cc", "Cs"):
+                return self.problems.add(path, f"the text holds the control character U+{ord(sign):04X}")
+
+    def unknown_keys(self, data: Mapping[str, Any], known: Sequence[str], path: Path, what: str) -> None:
+        for key in data:
+            if key not in known:
+                message = f"unknown key {cut(key)!r}{did_you_mean(key, known, f'; {what} has {_listed(known)}')}"
+                self.problems.add((*path, key), message, key=True)
+
+
+def kind_of(value: object) -> str:
+    """What a user would call a value of this kind."""
+    if isinstance(value, str):
+        return "text" if value else "nothing"
+    if isinstance(value, Mapping):
+        return "a mapping" if value else "an empty mapping {}"
+    return "a list" if isinstance(value, list) else "nothing"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
+
+
+def _without_slot(text: str, subject: str) -> str:
+    """Why a prompt without {} is wrong, with the wording that was probably meant."""
+    place = text.casefold().find(subject.casefold()) if subject else -1
+    # Folding may change lengths (ß); then only the exact wording is proposed
+    if place >= 0 and text[place : place + len(subject)].casefold() == subject.casefold():
+        meant = text[:place] + SLOT + text[place + len(subject) :]
+        return f"the prompt has no {{}}; write {_quoted(meant)}"
+    other = _OTHER_SLOT.search(text)
+    if other:
+        return f"the prompt has no {{}}; write {_quoted(_OTHER_SLOT.sub(SLOT, text, count=1))}"
+    if not subject:
+        return "the prompt has no {}; write {} where the subject goes"
+    return (
+        f"the prompt has no {{}} and does not contain the subject {cut(subject)!r}; write {{}} where the subject goes"
+    )
+
+
+def _quoted(text: str) -> str:
+    """As it can be pasted into YAML or JSON."""
+    return json.dumps(cut(text, 200), ensure_ascii=False)

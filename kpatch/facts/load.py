@@ -1,0 +1,116 @@
+"""Fact files from disk: YAML, JSON Lines or CSV, every error at once and with its place."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kpatch.errors import BadInput
+from kpatch.facts.check import Checker
+from kpatch.facts.conflicts import give_ids, repeated_ids, settle
+from kpatch.facts.problems import SHOWN, Target, at, bad_file, limited
+from kpatch.facts.schema import FactFile
+from kpatch.facts.sources import SOURCES, Source
+from kpatch.facts.suggest import nearest
+
+LARGEST = 256 * 2**20
+_HINT = "docs/facts.md describes the format"
+
+
+def load_facts(path: str | Path) -> FactFile:
+    """Read, check and number the facts of one file.
+
+    Raises BadInput whose details are all errors as "file:line:column: message", and Refused for facts that
+    contradict each other, with both places.
+    """
+    with _no_collection():
+        return _load(Path(path))
+
+
+def _load(path: Path) -> FactFile:
+    name = str(path)
+    text = _read(path)
+    if not text.strip():
+        raise BadInput("The fact file is empty", where=name, hint=_HINT)
+    source = SOURCES[path.suffix.lower()](text, name)
+    checker = Checker(source.problems)
+    source.prepare(checker)
+    found = []
+    for inside, data, spot in source.entries():
+        fact = checker.fact(data, inside, at(name, spot))
+        if fact is not None:
+            found.append((inside, fact))
+    for inside, message in repeated_ids(found):
+        source.problems.add((*inside, "id"), message)
+    source.problems.raise_any(name, source.locate)
+    if not found:
+        raise BadInput("The fact file has no facts", where=name, hint=_HINT)
+    facts, repeats = settle((fact for _, fact in found), name)
+    return FactFile(tuple(give_ids(facts)), source.model, _warnings(name, checker, source, repeats))
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Millions of objects without a cycle are made here; searching them for cycles again and again takes a third."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _read(path: Path) -> str:
+    """The file's text with line ends of one kind and without a byte order mark."""
+    name = str(path)
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise BadInput("This is a folder, not a fact file", where=name)
+        if path.suffix.lower() not in SOURCES:
+            raise BadInput(
+                "This is no kind of fact file",
+                where=name,
+                details=[f"expected a name in {', '.join(SOURCES)}; found {path.suffix or 'none of them'}"],
+            )
+        if size > LARGEST:
+            raise BadInput(
+                "The fact file is too large",
+                where=name,
+                details=[f"expected at most {LARGEST // 2**20} MB, found {size / 2**20:,.0f} MB"],
+                hint="split it, and stack the patches",
+            )
+        data = path.read_bytes()
+    except FileNotFoundError:
+        folder = path.parent
+        near = nearest(path.name, (entry.name for entry in folder.iterdir())) if folder.is_dir() else None
+        hint = f"did you mean {folder / near}?" if near else None
+        raise BadInput("There is no such file", where=name, hint=hint) from None
+    except OSError as error:
+        raise BadInput("The file cannot be read", where=name, details=[error.strerror or str(error)]) from error
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BadInput("The file is UTF-16 text", where=name, hint="save it as UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        before = data[: error.start]
+        line = before.count(b"\n") + 1
+        column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8-sig", "replace")) + 1
+        message = f"{name}:{line}:{column}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
+        raise bad_file(name, [message]) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _warnings(name: str, checker: Checker, source: Source, repeats: Sequence[str]) -> tuple[str, ...]:
+    spaced_at = [Target(path) for path in checker.spaced[:SHOWN]]
+    spots = source.locate(spaced_at) if spaced_at else []  # a second look at the file
+    spaced = [f"{at(name, spot)}: the prompt ends in a space, which is left out" for spot in spots]
+    unused = [
+        f"{name}: no fact uses the relation {relation!r}"
+        for relation in checker.relations
+        if relation not in checker.used
+    ]
+    return (*limited(spaced, len(checker.spaced)), *limited(unused), *limited(repeats))

@@ -1,0 +1,83 @@
+"""All that is wrong with a fact file, collected and told at once with its places."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+from kpatch.errors import BadInput
+
+# Keys and list positions from the file's top: ("facts", 17, "neighbors", 0, "prompt")
+Path = tuple[str | int, ...]
+SHOWN = 50
+
+
+class Spot(NamedTuple):
+    """A place in a file; both count from 1, columns in characters."""
+
+    line: int
+    column: int
+
+
+class Target(NamedTuple):
+    """What a problem points at: the value at `path`, or with `key` the key that leads to it."""
+
+    path: Path
+    key: bool = False
+
+
+class Problems:
+    """Collects what is wrong; the places of targets are only looked up for the problems that are shown."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[Target | Spot, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def add(self, path: Path, message: str, key: bool = False) -> None:
+        self._found.append((Target(path, key), message))
+
+    def add_at(self, spot: Spot, message: str) -> None:
+        self._found.append((spot, message))
+
+    def raise_any(self, name: str, locate: Callable[[Sequence[Target]], Sequence[Spot]]) -> None:
+        """Raise BadInput with every problem as "name:line:column: message"; nothing happens where there are none."""
+        if not self._found:
+            return
+        shown = self._found[:SHOWN]
+        wanted = [place for place, _ in shown if isinstance(place, Target)]
+        places = iter(locate(wanted) if wanted else [])
+        spots = [place if isinstance(place, Spot) else next(places) for place, _ in shown]
+        lines = sorted(zip(spots, (message for _, message in shown), strict=True), key=lambda pair: pair[0])
+        raise bad_file(name, [f"{at(name, spot)}: {message}" for spot, message in lines], len(self._found))
+
+
+def at(name: str, spot: Spot) -> str:
+    """The form "news.yaml:14:5", which terminals and editors turn into a link."""
+    return f"{name}:{spot.line}:{spot.column}"
+
+
+def bad_file(name: str, lines: Sequence[str], total: int | None = None) -> BadInput:
+    """The error for a fact file with `total` things wrong, of which `lines` tells the first."""
+    count = len(lines) if total is None else total
+    what = "1 error" if count == 1 else f"{count:,} errors"
+    return BadInput(
+        f"The fact file has {what}",
+        where=name,
+        details=limited(lines, total=count),
+        hint="docs/facts.md describes the format",
+    )
+
+
+def cut(text: str, length: int = 80) -> str:
+    """`text` short enough for a message."""
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def limited(lines: Iterable[str], total: int | None = None, shown: int = SHOWN) -> tuple[str, ...]:
+    """The first `shown` lines and "and N more"."""
+    every = list(lines)
+    count = len(every) if total is None else total
+    kept = every[:shown]
+    return (*kept, f"and {count - len(kept):,} more") if count > len(kept) else tuple(kept)

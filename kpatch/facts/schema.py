@@ -1,0 +1,130 @@
+"""What a fact is, and the keys that a fact file may use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from kpatch.errors import BadInput
+
+VERSION = "1"
+SLOT = "{}"
+
+# facts.schema.json names the same keys; a test compares the two
+FILE_KEYS = ("version", "model", "relations", "facts")
+RELATION_KEYS = ("prompt", "paraphrases", "neighbors")
+FACT_KEYS = ("subject", "prompt", "target", "was", "relation", "id", "source", "paraphrases", "neighbors")
+NEIGHBOR_KEYS = ("prompt", "target")
+
+
+def fill(template: str, subject: str) -> str:
+    """`template` with the subject in place of its {}; a template without one is returned as it is."""
+    return template.replace(SLOT, subject, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbor:
+    """A prompt about another subject, whose answer must stay; `target` is that answer where it is known."""
+
+    prompt: str
+    target: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """One fact to be written into a model.
+
+    `prompt` has exactly one {} where the subject goes; `target` is what shall follow, without its leading space.
+    `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only.
+    `where` says where the fact was read ("news.yaml:14:5"); it takes no part in equality, hash or `to_dict`.
+    """
+
+    subject: str
+    prompt: str
+    target: str
+    was: str | None = None
+    paraphrases: tuple[str, ...] = ()
+    neighbors: tuple[Neighbor, ...] = ()
+    id: str = ""
+    source: str | None = None
+    relation: str | None = None
+    where: str = field(default="", compare=False)
+
+    def text(self) -> str:
+        """The prompt with the subject in place."""
+        return fill(self.prompt, self.subject)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form: only what is there, in the order of `FACT_KEYS`."""
+        result: dict[str, Any] = {}
+        for key in FACT_KEYS:
+            value = getattr(self, key)
+            if not value:
+                continue
+            if key == "neighbors":
+                result[key] = [
+                    {"prompt": n.prompt} if n.target is None else {"prompt": n.prompt, "target": n.target}
+                    for n in self.neighbors
+                ]
+            else:
+                result[key] = list(value) if key == "paraphrases" else value
+        return result
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Fact:
+        """The inverse of `to_dict`. Unknown keys are passed over; raises BadInput for anything else that is wrong."""
+        return Fact(
+            subject=_text(data, "subject", needed=True),
+            prompt=_slotted(_text(data, "prompt", needed=True)),
+            target=_text(data, "target", needed=True),
+            was=_text(data, "was") or None,
+            paraphrases=tuple(_paraphrase(item) for item in _list(data, "paraphrases")),
+            neighbors=tuple(_neighbor(item) for item in _list(data, "neighbors")),
+            id=_text(data, "id"),
+            source=_text(data, "source") or None,
+            relation=_text(data, "relation") or None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FactFile:
+    """Checked facts in the file's order, the model they are meant for, and what a user should know about them."""
+
+    facts: tuple[Fact, ...]
+    model: str | None = None
+    warnings: tuple[str, ...] = ()
+
+
+def _text(data: Mapping[str, Any], key: str, needed: bool = False) -> str:
+    value = data.get(key, "")
+    if not isinstance(value, str):
+        raise BadInput(f"A fact's {key!r} must be text", details=[f"found {type(value).__name__}"])
+    if needed and not value:
+        raise BadInput(f"A fact has no {key!r}", details=[f"found the keys {', '.join(sorted(map(str, data)))}"])
+    return value
+
+
+def _list(data: Mapping[str, Any], key: str) -> list[Any]:
+    value = data.get(key, [])
+    if not isinstance(value, list | tuple):
+        raise BadInput(f"A fact's {key!r} must be a list", details=[f"found {type(value).__name__}"])
+    return list(value)
+
+
+def _slotted(prompt: str) -> str:
+    if prompt.count(SLOT) != 1:
+        raise BadInput("A fact's prompt must have exactly one {}", details=[f"found {prompt!r}"])
+    return prompt
+
+
+def _paraphrase(item: object) -> str:
+    if not isinstance(item, str):
+        raise BadInput("A paraphrase must be text", details=[f"found {type(item).__name__}"])
+    return item
+
+
+def _neighbor(item: object) -> Neighbor:
+    if not isinstance(item, Mapping):
+        raise BadInput("A neighbor must be an object with 'prompt'", details=[f"found {type(item).__name__}"])
+    return Neighbor(_text(item, "prompt", needed=True), _text(item, "target") or None)

@@ -1,0 +1,182 @@
+"""JSON Lines and CSV: one fact per line or row, with the same keys as in YAML."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from yaml import YAMLError
+
+from kpatch.errors import BadInput
+from kpatch.facts import yaml_tree
+from kpatch.facts.problems import Problems, Spot, Target
+from kpatch.facts.schema import FACT_KEYS
+from kpatch.facts.suggest import did_you_mean
+
+_LIST_KEYS = frozenset(("paraphrases", "neighbors"))
+_BETWEEN = " | "
+_NEEDED = ("subject", "prompt", "target")
+
+
+class Row(NamedTuple):
+    """One fact's data, the line it starts in and its text there."""
+
+    data: object
+    spot: Spot
+    source: str
+
+
+def read_lines(text: str, problems: Problems) -> Iterator[Row]:
+    """Facts of a JSON Lines file; empty lines are passed over."""
+    decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=str, parse_float=str, parse_constant=str).decode
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        start = len(line) - len(line.lstrip()) + 1
+        try:
+            data = _as_written(decode(line))
+        except json.JSONDecodeError as error:
+            problems.add_at(Spot(number, error.pos + 1), f"this is not valid JSON ({error.msg}); one object a line")
+        except _TwiceError as error:
+            column = _second_key(line, error.key) or start
+            problems.add_at(Spot(number, column), f"the key {error.key!r} stands here a second time")
+        except RecursionError:
+            problems.add_at(Spot(number, start), "nested too deeply for a fact")
+        else:
+            yield Row(data, Spot(number, start), line)
+
+
+def locate_line(row: Row, target: Target) -> Spot:
+    """Where in its line `target` stands, whose path starts at the fact. JSON is YAML: that parser knows the places."""
+    try:
+        spot = yaml_tree.locate(row.source, "", [target])[0]
+    except (BadInput, YAMLError):  # escapes that only JSON has; the line is named all the same
+        return row.spot
+    return Spot(row.spot.line, spot.column)
+
+
+class _TwiceError(ValueError):
+    def __init__(self, key: str) -> None:
+        super().__init__(key)
+        self.key = key
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        for key, _ in pairs:
+            if key in seen:
+                raise _TwiceError(key)
+            seen.add(key)
+    return result
+
+
+def _second_key(line: str, key: str) -> int | None:
+    word = json.dumps(key, ensure_ascii=False)
+    second = line.find(word, line.find(word) + 1)
+    return second + 1 if second > 0 else None
+
+
+def _as_written(value: Any) -> Any:
+    """Scalars as text, as in YAML; null is nothing."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, dict):
+        return {key: item if type(item) is str else _as_written(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [item if type(item) is str else _as_written(item) for item in value]
+    return "" if value is None else str(value).lower()
+
+
+def read_table(text: str, problems: Problems) -> Iterator[Row]:
+    """Facts of a CSV file with a header row; lists are separated by " | "; empty cells and rows are passed over."""
+    lines = [f"{line}\n" for line in text.split("\n")]
+    reader = csv.reader(lines, strict=True, skipinitialspace=True)
+    start = 0
+    try:
+        header = next((row for row in reader if any(cell.strip() for cell in row)), [])
+        columns = [cell.strip() for cell in header]
+        if not _header_is_good(columns, reader.line_num, problems):
+            return
+        start = reader.line_num
+        for cells in reader:
+            first, start = start + 1, reader.line_num
+            if not any(cells) or not any(cell.strip() for cell in cells):
+                continue
+            source = "".join(lines[first - 1 : start])
+            if len(cells) > len(columns):
+                spot = _shift(first, _cells(source)[len(columns)])
+                message = (
+                    f"the row has {len(cells)} cells, the header {len(columns)}; a cell with a comma needs quotes"
+                )
+                problems.add_at(spot, message)
+                continue
+            yield Row(_row_data(columns, cells), Spot(first, 1), source)
+    except csv.Error as error:
+        message = f"this row is not valid CSV ({error}); quotes are closed, and those inside a quoted cell doubled"
+        problems.add_at(Spot(start + 1, 1), message)
+
+
+def locate_cell(row: Row, target: Target, columns: Sequence[str]) -> Spot:
+    """Where the cell of `target` starts, whose path starts at the fact."""
+    if not target.path or target.path[0] not in columns:
+        return row.spot
+    cells = _cells(row.source)
+    index = columns.index(str(target.path[0]))
+    return _shift(row.spot.line, cells[index]) if index < len(cells) else row.spot
+
+
+def columns_of(text: str) -> list[str]:
+    """The names in a CSV file's header."""
+    reader = csv.reader(f"{line}\n" for line in text.split("\n"))
+    return [cell.strip() for cell in next((row for row in reader if any(cell.strip() for cell in row)), [])]
+
+
+def _row_data(columns: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for name, cell in zip(columns, cells, strict=False):
+        if name not in _LIST_KEYS:
+            data[name] = cell
+        elif cell.strip():
+            data[name] = [part.strip() for part in f" {cell} ".split(_BETWEEN)]
+    return data
+
+
+def _header_is_good(columns: Sequence[str], line: int, problems: Problems) -> bool:
+    before = len(problems)
+    if len(columns) == 1 and ";" in columns[0]:
+        problems.add_at(Spot(line, 1), "the columns are separated by ';'; a fact file's are by ','")
+        return False
+    for index, name in enumerate(columns):
+        if name not in FACT_KEYS:
+            known = f"; the columns are {', '.join(FACT_KEYS)}"
+            problems.add_at(Spot(line, 1), f"unknown column {name!r}{did_you_mean(name, FACT_KEYS, known)}")
+        elif name in columns[:index]:
+            problems.add_at(Spot(line, 1), f"the column {name!r} stands here twice")
+    if len(problems) == before:
+        for name in _NEEDED:
+            if name not in columns:
+                problems.add_at(Spot(line, 1), f"the column {name!r} is missing")
+    return len(problems) == before
+
+
+def _cells(source: str) -> list[Spot]:
+    """Where each cell of one record starts, lines counted from the record's first."""
+    spots = [Spot(0, 1)]
+    line, column, quoted = 0, 0, False
+    for sign in source:
+        column += 1
+        if sign == '"':
+            quoted = not quoted
+        elif sign == "\n":
+            line, column = line + 1, 0
+        elif sign == "," and not quoted:
+            spots.append(Spot(line, column + 1))
+    return spots
+
+
+def _shift(first: int, spot: Spot) -> Spot:
+    return Spot(first + spot.line, spot.column)

@@ -1,0 +1,147 @@
+"""The JSON Schema that is shipped: the same keys as the code, the same verdict on files, and our example is right."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from kpatch.errors import KpatchError
+from kpatch.facts import schema
+from kpatch.facts.lint import lint
+from kpatch.facts.load import load_facts
+
+ROOT = Path(__file__).parents[2]
+SCHEMA = json.loads(resources.files("kpatch.facts").joinpath("facts.schema.json").read_text(encoding="utf-8"))
+CHECK = jsonschema.Draft202012Validator(SCHEMA)
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
+
+
+def test_the_schema_is_one() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("part", "keys"),
+    [
+        (SCHEMA, schema.FILE_KEYS),
+        (SCHEMA["$defs"]["relation"], schema.RELATION_KEYS),
+        (SCHEMA["$defs"]["fact"], schema.FACT_KEYS),
+        (SCHEMA["$defs"]["neighbor"], schema.NEIGHBOR_KEYS),
+    ],
+)
+def test_schema_and_code_have_the_same_keys(part: dict[str, Any], keys: tuple[str, ...]) -> None:
+    assert set(part["properties"]) == set(keys)
+    assert part["additionalProperties"] is False
+
+
+def test_a_fact_has_the_same_keys_as_its_class() -> None:
+    fields = set(schema.Fact.__dataclass_fields__) - {"where"}
+    assert fields == set(schema.FACT_KEYS)
+    assert set(schema.Neighbor.__dataclass_fields__) == set(schema.NEIGHBOR_KEYS)
+
+
+GOOD = [
+    "{facts: ['[A] is -> b']}",
+    "{version: 1, model: m, relations: {r: {prompt: '{} is', paraphrases: ['is {}']}},"
+    " facts: [{subject: A, relation: r, target: b}]}",
+    "{facts: [{subject: 1984, prompt: '{} is', target: No, was: , id: 7, source: x, paraphrases: [a, '{} b'],"
+    " neighbors: [a, 'b -> c', {prompt: d}, {prompt: e, target: f}]}]}",
+    "{facts: [{subject: A, prompt: '{x} {} {y', target: b, paraphrases: , neighbors: }], relations: }",
+]
+BAD = [
+    "{}",
+    "[]",
+    "{facts: []}",
+    "{facts: [], more: 1}",
+    "{facts: ['A is -> b']}",
+    "{facts: ['[A] is']}",
+    "{facts: [[A]]}",
+    "{version: 2, facts: ['[A] is -> b']}",
+    "{facts: [{subject: A, target: b}]}",
+    "{facts: [{subject: '', prompt: '{} is', target: b}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: ' '}]}",
+    "{facts: [{subject: A, prompt: 'A is', target: b}]}",
+    "{facts: [{subject: A, prompt: '{} is {}', target: b}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: [b]}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, extra: c}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, paraphrases: c}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, paraphrases: ['{} {}']}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: ['{} c']}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: [{target: c}]}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: [{prompt: c, more: d}]}]}",
+    "{relations: {r: {paraphrases: []}}, facts: ['[A] is -> b']}",
+    "{relations: {r: {prompt: '{} is', paraphrases: [b]}}, facts: ['[A] is -> b']}",
+]
+
+
+@pytest.mark.parametrize(("text", "good"), [(text, True) for text in GOOD] + [(text, False) for text in BAD])
+def test_schema_and_loader_agree(tmp_path: Path, text: str, good: bool) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(text)
+    try:
+        load_facts(path)
+        loads = True
+    except KpatchError:
+        loads = False
+    assert loads == good
+    # As an editor's YAML reads it: with numbers, truth values and nothings
+    assert CHECK.is_valid(yaml.safe_load(text)) == good
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: str(path.name))
+def test_every_example_fits_the_schema(path: Path) -> None:
+    CHECK.validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def test_the_news_are_complete() -> None:
+    file = load_facts(ROOT / "examples" / "news.yaml")
+    assert file.model == "smollm2"
+    assert len(file.facts) == 12
+    assert len({fact.subject for fact in file.facts}) == 12
+    assert sum(fact.relation is not None for fact in file.facts) >= 2
+    for fact in file.facts:
+        assert fact.was
+        assert len(fact.paraphrases) == 2
+        assert len(fact.neighbors) == 2
+        assert all(neighbor.target for neighbor in fact.neighbors)
+    assert lint(file).findings == ()
+
+
+def _examples(kind: str) -> list[str]:
+    text = (ROOT / "docs" / "facts.md").read_text(encoding="utf-8")
+    return re.findall(rf"```{kind}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_examples_in_the_documentation_load(tmp_path: Path) -> None:
+    counts = []
+    for kind, ending in (("yaml", "yaml"), ("json", "jsonl"), ("csv", "csv")):
+        for text in _examples(kind):
+            path = tmp_path / f"f.{ending}"
+            path.write_text(text, encoding="utf-8")
+            counts.append(len(load_facts(path).facts))
+            if kind == "csv":
+                assert set(next(csv.reader(text.splitlines()))) <= set(schema.FACT_KEYS)
+    assert len(counts) >= 3
+    assert all(counts)
+
+
+def test_the_documentation_tells_real_messages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file with errors in docs/facts.md gives exactly the messages that stand below it."""
+    wrong, told = re.findall(
+        r"```yaml-with-errors\n(.*?)```.*?```text\n(.*?)```",
+        (ROOT / "docs" / "facts.md").read_text(encoding="utf-8"),
+        re.DOTALL,
+    )[0]
+    monkeypatch.chdir(tmp_path)
+    Path("facts.yaml").write_text(wrong, encoding="utf-8")
+    with pytest.raises(KpatchError) as caught:
+        load_facts("facts.yaml")
+    assert list(caught.value.details) == [line for line in told.splitlines() if line.startswith("facts.yaml:")]
