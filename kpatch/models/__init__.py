@@ -1,0 +1,1 @@
+"""Model addresses, the table of families, loading, and partial runs between layers."""

@@ -1,0 +1,162 @@
+"""A GGUF file → a safetensors checkpoint directory in kpatch's cache, converted once."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kpatch.cache import cache_dir, is_full, lock, sync, write_error
+from kpatch.errors import BadInput
+from kpatch.reporter import SILENT, Reporter
+
+_MAGIC = b"GGUF"
+_DROPPED = (
+    "quantization_config",
+    "_name_or_path",
+    "_model_name_or_path",
+)  # what the GGUF file was, and where it lay on this machine
+
+
+def converted(file: str, sha256: str) -> Path | None:
+    """The checkpoint directory that a GGUF file of this name and hash was converted to, if it was."""
+    made = cache_dir("models") / f"{Path(file).stem}-{sha256[:16]}"
+    return made if (made / "config.json").is_file() else None
+
+
+def convert(path: Path, *, sha256: str | None = None, report: Reporter = SILENT) -> Path:
+    """The checkpoint directory of a GGUF file: float32, one weight file, tokenizer; made now or found in the cache.
+
+    The same file gives the same bytes. Raises BadInput for a file that is not GGUF, that transformers cannot
+    read, or where the packages to read it are missing; KpatchError for a full disk.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != _MAGIC:
+            raise BadInput("The file is not GGUF", where=str(path), details=["expected the bytes GGUF at its start"])
+    sha256 = sha256 or file_sha256(path, report)
+    made = converted(path.name, sha256)
+    if made is not None:
+        return made
+    _require_readers(path)
+    goal = cache_dir("models") / f"{path.stem}-{sha256[:16]}"
+    with lock(goal.with_name(goal.name + ".lock"), report=report):
+        made = converted(path.name, sha256)  # another process may have made it while this one waited
+        return made if made is not None else _convert_into(path, goal, report)
+
+
+def _convert_into(path: Path, goal: Path, report: Reporter) -> Path:
+    temporary = Path(tempfile.mkdtemp(prefix=f".{goal.name}.", dir=goal.parent))
+    try:
+        with report.task(f"Converting {path.name} to safetensors", total=4, unit="steps") as advance:
+            _write_tokenizer(path, temporary)
+            advance(1)
+            net = _load(path)
+            advance(2)
+            _write_weights(net, temporary)
+            advance(1)
+        for file in temporary.iterdir():
+            sync(file)
+        sync(temporary)
+        temporary.chmod(0o755)
+        os.rename(temporary, goal)
+        sync(goal.parent)
+    except BaseException as error:
+        with suppress(OSError):
+            shutil.rmtree(temporary)
+        if is_full(error):
+            raise write_error(error, goal) from error
+        raise
+    return goal
+
+
+def _write_tokenizer(path: Path, directory: Path) -> None:
+    from transformers import AutoTokenizer
+
+    with _quiet(path):
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        tokenizer.save_pretrained(directory)
+
+
+def _load(path: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with _quiet(path):
+        return AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=torch.float32)
+
+
+def _write_weights(net: Any, directory: Path) -> None:
+    """Weights, config and generation config by hand: save_pretrained refuses a model that came out of GGUF."""
+    from safetensors.torch import save_file
+
+    seen: dict[int, str] = {}
+    tensors = {}
+    for name, tensor in net.state_dict().items():
+        if tensor.data_ptr() not in seen:  # a tied lm_head is stored once, under the embeddings' name
+            seen[tensor.data_ptr()] = name
+            tensors[name] = tensor.contiguous()
+    weights = directory / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors makes a file that only its owner can read
+    config = net.config.to_diff_dict()
+    for key in _DROPPED:
+        config.pop(key, None)
+    config.update(architectures=[type(net).__name__], dtype="float32", tie_word_embeddings=_tied(net))
+    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    if net.generation_config is not None:
+        net.generation_config.save_pretrained(directory)
+
+
+def _tied(net: Any) -> bool:
+    head, embeddings = net.get_output_embeddings(), net.get_input_embeddings()
+    return head is not None and bool(head.weight.data_ptr() == embeddings.weight.data_ptr())
+
+
+def _require_readers(path: Path) -> None:
+    missing = [name for name in ("gguf", "accelerate") if find_spec(name) is None]
+    if missing:
+        raise BadInput(
+            f"Reading a GGUF file needs the packages {' and '.join(missing)}",
+            where=str(path),
+            hint="pip install 'kpatch[demo]'",
+        )
+
+
+@contextmanager
+def _quiet(path: Path) -> Iterator[None]:
+    """Keep the libraries' own bars and warnings off the terminal, and turn their errors into ours."""
+    from transformers.utils import logging
+
+    was_active, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        with redirect_stderr(io.StringIO()):  # the bar over GGUF's tensors heeds no switch
+            yield
+    except Exception as error:  # whatever the parsers stumble on; the tokenizers' errors have no type of their own
+        if is_full(error) or isinstance(error, MemoryError):
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise BadInput("transformers cannot read this GGUF file", where=str(path), details=[lines[0]]) from error
+    finally:
+        logging.set_verbosity(level)
+        if was_active:
+            logging.enable_progress_bar()
+
+
+def file_sha256(path: Path, report: Reporter = SILENT) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file, report.task(f"Reading {path.name}", path.stat().st_size, "B") as advance:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()

@@ -1,0 +1,507 @@
+"""One behaviour contract for every family: what the module names and the partial runs promise.
+
+The reference is always the network's own forward on a single row without padding, cache or mask.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kpatch.errors import BadInput
+from kpatch.models.families import FAMILIES, Family, family_for
+from kpatch.models.load import Model, wrap
+from kpatch.models.runs import Calls, align, captured_inputs, record, record_suffix, run_to
+from tests.support.models import CONFIGS, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
+
+# Every family, and the settings of some that change how their layers are put together.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in FAMILIES},
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt-as-wide-as-its-embeddings": ("opt", {"word_embed_proj_dim": WIDTH}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-eager": ("llama", {"attn_implementation": "eager"}),
+    "qwen2-sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+}
+
+# (columns before the aligned one, columns from it on); windows are 6 wide, so that the longer rows reach past them
+RAGGED = [(9, 2), (3, 6), (0, 4), (1, 1), (8, 5)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@cache
+def build(case: str) -> Model:
+    family, settings = CASES[case]
+    return tiny(family, **settings)
+
+
+@pytest.fixture(params=CASES)
+def model(request: pytest.FixtureRequest) -> Model:
+    return build(request.param)
+
+
+@dataclass
+class Full:
+    """A row as the network runs it: states[l] enters layer l, states[L] leaves the last; all [T, ...]."""
+
+    states: list[Tensor]
+    keys: list[Tensor]
+    down: list[Tensor]
+    attn: list[Tensor]
+    mlp: list[Tensor]
+    logits: Tensor
+
+
+def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] | None = None) -> Full:
+    """The network's own forward on one bare row; `change(layer, hidden)` may replace what leaves a layer."""
+    found = Full([], [], [], [], [], torch.empty(0))
+    handles = []
+
+    def flat(value: Any) -> Tensor:
+        rows: Tensor = value[0] if isinstance(value, tuple) else value
+        return rows.reshape(len(ids), -1)
+
+    def keep_input(_: nn.Module, args: Any) -> None:
+        found.states.append(flat(args))
+
+    def keep_output(index: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, out: Any) -> Any:
+            hidden = out[0] if isinstance(out, tuple) else out
+            if change is not None:
+                hidden = change(index, hidden)
+            found.states.append(hidden[0])
+            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+        return hook
+
+    def keep(into: list[Tensor]) -> Callable[..., None]:
+        return lambda _, args, out: into.append(flat(out))
+
+    handles.append(model.layer(0).register_forward_pre_hook(keep_input))
+    for index in range(model.n_layers):
+        handles.append(model.layer(index).register_forward_hook(keep_output(index)))
+        handles.append(model.down(index).register_forward_pre_hook(lambda _, args: found.keys.append(flat(args))))
+        handles.append(model.down(index).register_forward_hook(keep(found.down)))
+        handles.append(model.attn_out(index).register_forward_hook(keep(found.attn)))
+        handles.append(model.mlp_out(index).register_forward_hook(keep(found.mlp)))
+    try:
+        found.logits = model.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def rows_of(shape: list[tuple[int, int]], vocabulary: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, vocabulary, (a + b,), generator=generator).tolist() for a, b in shape]
+
+
+def batch_of(model: Model, shape: list[tuple[int, int]]) -> tuple[list[list[int]], Any]:
+    rows = rows_of(shape, len(model.tokenizer))
+    return rows, align(rows, [before for before, _ in shape], model.pad_id)
+
+
+def check(got: Tensor, want: Tensor) -> None:
+    """Equal to rounding in float32, relative to the largest entry."""
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * (1 + float(want.abs().max())))
+
+
+def stored_product(model: Model, keys: Tensor, layer: int) -> Tensor:
+    weight, bias = model.weight(layer), getattr(model.down(layer), "bias", None)
+    product = keys @ weight if model.stores_transposed else keys @ weight.T  # [T, d]
+    return product if bias is None else product + bias
+
+
+# The modules
+
+
+def test_every_family_has_a_tiny_model() -> None:
+    assert set(CONFIGS) == set(FAMILIES)
+
+
+def test_sizes_and_names(model: Model) -> None:
+    assert (model.width, model.mlp_width, model.n_layers) == (WIDTH, MLP_WIDTH, LAYERS)
+    stored = dict(model.net.named_parameters())
+    for layer in range(LAYERS):
+        assert stored[model.weight_name(layer)] is model.weight(layer)
+    expected = (MLP_WIDTH, WIDTH) if model.stores_transposed else (WIDTH, MLP_WIDTH)
+    assert tuple(model.weight(0).shape) == expected
+    assert model.stores_transposed == (model.family.model_type == "gpt2")
+    assert not any(weight.requires_grad for weight in model.net.parameters())
+
+
+@torch.no_grad()
+def test_the_key_times_the_stored_weight_is_the_projections_output(model: Model) -> None:
+    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    for layer in range(LAYERS):
+        assert run.keys[layer].shape == (12, MLP_WIDTH)
+        check(stored_product(model, run.keys[layer], layer), run.down[layer])
+
+
+@torch.no_grad()
+def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
+    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    for layer in range(LAYERS):
+        attn, mlp = run.attn[layer], run.mlp[layer]
+        check(run.states[layer] + attn + mlp, run.states[layer + 1])
+        assert attn.norm() > 0.1
+        assert mlp.norm() > 0.1
+
+
+@torch.no_grad()
+def test_only_post_norm_families_norm_what_the_projection_wrote(model: Model) -> None:
+    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    same = all(torch.equal(run.down[layer], run.mlp[layer]) for layer in range(LAYERS))
+    assert same is not model.family.post_norm
+    assert model.family.post_norm == (model.family.model_type in {"gemma2", "gemma3_text", "olmo2"})
+
+
+@torch.no_grad()
+def test_logits_are_the_networks_own(model: Model) -> None:
+    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    check(model.logits(run.states[-1]), run.logits)
+    check(model.logits(run.states[-1][None, -2:]), run.logits[None, -2:])
+    assert run.logits.std() > 0.3
+
+
+# Partial runs
+
+
+@torch.no_grad()
+def test_a_run_over_all_layers_is_the_full_forward(model: Model) -> None:
+    rows, batch = batch_of(model, RAGGED)
+    calls = record(model, batch)
+    assert calls.start.shape == (*batch.ids.shape, WIDTH)
+    out = calls.run(calls.start, 0, LAYERS)
+    assert torch.isfinite(out).all()
+    for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
+        real = slice(batch.column - before, batch.column + after)
+        run = full(model, row)
+        check(calls.start[index, real], run.states[0])
+        check(out[index, real], run.states[-1])
+        check(model.logits(out[index, real]), run.logits)
+
+
+@torch.no_grad()
+def test_two_halves_make_the_whole(model: Model) -> None:
+    _, batch = batch_of(model, RAGGED)
+    calls = record(model, batch)
+    whole = calls.run(calls.start, 0, LAYERS)
+    for cut in range(LAYERS + 1):
+        lower = calls.run(calls.start, 0, cut)
+        assert torch.equal(calls.run(lower, cut, LAYERS), whole)
+    assert torch.equal(calls.run(calls.start, 0, LAYERS), whole)  # nothing is left behind by a run
+
+
+SHAPES: dict[str, list[tuple[int, int]]] = {
+    "ragged": RAGGED,
+    "one-row": [(9, 4)],
+    "one-row-one-column": [(9, 1)],
+    "one-column": [(9, 1), (2, 1), (0, 1)],
+    "no-prefix-at-all": [(0, 4), (0, 9), (0, 1)],
+    "no-padding": [(8, 3), (8, 3)],
+    "as-many-rows-as-columns": [(3, 4), (0, 2), (2, 4), (1, 1)],
+    "as-many-rows-as-prefix": [(4, 3), (0, 2), (2, 3), (1, 1)],
+    "as-many-rows-as-all-columns": [(2, 4), (0, 2), (1, 4), (2, 1), (0, 4), (1, 3)],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@torch.no_grad()
+def test_a_suffix_on_a_cached_prefix_is_the_full_forward(model: Model, shape: list[tuple[int, int]]) -> None:
+    rows, batch = batch_of(model, shape)
+    runs = [full(model, row) for row in rows]
+    for above in (0, 2, LAYERS - 1):
+        calls, hidden = record_suffix(model, batch, above)
+        out = calls.run(hidden, above + 1, LAYERS)
+        assert hidden.shape == (len(rows), max(after for _, after in shape), WIDTH)
+        assert torch.isfinite(out).all()
+        for index, ((before, after), run) in enumerate(zip(shape, runs, strict=True)):
+            check(hidden[index, :after], run.states[above + 1][before:])
+            check(out[index, :after], run.states[-1][before:])
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@torch.no_grad()
+def test_selected_rows_equal_the_rows_run_alone(model: Model, shape: list[tuple[int, int]]) -> None:
+    rows, batch = batch_of(model, shape)
+    calls, hidden = record_suffix(model, batch, 1)
+    runs = [full(model, row) for row in rows]
+    last = len(rows) - 1
+    for picked in ([0], [last], [last, 0], list(range(len(rows)))[::-1], [0, 0]):
+        chosen = torch.tensor(picked)
+        out = calls.select(chosen).run(hidden[chosen], 2, LAYERS)
+        again = calls.select(chosen).select(torch.tensor([0])).run(hidden[chosen[:1]], 2, LAYERS)
+        check(again, out[:1])
+        for place, index in enumerate(picked):
+            before, after = shape[index]
+            check(out[place, :after], runs[index].states[-1][before:])
+
+
+@torch.no_grad()
+def test_selected_rows_of_a_whole_batch(model: Model) -> None:
+    rows, batch = batch_of(model, RAGGED)
+    calls = record(model, batch)
+    chosen = torch.tensor([3, 1])
+    part = calls.select(chosen)
+    out = part.run(part.start, 0, LAYERS)
+    for place, index in enumerate(chosen.tolist()):
+        before, after = RAGGED[index]
+        real = slice(batch.column - before, batch.column + after)
+        check(out[place, real], full(model, rows[index]).states[-1])
+
+
+def test_arguments_that_count_columns_are_not_rows() -> None:
+    rows = torch.arange(16.0).reshape(4, 4)
+    columns, shared = torch.arange(4), torch.ones(1, 1, 4, 4)
+    calls = Calls(build("llama"), rows[..., None], [((rows, columns), {"pair": (rows, shared), "flag": True})])
+    (args, kwargs), *_ = calls.select(torch.tensor([2, 0])).arguments
+    assert torch.equal(args[0], rows[[2, 0]])
+    assert torch.equal(args[1], columns)
+    assert torch.equal(kwargs["pair"][0], rows[[2, 0]])
+    assert kwargs["pair"][1] is shared
+    assert kwargs["flag"] is True
+
+
+@torch.no_grad()
+def test_a_layer_with_its_key(model: Model) -> None:
+    rows, batch = batch_of(model, RAGGED)
+    calls = record(model, batch)
+    hidden = calls.run(calls.start, 0, 1)
+    out, key = calls.run_with_key(hidden, 1)
+    assert key.shape == (*batch.ids.shape, MLP_WIDTH)
+    for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
+        real = slice(batch.column - before, batch.column + after)
+        run = full(model, row)
+        check(key[index, real], run.keys[1])
+        check(out[index, real], run.states[2])
+
+
+@torch.no_grad()
+def test_keys_up_to_a_layer_and_nothing_above_it(model: Model) -> None:
+    rows, batch = batch_of(model, RAGGED)
+    calls = [0] * LAYERS
+    with counted(model, calls):
+        keys = run_to(model, 2, batch, [1, 2])
+    assert calls == [1, 1, 1, 0]
+    assert sorted(keys) == [1, 2]
+    for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
+        real = slice(batch.column - before, batch.column + after)
+        run = full(model, row)
+        for layer, key in keys.items():
+            assert key.shape == (*batch.ids.shape, MLP_WIDTH)
+            check(key[index, real], run.keys[layer])
+
+
+@contextmanager
+def counted(model: Model, calls: list[int]) -> Iterator[None]:
+    """Count how often each layer's MLP really computes."""
+
+    def counter(index: int) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[index] += 1
+
+        return hook
+
+    handles = [model.down(index).register_forward_hook(counter(index)) for index in range(LAYERS)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def test_recording_runs_no_layer_and_leaves_the_network_as_it_was(model: Model) -> None:
+    row = rows_of([(5, 2)], len(model.tokenizer))[0]
+    before = full(model, row).logits
+    calls = [0] * LAYERS
+    with counted(model, calls):
+        record(model, align([row], [5], model.pad_id))
+    assert calls == [0] * LAYERS
+    with pytest.raises(IndexError):  # an id outside the vocabulary
+        record(model, align([[10**6]], [0], model.pad_id))
+    assert all("forward" not in layer.__dict__ for layer in model.layers)
+    assert torch.equal(full(model, row).logits, before)
+
+
+def test_captured_inputs_close_behind_themselves() -> None:
+    model = build("opt")
+    batch = align([[1, 2, 3]], [0], model.pad_id)
+    calls = record(model, batch)
+    with captured_inputs(model, [1]) as keys:
+        calls.run(calls.start, 0, 2)
+    kept = keys[1]
+    calls.run(calls.start + 1, 0, 2)
+    assert keys[1] is kept
+
+
+# Edits and gradients
+
+
+@torch.no_grad()
+def test_a_planted_rank_one_update_changes_what_the_algebra_says(model: Model) -> None:
+    edited = Model(net=copy.deepcopy(model.net), tokenizer=model.tokenizer, family=model.family)
+    row = rows_of([(9, 3)], len(model.tokenizer))[0]
+    before = full(model, row)
+    layer = 2
+    generator = torch.Generator().manual_seed(3)
+    out_side, in_side = torch.randn(WIDTH, generator=generator), torch.randn(MLP_WIDTH, generator=generator)
+    edited.weight(layer).add_(
+        torch.outer(in_side, out_side) if edited.stores_transposed else out_side[:, None] * in_side
+    )
+    after = full(edited, row)
+
+    delta_k = torch.outer(before.keys[layer] @ in_side, out_side)  # [T, d]: Δ k at every position
+    assert delta_k.norm(dim=-1).min() > 0.01
+    check(after.keys[layer], before.keys[layer])
+    check(after.down[layer] - before.down[layer], delta_k)
+    if model.family.post_norm:
+        check(after.mlp[layer], model.mlp_out(layer)(before.down[layer] + delta_k))
+    else:
+        check(after.mlp[layer] - before.mlp[layer], delta_k)
+        check(after.states[layer + 1] - before.states[layer + 1], delta_k)
+    check(after.states[layer + 1] - before.states[layer + 1], after.mlp[layer] - before.mlp[layer])
+    check(after.states[layer], before.states[layer])
+    assert not torch.allclose(after.logits, before.logits, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "shape", [RAGGED, SHAPES["no-prefix-at-all"], SHAPES["one-row"]], ids=["ragged", "bare", "one"]
+)
+def test_the_gradient_through_the_layers_above_is_the_full_forwards(
+    model: Model, shape: list[tuple[int, int]]
+) -> None:
+    rows, batch = batch_of(model, shape)
+    above = 1
+    generator = torch.Generator().manual_seed(5)
+    delta = (0.3 * torch.randn(len(rows), WIDTH, generator=generator)).requires_grad_()
+    readout = torch.randn(WIDTH, generator=generator)
+
+    calls, hidden = record_suffix(model, batch, above)
+    moved = torch.cat([hidden[:, :1] + delta[:, None], hidden[:, 1:]], dim=1)
+    out = calls.run(moved, above + 1, LAYERS)
+    loss = torch.stack([(out[i, :after] @ readout).sin().sum() for i, (_, after) in enumerate(shape)]).sum()
+    (fast,) = torch.autograd.grad(loss, delta)
+
+    total = torch.zeros(())
+    for index, ((before, _), row) in enumerate(zip(shape, rows, strict=True)):
+
+        def add(layer: int, state: Tensor, index: int = index, before: int = before) -> Tensor:
+            if layer != above:
+                return state
+            return state.index_add(1, torch.tensor([before]), delta[None, index : index + 1])
+
+        total = total + (full(model, row, add).states[-1][before:] @ readout).sin().sum()
+    (slow,) = torch.autograd.grad(total, delta)
+    assert slow.norm(dim=-1).min() > 0.01
+    check(fast, slow)
+    check(loss.detach(), total.detach())
+
+
+# What is refused
+
+
+def test_an_unknown_family_is_told_which_names_to_give() -> None:
+    net = tiny_net("starcoder2", 300, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=2,
+                   num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    with pytest.raises(BadInput) as caught:
+        wrap(net, tiny("llama").tokenizer)
+    told = " ".join([caught.value.message, *caught.value.details, caught.value.hint or ""])
+    for word in ("starcoder2", "layers", "down", "attn_out", "norm", "--modules", "llama"):
+        assert word in told
+
+
+HAND_NAMED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
+    "starcoder2": (
+        {"layers": "model.layers", "down": "mlp.c_proj", "attn_out": "self_attn.o_proj", "norm": "model.norm"},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "sliding_window": 6},
+    ),
+    "glm4": (  # a norm after the MLP, named by hand
+        {"layers": "model.layers", "down": "mlp.down_proj", "attn_out": "post_self_attn_layernorm",
+         "mlp_out": "post_mlp_layernorm", "norm": "model.norm"},
+        {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 8},
+    ),
+    "codegen": (  # layers that return tuples
+        {"layers": "transformer.h", "down": "mlp.fc_out", "attn_out": "attn.out_proj", "norm": "transformer.ln_f"},
+        {"n_embd": 32, "n_inner": 64, "n_layer": 4, "n_head": 4, "rotary_dim": 4, "n_positions": 128},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HAND_NAMED)
+@torch.no_grad()
+def test_a_family_named_by_hand_keeps_the_contract(name: str) -> None:
+    modules, settings = HAND_NAMED[name]
+    tokenizer = tiny("llama").tokenizer
+    model = wrap(tiny_net(name, len(tokenizer), **settings), tokenizer, family_for(name, modules))
+    test_the_key_times_the_stored_weight_is_the_projections_output(model)
+    test_the_residual_stream_is_the_sum_of_its_parts(model)
+    test_logits_are_the_networks_own(model)
+    test_a_run_over_all_layers_is_the_full_forward(model)
+    test_a_suffix_on_a_cached_prefix_is_the_full_forward(model, RAGGED)
+    test_keys_up_to_a_layer_and_nothing_above_it(model)
+    assert model.family.post_norm == (name == "glm4")
+
+
+def test_names_by_hand_replace_the_tables() -> None:
+    family = family_for("llama", {"mlp_out": "mlp"})
+    assert family == Family(**{**{f: getattr(FAMILIES["llama"], f) for f in Family.__slots__}, "mlp_out": "mlp"})
+    with pytest.raises(BadInput, match="Unknown module name 'dwon'"):
+        family_for("llama", {"dwon": "mlp.down_proj"})
+    with pytest.raises(BadInput) as caught:
+        family_for("mystery", {"down": "mlp.down_proj", "layers": "model.layers"})
+    assert any("missing: attn_out, norm" in line for line in caught.value.details)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": "model.blocks"},
+        {"down": "mlp.dwon"},
+        {"down": "mlp.act_fn"},
+        {"down": "mlp.up_proj"},
+        {"norm": "model.nrom"},
+        {"attn_out": "mlp.nothing"},
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit_are_refused(wrong: dict[str, str]) -> None:
+    model = tiny("llama")
+    with pytest.raises(BadInput, match="module names"):
+        wrap(model.net, model.tokenizer, family_for("llama", wrong))
+
+
+def test_opt_that_norms_after_its_layers_is_refused() -> None:
+    with pytest.raises(BadInput, match="norms its residual stream after every layer"):
+        tiny("opt", do_layer_norm_before=False)
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused() -> None:
+    tokenizer = tiny("llama").tokenizer
+    with pytest.raises(BadInput, match="tokenizer does not match") as caught:
+        wrap(tiny_net("llama", len(tokenizer) - 1), tokenizer)
+    assert str(len(tokenizer)) in " ".join(caught.value.details)
+    wrap(tiny_net("llama", len(tokenizer) + 60), tokenizer)  # embeddings padded to a round number are usual
