@@ -1,0 +1,1 @@
+"""The patch file: low-rank deltas, the manifest, reading and writing."""

@@ -1,0 +1,218 @@
+"""Reading what a patch says of itself without reading its tensors, with limits, and saying what a wrong file is.
+
+No torch here: `kpatch show` and `kpatch status` stand on this module.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.patch.container import (
+    Container,
+    ContainerError,
+    CutOff,
+    Entry,
+    NotAFile,
+    open_regular,
+    read_container,
+)
+from kpatch.patch.manifest import FLOAT_DTYPES, Manifest, ManifestError, NewerFormat, TensorInfo
+from kpatch.patch.text import printable
+
+METADATA_KEY = "kpatch"
+# The facts, and the effect measured on each, stand in full in the header: 100,000 of them take some 40 to 50 MB. The
+# safetensors library itself stops at 100 MB.
+MAX_HEADER = 64 << 20
+MAX_TENSORS = 4096
+
+VALUES = "facts.values"
+KEYS = "facts.keys."
+
+__all__ = ["KEYS", "MAX_HEADER", "MAX_TENSORS", "METADATA_KEY", "VALUES", "PatchInfo", "check_tensors", "printable",
+           "read_header"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PatchInfo:
+    """A patch file whose header was read and checked: manifest, id, size in bytes, where its tensors lie."""
+
+    manifest: Manifest
+    id: str
+    bytes: int
+    path: Path
+    entries: Mapping[str, Entry]
+
+    @property
+    def name(self) -> str:
+        """What to call it: the file's name without suffix, safe to print."""
+        return printable(self.path.stem, 80)
+
+    def weights(self) -> list[dict[str, Any]]:
+        """Per weight, for `show`: name, shape, rank, norm, relative_norm (fraction of the weight's norm)."""
+        base = self.manifest.base.weights
+        return [
+            {
+                "name": name,
+                "shape": list(base[name].shape),
+                "rank": delta.rank,
+                "norm": delta.norm,
+                "relative_norm": delta.relative_norm,
+            }
+            for name, delta in sorted(self.manifest.deltas.items())
+        ]
+
+
+def read_header(path: str | Path) -> PatchInfo:
+    """Read and check the header of a patch file; tensors are not read.
+
+    Raises BadInput for a file that is no patch, Damaged for a patch that is cut off or breaks the format, Refused for
+    a patch of a later format.
+    """
+    path = Path(path)
+    shown = printable(str(path))
+    try:
+        handle = open_regular(path)
+    except FileNotFoundError:
+        raise BadInput(f"There is no patch file {shown}") from None
+    except NotAFile as error:
+        raise BadInput(f"{shown} {error}", hint="give a .patch file made by `kpatch make`") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
+    with handle:
+        try:
+            container = read_container(handle, max_header=MAX_HEADER, max_tensors=MAX_TENSORS)
+        except ContainerError as error:
+            raise _explain(handle, shown, error) from None
+        except OSError as error:
+            raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
+    return _info(path, shown, container)
+
+
+def _info(path: Path, shown: str, container: Container) -> PatchInfo:
+    if METADATA_KEY not in container.metadata:
+        raise BadInput(
+            f"{shown} is a safetensors file, but no kpatch patch",
+            details=["its metadata has no key 'kpatch'"],
+        )
+    try:
+        if len(container.metadata) != 1:
+            raise ManifestError("the metadata has other keys beside 'kpatch'")
+        manifest, identity = Manifest.from_json(container.metadata[METADATA_KEY])
+        found = {name: TensorInfo(entry.dtype, _two(name, entry), "") for name, entry in container.entries.items()}
+        check_tensors(manifest, found)
+    except NewerFormat as error:
+        raise Refused(f"{shown} was made by a later kpatch", details=[str(error)], hint="upgrade kpatch") from None
+    except ManifestError as error:
+        raise Damaged(f"{shown} is not a sound patch", details=[printable(str(error), 300)], hint=_AGAIN) from None
+    return PatchInfo(manifest, identity, container.size, path, container.entries)
+
+
+def _two(name: str, entry: Entry) -> tuple[int, int]:
+    if len(entry.shape) != 2:
+        raise ManifestError(f"tensor {printable(name, 80)} has {len(entry.shape)} dimensions, not 2")
+    return entry.shape[0], entry.shape[1]
+
+
+def check_tensors(manifest: Manifest, found: Mapping[str, TensorInfo]) -> None:
+    """Check that a file's tensors are those the manifest declares and that all shapes fit each other.
+
+    `found` gives dtype and shape per tensor (hashes are not compared here). Raises ManifestError.
+    """
+    declared = manifest.tensors
+    if set(found) != set(declared):
+        odd = printable(sorted(set(found) ^ set(declared))[0], 80)
+        raise ManifestError(f"tensors in the file and in the manifest differ, first in {odd}")
+    for name, tensor in found.items():
+        if (tensor.dtype, tensor.shape) != (declared[name].dtype, declared[name].shape):
+            raise ManifestError(f"tensor {name}: dtype or shape is not what the manifest declares")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise ManifestError(f"tensor {name}: {printable(tensor.dtype, 20)} is none of {', '.join(FLOAT_DTYPES)}")
+    if set(manifest.deltas) != set(manifest.base.weights) or not manifest.deltas:
+        raise ManifestError("deltas and base.weights must name the same weights, at least one")
+    expected: set[str] = set()
+    for name in manifest.deltas:
+        expected |= _check_delta(manifest, name, found)
+    expected |= _check_facts(manifest, found)
+    if expected != set(found):
+        odd = sorted(expected ^ set(found))[0]
+        raise ManifestError(f"tensor {odd} is {'missing' if odd in expected else 'not one a patch has'}")
+
+
+def _check_delta(manifest: Manifest, name: str, found: Mapping[str, TensorInfo]) -> set[str]:
+    delta, shape = manifest.deltas[name], manifest.base.weights[name].shape
+    names = [f"{name}.delta"] if delta.form == "dense" else [f"{name}.left", f"{name}.right"]
+    missing = [part for part in names if part not in found]
+    if missing:
+        raise ManifestError(f"tensor {missing[0]} is missing")
+    if delta.form == "dense":
+        made = found[names[0]].shape
+    else:
+        rows, rank = found[names[0]].shape
+        inner, cols = found[names[1]].shape
+        if rank != inner or rank != delta.rank or rank > min(shape):
+            raise ManifestError(
+                f"delta of {name}: its factors have ranks {rank} and {inner}, declared is {delta.rank}"
+            )
+        made = (rows, cols)
+    if made != shape:
+        raise ManifestError(f"delta of {name}: has shape {list(made)}, its weight {list(shape)}")
+    return set(names)
+
+
+def _check_facts(manifest: Manifest, found: Mapping[str, TensorInfo]) -> set[str]:
+    names = {name for name in found if name == VALUES or name.startswith(KEYS)}
+    sides = {side for weight in manifest.base.weights.values() for side in weight.shape}
+    for name in names:
+        rows, width = found[name].shape
+        layer = name.removeprefix(KEYS)
+        wanted = (
+            sum(name == VALUES or layer in map(str, group["layers"]) for group in manifest.groups)
+            if manifest.groups
+            else len(manifest.facts)
+        )
+        if rows != wanted:
+            raise ManifestError(f"tensor {name}: has {rows} rows for {wanted} facts")
+        if width not in sides:
+            raise ManifestError(f"tensor {name}: its rows of {width} numbers fit no weight")
+        if name != VALUES and name not in {f"{KEYS}{layer}" for layer in manifest.layers}:
+            raise ManifestError(f"tensor {name}: is for none of the edited layers")
+    return names
+
+
+_AGAIN = "get the file again from where it came, or make it again"
+_DIFF = re.compile(rb"(diff |--- |\+\+\+ |Index: |index |From [0-9a-f]{7,}|@@ |\*\*\* |# HG changeset)")
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(head)  # the last character may be cut in two
+    except UnicodeDecodeError:
+        return False
+    return all(char >= " " or char in "\t\r\n" for char in text)
+
+
+def _explain(handle: FileIO, shown: str, error: ContainerError) -> KpatchError:
+    """The error for a file that does not parse, after a look at what it may be instead."""
+    handle.seek(0)
+    head = handle.read(512) or b""
+    if not head:
+        return Damaged(f"{shown} is empty", hint=_AGAIN)
+    if _DIFF.match(head) or b"\n@@ -" in head or b"\n--- a/" in head:
+        return BadInput(f"{shown} is a text diff, not a kpatch patch", hint="apply it with `git apply` or `patch`")
+    if head.startswith(b"version https://git-lfs.github.com/spec/"):
+        return BadInput(f"{shown} is a Git LFS pointer, not the file itself", hint="fetch it with `git lfs pull`")
+    for magic, what in ((b"GGUF", "a GGUF file"), (b"PK\x03\x04", "a zip archive or PyTorch file"),
+                        (b"\x1f\x8b", "a gzip file"), (b"\x80\x02", "a pickle")):  # fmt: skip
+        if head.startswith(magic):
+            return BadInput(f"{shown} is {what}, not a kpatch patch")
+    if not isinstance(error, CutOff) and _is_text(head):
+        return BadInput(f"{shown} is a text file, not a kpatch patch")
+    what = "is cut off" if isinstance(error, CutOff) else "is not a sound patch"
+    return Damaged(f"{shown} {what}", details=[printable(str(error), 300)], hint=_AGAIN)
