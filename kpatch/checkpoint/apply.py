@@ -1,0 +1,160 @@
+"""Patches onto a checkpoint directory, or into a patched copy of it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from kpatch.checkpoint import files
+from kpatch.checkpoint.commit import begin, commit, system_errors, undo, unfinished, writing
+from kpatch.checkpoint.copy import place_for, write_copy
+from kpatch.checkpoint.index import open_checkpoint, real_directory
+from kpatch.checkpoint.plan import Plan, plan_apply
+from kpatch.checkpoint.recover import settle
+from kpatch.checkpoint.remember import remember
+from kpatch.checkpoint.report import ApplyReport, WeightReport
+from kpatch.checkpoint.splice import Outcome, stage_files
+from kpatch.checkpoint.store import Applied, Journal, Store
+from kpatch.errors import Damaged, KpatchError
+from kpatch.patch.format import verify
+from kpatch.patch.text import printable
+from kpatch.reporter import SILENT, Reporter
+
+# Above this share of the intended delta lost in rounding, a user is warned.
+LOSS = 0.05
+
+
+def apply(
+    patches: Sequence[str | Path],
+    model_dir: str | Path,
+    *,
+    check: bool = False,
+    out: str | Path | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> ApplyReport:
+    """Apply patches to a checkpoint directory: weights become round(base + Σ Δ_i), all patches or none.
+
+    `check` stops after the plan and writes nothing. `out` leaves the checkpoint alone and writes a patched copy to a
+    new directory. `force` replaces write-protected weight files. Ctrl-C and errors before the renames leave the old
+    bytes.
+
+    Raises BadInput, Refused (wrong base, conflict, applied already, links, locked), Damaged (a patch or checkpoint
+    that is not sound), KpatchError (disk full, no permission).
+    """
+    start = time.monotonic()
+    store = ready(model_dir, write=not check and out is None, report=report)
+    if out is not None:
+        place_for(Path(out), store.model)  # before the hashing, which can take a while
+    with system_errors(store.model):
+        checkpoint = open_checkpoint(model_dir)
+        plan = plan_apply(patches, checkpoint, store, copy=out is not None, force=force, report=report)
+    for note in plan.notes:
+        report.note(note)
+    if check:
+        return report_of(plan, {}, start, checkpoint.given, checked_only=True)
+    if out is not None:
+        written, outcomes = write_copy(plan, store, Path(out), report)
+    else:
+        written, outcomes = checkpoint.given, carry_out(plan, store, report)
+        remember(checkpoint.path)
+    _warn(outcomes, report)
+    return report_of(plan, outcomes, start, written)
+
+
+def ready(model_dir: str | Path, *, write: bool, report: Reporter) -> Store:
+    """The store of a directory with no interrupted run in it: one that is there is ended first.
+
+    Raises Damaged for an interrupted checkpoint when nothing may be written.
+    """
+    path, given = real_directory(model_dir)
+    store = Store(path)
+    store.check()
+    if unfinished(store):
+        if not write:
+            raise Damaged(f"{given} holds an interrupted apply or revert", hint=f"run `kpatch recover {given}`")
+        with writing(store), system_errors(path):
+            settle(store, given, report)
+    return store
+
+
+def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
+    """Run a plan in place. Until the commit an error or Ctrl-C leaves the old bytes and cleans up."""
+    with writing(store), system_errors(store.model):
+        plan.require_current(store)
+        require_space(plan, store.model)
+        try:
+            begin(store)
+            targets = {file: store.staged(file) for file in plan.files}
+            for info in plan.new_patches:
+                files.copy_file(info.path, store.copy(info.id), keep_mode=False)
+                if verify(store.copy(info.id)).id != info.id:
+                    raise Damaged(f"{printable(str(info.path))} changed while it was being read")
+            outcomes = stage_files(plan, store, targets, report)
+            applied = after(plan, outcomes)
+            store.write_readme()
+            sizes = {file: plan.stamps[file].size for file in plan.files}
+            journal = Journal(plan.action, tuple(patch.id for patch in plan.moved), sizes, applied)
+            plan.require_current(store)
+            commit(store, journal, report)
+        except BaseException:
+            _undo_quietly(store)
+            raise
+    return outcomes
+
+
+def _undo_quietly(store: Store) -> None:
+    # What went wrong first is what the user must hear; leftovers are found by the next command.
+    try:
+        undo(store)
+    except Exception:
+        return
+
+
+def after(plan: Plan, outcomes: dict[str, Outcome]) -> Applied:
+    """The record of a checkpoint once the plan is carried out; weights without a delta left are forgotten."""
+    weights = dict(plan.before.weights)
+    for weight in plan.weights:
+        if weight.deltas:
+            weights[weight.name] = outcomes[weight.name][0]
+        else:
+            weights.pop(weight.name, None)
+    return Applied(plan.base, plan.stack, weights)
+
+
+def require_space(plan: Plan, folder: Path) -> None:
+    """Raise KpatchError when the disk has not the room a plan wants (and a twentieth more)."""
+    wanted, free = plan.bytes_needed * 21 // 20, shutil.disk_usage(folder).free
+    if wanted > free:
+        raise KpatchError(
+            "Not enough space on the disk; nothing was changed",
+            where=printable(str(folder)),
+            details=[f"wanted {wanted:,} bytes   free {free:,}"],
+        )
+
+
+def _warn(outcomes: dict[str, Outcome], report: Reporter) -> None:
+    lost = {name: landing.delta_error for name, (_, landing) in outcomes.items() if landing is not None}
+    worst = max(lost, key=lambda name: lost[name], default=None)
+    if worst is not None and lost[worst] > LOSS:
+        dtype = outcomes[worst][0].dtype
+        report.warn(
+            f"Rounding to {dtype} lost {lost[worst]:.0%} of the change to {worst}; "
+            "apply to a float32 copy of the model to keep all of it"
+        )
+
+
+def report_of(
+    plan: Plan, outcomes: dict[str, Outcome], start: float, model: str, checked_only: bool = False
+) -> ApplyReport:
+    """The report of a plan that was carried out, or only checked, since `start` (time.monotonic())."""
+    weights = []
+    for weight in plan.weights:
+        landing = outcomes[weight.name][1] if weight.name in outcomes else None
+        pair = (None, None) if landing is None else (landing.unchanged, landing.delta_error)
+        weights.append(WeightReport(weight.name, *pair))
+    patches = tuple({"id": patch.id, "name": patch.name} for patch in plan.moved)
+    seconds = time.monotonic() - start
+    return ApplyReport(model, patches, tuple(weights), seconds, "clean", plan, plan.notes, checked_only)

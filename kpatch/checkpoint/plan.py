@@ -1,0 +1,261 @@
+"""What an apply or a revert will do, worked out and checked in full before anything is written."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kpatch.checkpoint.index import Checkpoint, TensorRef, read_json
+from kpatch.checkpoint.integrity import Stamp, require_intact, stamp
+from kpatch.checkpoint.store import Applied, AppliedPatch, Store
+from kpatch.checkpoint.verify import fit, read_base
+from kpatch.errors import BadInput, Refused
+from kpatch.patch.format import verify
+from kpatch.patch.header import PatchInfo
+from kpatch.patch.text import printable
+from kpatch.reporter import SILENT, Reporter
+
+_HUB_CACHE = re.compile(r"[/\\](models|datasets|spaces)--[^/\\]+[/\\]snapshots([/\\]|$)")
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """One weight to be written: where it lies, its unpatched SHA-256, whether those bytes are kept already, and its
+    deltas as (patch id, name in the patch) in the order of ids; none means the unpatched bytes come back."""
+
+    name: str
+    ref: TensorRef
+    base: str
+    kept: bool
+    deltas: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that will be done: `moved` are the patches put on or taken off, `stack` is what is applied afterwards."""
+
+    action: str
+    checkpoint: Checkpoint
+    before: Applied
+    moved: tuple[AppliedPatch, ...]
+    stack: tuple[AppliedPatch, ...]
+    base: str | None
+    weights: tuple[WeightPlan, ...]
+    patches: Mapping[str, PatchInfo]
+    stamps: Mapping[str, Stamp]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Weight files to be replaced, sorted."""
+        return tuple(sorted({weight.ref.file for weight in self.weights}))
+
+    @property
+    def new_patches(self) -> tuple[PatchInfo, ...]:
+        """Patches whose copies are still to be kept."""
+        return tuple(self.patches[patch.id] for patch in self.stack if patch.id not in self.before.ids)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Disk space wanted while it runs: new weight files, newly kept bytes, copies of patches."""
+        bases = sum(weight.ref.end - weight.ref.begin for weight in self.weights if not weight.kept)
+        return sum(self.stamps[file].size for file in self.files) + bases + sum(p.bytes for p in self.new_patches)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `--check` prints."""
+        return {
+            "action": self.action,
+            "patches": [{"id": patch.id, "name": patch.name} for patch in self.moved],
+            "files": list(self.files),
+            "weights": [{"name": weight.name, "file": weight.ref.file} for weight in self.weights],
+            "bytes_needed": self.bytes_needed,
+            "notes": list(self.notes),
+        }
+
+    def require_current(self, store: Store) -> None:
+        """Raise Refused when the checkpoint is no longer what was planned for. To be called under the lock."""
+        same = all(stamp(self.checkpoint.path / file) == seen for file, seen in self.stamps.items())
+        if not same or store.applied() != self.before or store.journal() is not None:
+            raise Refused(f"{self.checkpoint.given} changed while it was being checked", hint="run the command again")
+
+
+def plan_apply(
+    paths: Sequence[str | Path], checkpoint: Checkpoint, store: Store, *, copy: bool, force: bool, report: Reporter
+) -> Plan:
+    """Check patches against a checkpoint and each other. `copy`: for `-o`, where the checkpoint is not written to.
+
+    Raises BadInput, Refused or Damaged; nothing is written.
+    """
+    if not paths:
+        raise BadInput("No patch given")
+    applied = store.applied()
+    new = [verify(path, report) for path in paths]
+    _refuse_repeated(new, applied, checkpoint)
+    _refuse_quantized(checkpoint)
+    require_intact(checkpoint, applied, report)
+    patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
+    _refuse_conflicts([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
+    _require_parents(new, applied, checkpoint)
+    fits = [fit(info, checkpoint, store, applied, report) for info in new]
+    for one in fits:
+        if not one.ok:
+            raise one.error()
+    moved = tuple(AppliedPatch(info.id, info.name, len(info.manifest.facts), info.manifest.parents) for info in new)
+    patches.update({info.id: info for info in new})
+    base = applied.base if applied.patches else printable(new[0].manifest.base.name, 200)
+    touched = {weight.stored: weight.found for one in fits for weight in one.weights if weight.stored and weight.found}
+    notes = tuple(note for one in fits for note in one.notes)
+    stack = (*applied.patches, *moved)
+    weights = _weights(checkpoint, store, applied, stack, touched, patches)
+    if not copy:
+        _require_own_files(checkpoint, weights, force)
+    stamps = _stamps(checkpoint, weights)
+    return Plan("apply", checkpoint, applied, moved, stack, base, weights, patches, stamps, notes)
+
+
+def plan_revert(
+    chosen: Sequence[str], checkpoint: Checkpoint, store: Store, *, force: bool = False, report: Reporter = SILENT
+) -> Plan:
+    """Check that patches, by id, can be taken off. Raises Refused or Damaged; nothing is written."""
+    applied = store.applied()
+    moved = tuple(patch for patch in applied.patches if patch.id in chosen)
+    stack = tuple(patch for patch in applied.patches if patch.id not in chosen)
+    for child in stack:
+        for patch in moved:
+            if patch.id in child.parents:
+                raise Refused(
+                    f"{_named(patch)} cannot be reverted: {_named(child)} was made on top of it",
+                    hint=f"revert {child.id[:12]} first, or both in one command",
+                )
+    require_intact(checkpoint, applied, report)
+    # Only the patches that stay are read: one that goes can be taken off even when its copy is lost.
+    patches = {patch.id: store.patch(patch.id) for patch in stack}
+    gone = {patch.id for patch in moved}
+    touched = {name: weight.base for name, weight in applied.weights.items() if gone & set(weight.patches)}
+    base = applied.base if stack else None
+    weights = _weights(checkpoint, store, applied, stack, touched, patches)
+    _require_own_files(checkpoint, weights, force)
+    return Plan("revert", checkpoint, applied, moved, stack, base, weights, patches, _stamps(checkpoint, weights))
+
+
+def _weights(
+    checkpoint: Checkpoint,
+    store: Store,
+    applied: Applied,
+    stack: Sequence[AppliedPatch],
+    touched: Mapping[str, str],
+    patches: Mapping[str, PatchInfo],
+) -> tuple[WeightPlan, ...]:
+    """One WeightPlan per weight of `touched` (stored name -> unpatched SHA-256), with the deltas of all the stack."""
+    deltas: dict[str, list[tuple[str, str]]] = {}
+    for identity in sorted(patch.id for patch in stack):
+        for name in patches[identity].manifest.deltas:
+            stored = checkpoint.find(name)
+            if stored is not None and stored in touched:
+                deltas.setdefault(stored, []).append((identity, name))
+    weights = tuple(
+        WeightPlan(name, checkpoint.tensors[name], sha256, name in applied.weights, tuple(deltas.get(name, ())))
+        for name, sha256 in sorted(touched.items())
+    )
+    for weight in weights:
+        if weight.kept:
+            read_base(store, weight.base)
+    return weights
+
+
+def _stamps(checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> dict[str, Stamp]:
+    return {weight.ref.file: stamp(checkpoint.path / weight.ref.file) for weight in weights}
+
+
+def _named(patch: AppliedPatch) -> str:
+    return f"{printable(patch.name, 80)} ({patch.id[:12]})"
+
+
+def _refuse_repeated(new: Sequence[PatchInfo], applied: Applied, checkpoint: Checkpoint) -> None:
+    seen: set[str] = set()
+    for info in new:
+        if info.id in applied.ids:
+            raise Refused(
+                f"{printable(str(info.path))} is already applied to {checkpoint.given}",
+                details=[f"patch {info.id[:12]}"],
+                hint=f"`kpatch status {checkpoint.given}` lists what is applied",
+            )
+        if info.id in seen:
+            raise Refused(f"{printable(str(info.path))} is given twice", details=[f"patch {info.id[:12]}"])
+        seen.add(info.id)
+
+
+def _require_parents(new: Sequence[PatchInfo], applied: Applied, checkpoint: Checkpoint) -> None:
+    there = {*applied.ids, *(info.id for info in new)}
+    for info in new:
+        missing = [parent for parent in info.manifest.parents if parent not in there]
+        if missing:
+            raise Refused(
+                f"{printable(str(info.path))} was made on top of a patch that is not applied to {checkpoint.given}",
+                details=[f"missing patch {parent[:12]}" for parent in missing],
+                hint="apply that patch first, or in the same command",
+            )
+
+
+def _given(new: Sequence[PatchInfo]) -> list[tuple[str, PatchInfo]]:
+    return [(info.name, info) for info in new]
+
+
+def _refuse_conflicts(patches: Sequence[tuple[str, PatchInfo]]) -> None:
+    """No two patches, given with their names, may give one subject and prompt (or relation) different targets."""
+    said: dict[tuple[str, str, str], tuple[str, str, str]] = {}
+    for name, info in patches:
+        for fact in info.manifest.facts:
+            for key in ("prompt", "relation"):
+                if not fact.get(key):
+                    continue
+                place, target = (str(fact["subject"]), key, str(fact[key])), str(fact["target"])
+                other = said.setdefault(place, (target, info.id, name))
+                if other[0] != target and other[1] != info.id:
+                    raise Refused(
+                        f"{printable(name)} and {printable(other[2])} contradict each other on "
+                        f"{printable(place[0], 80)}",
+                        details=[
+                            f"{printable(who)} ({identity[:12]}): {printable(place[2], 120)} -> {printable(says, 80)}"
+                            for says, identity, who in (other, (target, info.id, name))
+                        ],
+                        hint="take that fact out of one of them; to replace a patch, revert it first",
+                    )
+
+
+def _refuse_quantized(checkpoint: Checkpoint) -> None:
+    config = checkpoint.path / "config.json"
+    value = read_json(config, printable(str(config))) if config.exists() else {}
+    quantization = value.get("quantization_config") if isinstance(value, dict) else None
+    if quantization:
+        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
+        raise Refused(
+            f"{checkpoint.given} is quantized{f' ({printable(str(method), 40)})' if method else ''}",
+            details=[
+                "its weights are stored as codes and scales; adding a change to them would not give what was meant"
+            ],
+            hint="apply to the unquantized checkpoint, and quantize that again",
+        )
+
+
+def _require_own_files(checkpoint: Checkpoint, weights: Sequence[WeightPlan], force: bool) -> None:
+    """Only files of the directory's own are replaced: no link, no shared inode, nothing write-protected."""
+    aside = "leave it alone and write a patched copy: `kpatch apply … -o NEW_DIR`"
+    for file in sorted({weight.ref.file for weight in weights}):
+        status = os.lstat(checkpoint.path / file)
+        shown = f"{printable(file)} of {checkpoint.given}"
+        if stat.S_ISLNK(status.st_mode):
+            raise Refused(f"{shown} is a symbolic link; other programs use the same file", hint=aside)
+        if _HUB_CACHE.search(str(checkpoint.path)):
+            raise Refused(f"{checkpoint.given} is the shared Hugging Face cache; other programs use it", hint=aside)
+        if status.st_nlink > 1:
+            raise Refused(
+                f"{shown} has {status.st_nlink} hard links; other programs may use the same file", hint=aside
+            )
+        if not status.st_mode & 0o222 and not force:
+            raise Refused(f"{shown} is write-protected", hint=f"give --force to replace it, or {aside}")

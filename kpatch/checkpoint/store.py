@@ -1,0 +1,267 @@
+"""MODEL_DIR/.kpatch/: what is applied, the original bytes, copies of the patches. No torch.
+
+    applied.json      the patches, bottom to top, and per changed weight the SHA-256 before and after
+    base/<sha256>     original bytes of each changed weight
+    patches/<id>.patch
+    stage/            new weight files while an apply or revert is under way
+    journal.json      there only between the decision to commit and the end of it
+    lock              held by the one kpatch that writes
+
+No name ends in .safetensors, for loaders take every such file they find.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from kpatch.checkpoint import files
+from kpatch.checkpoint.index import read_json
+from kpatch.errors import Damaged, Refused
+from kpatch.patch.header import PatchInfo, read_header
+from kpatch.patch.manifest import FLOAT_DTYPES, is_sha256
+from kpatch.patch.text import canonical, printable
+
+VERSION = 1
+README = (
+    "kpatch keeps here what it needs to take patches back: the original bytes of each changed weight (base/),\n"
+    "copies of the patches, and applied.json. `kpatch status` reads it; `kpatch revert --all` restores the weights\n"
+    "and removes it.\n"
+)
+
+
+@dataclass(frozen=True)
+class AppliedPatch:
+    """A patch on the stack: id, the name it was given by, number of facts, ids of patches it needs."""
+
+    id: str
+    name: str
+    facts: int
+    parents: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"id": self.id, "name": self.name, "facts": self.facts, "parents": list(self.parents)}
+
+
+@dataclass(frozen=True)
+class AppliedWeight:
+    """A changed weight: stored dtype and shape, SHA-256 of its bytes as they were and as kpatch left them, and the ids
+    of the patches that change it, sorted."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    base: str
+    after: str
+    patches: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"dtype": self.dtype, "shape": list(self.shape), "base": self.base, "after": self.after}
+        return {**own, "patches": list(self.patches)}
+
+
+@dataclass(frozen=True)
+class Applied:
+    """applied.json: the base's name, the stack bottom to top, changed weights by stored name."""
+
+    base: str | None = None
+    patches: tuple[AppliedPatch, ...] = ()
+    weights: Mapping[str, AppliedWeight] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "base": self.base,
+            "patches": [patch.to_dict() for patch in self.patches],
+            "weights": {name: weight.to_dict() for name, weight in self.weights.items()},
+        }
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        return tuple(patch.id for patch in self.patches)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """journal.json: what is being committed. `files` maps a weight file to the size of its staged successor."""
+
+    action: str
+    patches: tuple[str, ...]
+    files: Mapping[str, int]
+    applied: Applied
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "action": self.action,
+            "patches": list(self.patches),
+            "files": dict(self.files),
+            "applied": self.applied.to_dict(),
+        }
+
+
+class Store:
+    """The paths and the records of one checkpoint's .kpatch folder."""
+
+    def __init__(self, model: Path) -> None:
+        self.model = model
+        self.root = model / ".kpatch"
+        self.bases, self.copies, self.stage = self.root / "base", self.root / "patches", self.root / "stage"
+        self.applied_file, self.journal_file = self.root / "applied.json", self.root / "journal.json"
+        self.lock, self.readme = self.root / "lock", self.root / "README"
+
+    def base(self, sha256: str) -> Path:
+        return self.bases / sha256
+
+    def copy(self, patch: str) -> Path:
+        return self.copies / f"{patch}.patch"
+
+    def staged(self, file: str) -> Path:
+        return self.stage / f"{file}.new"
+
+    def check(self) -> None:
+        """Refuse a folder that leads elsewhere: a link or a file where kpatch wants a folder of its own."""
+        for path in (self.root, self.bases, self.copies, self.stage):
+            try:
+                mode = path.lstat().st_mode
+            except FileNotFoundError:
+                continue
+            if not stat.S_ISDIR(mode):
+                raise Refused(f"{printable(str(path))} is not a folder of kpatch's own (a link or a file)")
+
+    def applied(self) -> Applied:
+        """What applied.json says; nothing applied when it is not there. Raises Damaged, Refused."""
+        self.check()
+        return self._applied(self._read(self.applied_file), self.applied_file)
+
+    def journal(self) -> Journal | None:
+        """The commit under way or broken off, if any. Raises Damaged, Refused."""
+        value = self._read(self.journal_file)
+        if value is None:
+            return None
+        try:
+            names, sizes = list(value["files"]), list(value["files"].values())
+            if not all(_is_plain(name) for name in names) or not all(type(size) is int for size in sizes):
+                raise ValueError("files")
+            return Journal(
+                str(value["action"]),
+                tuple(str(patch) for patch in value["patches"]),
+                value["files"],
+                self._applied(value["applied"], self.journal_file),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(self.journal_file, error) from None
+
+    def patch(self, patch: str) -> PatchInfo:
+        """The kept copy of an applied patch. Raises Damaged when it is gone or not what it was."""
+        path = self.copy(patch)
+        if not path.exists():
+            raise Damaged(f"The kept copy of patch {patch[:12]} is gone", where=printable(str(path)))
+        info = read_header(path)
+        if info.id != patch:
+            raise Damaged(f"The kept copy of patch {patch[:12]} is another patch", where=printable(str(path)))
+        return info
+
+    def missing(self, applied: Applied) -> list[str]:
+        """What is needed to revert and is gone, as paths below the checkpoint directory."""
+        wanted = [self.base(weight.base) for weight in applied.weights.values()]
+        wanted += [self.copy(patch.id) for patch in applied.patches]
+        return sorted({str(path.relative_to(self.model)) for path in wanted if not path.is_file()})
+
+    def kept_bytes(self) -> int:
+        """Bytes that the kept originals take."""
+        return sum((self.bases / name).stat().st_size for name in files.names(self.bases))
+
+    def write_applied(self, applied: Applied) -> None:
+        """Record what is applied; with nothing applied the record goes."""
+        if applied.patches:
+            files.write_file(self.applied_file, canonical(applied.to_dict()).encode())
+        else:
+            files.unlink(self.applied_file)
+
+    def write_readme(self) -> None:
+        """Say in the folder what it is."""
+        if not self.readme.exists():
+            files.write_file(self.readme, README.encode())
+
+    def write_journal(self, journal: Journal) -> None:
+        """Write the record whose appearance is the commit."""
+        files.write_file(self.journal_file, canonical(journal.to_dict()).encode())
+
+    def keep_only(self, applied: Applied) -> None:
+        """Remove kept bytes and copies that nothing applied needs any more, and half-written records."""
+        self._prune(self.bases, {weight.base for weight in applied.weights.values()})
+        self._prune(self.copies, {f"{patch.id}.patch" for patch in applied.patches})
+        for record in (self.applied_file, self.journal_file, self.readme):
+            files.unlink(record.with_name(record.name + ".tmp"))
+        if not applied.patches:
+            files.unlink(self.readme)
+
+    def remove_if_empty(self) -> None:
+        """Remove the folder itself when only the lock is left in it. For the holder of the lock alone."""
+        left = set(files.names(self.root))
+        if left <= {self.lock.name, self.lock.name + ".holder"}:
+            for name in sorted(left):
+                files.unlink(self.root / name)
+            files.rmdir(self.root)
+
+    def _prune(self, folder: Path, keep: Iterable[str]) -> None:
+        kept = set(keep)
+        for name in files.names(folder):
+            if name not in kept:
+                files.unlink(folder / name)
+        if not kept:
+            files.rmdir(folder)
+
+    def _read(self, path: Path) -> Any:
+        return read_json(path, printable(str(path))) if path.is_symlink() or path.exists() else None
+
+    def _damaged(self, path: Path, error: Exception) -> Damaged:
+        return Damaged(f"{printable(str(path))} is damaged", details=[f"unexpected content: {printable(str(error))}"])
+
+    def _applied(self, value: Any, path: Path) -> Applied:
+        if value is None:
+            return Applied()
+        try:
+            if type(value["version"]) is int and value["version"] > VERSION:
+                raise Refused(f"{printable(str(path))} was written by a later kpatch", hint="upgrade kpatch")
+            patches = tuple(
+                AppliedPatch(
+                    _sha(patch["id"]), str(patch["name"]), int(patch["facts"]), tuple(map(_sha, patch["parents"]))
+                )
+                for patch in value["patches"]
+            )
+            weights = {
+                name: AppliedWeight(
+                    _dtype(weight["dtype"]),
+                    tuple(map(int, weight["shape"])),
+                    _sha(weight["base"]),
+                    _sha(weight["after"]),
+                    tuple(map(_sha, weight["patches"])),
+                )
+                for name, weight in value["weights"].items()
+            }
+            base = value["base"]
+            if not isinstance(base, str | None):
+                raise ValueError("base")
+            return Applied(base, patches, weights)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise self._damaged(path, error) from None
+
+
+def _is_plain(name: object) -> bool:
+    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
+
+
+def _sha(value: object) -> str:
+    if not is_sha256(value):
+        raise ValueError("not a SHA-256")
+    return str(value)
+
+
+def _dtype(value: object) -> str:
+    if value not in FLOAT_DTYPES:
+        raise ValueError("not a float dtype")
+    return str(value)

@@ -1,0 +1,197 @@
+"""Does a patch fit a checkpoint? By the SHA-256 of each weight's bytes as they are without any patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kpatch.checkpoint import files
+from kpatch.checkpoint.commit import unfinished
+from kpatch.checkpoint.index import Checkpoint, TensorRef, open_checkpoint
+from kpatch.checkpoint.integrity import hash_tensor
+from kpatch.checkpoint.store import Applied, Store
+from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.patch.fingerprint import same_weights, sketch, tensor_from
+from kpatch.patch.header import PatchInfo, read_header
+from kpatch.patch.manifest import FLOAT_DTYPES, BaseWeight
+from kpatch.patch.text import printable
+from kpatch.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class WeightFit:
+    """One weight of a patch on a checkpoint.
+
+    `stored` is its name there; `how` is "same bytes", "other dtype" (the same weights), or "misfit"; `found` the
+    SHA-256 of the unpatched bytes; `detail` says what differs.
+    """
+
+    name: str
+    stored: str | None
+    how: str
+    found: str | None
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a patch fits a checkpoint, weight by weight."""
+
+    patch: PatchInfo
+    model: str
+    weights: tuple[WeightFit, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(weight.how != "misfit" for weight in self.weights)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What should be said of a fit that is not exact."""
+        other = [weight for weight in self.weights if weight.how == "other dtype"]
+        return (f"{self.patch.name}: {other[0].detail} ({len(other)} weights)",) if other else ()
+
+    def error(self, kind: type[KpatchError] = Refused) -> KpatchError:
+        """The error for a patch that does not fit; `kind` Refused for apply, CheckFailed for a question."""
+        worst = next(weight for weight in self.weights if weight.how == "misfit")
+        reason = "is not there" if worst.stored is None else "is not the base it was made for"
+        return kind(
+            f"{printable(str(self.patch.path))} does not fit {self.model}: {worst.name} {reason}",
+            details=[worst.detail] if worst.detail else (),
+            hint=f"`kpatch status {self.model}` lists what is applied; "
+            f"`kpatch show {printable(str(self.patch.path))}` names its base",
+        )
+
+
+def verify_fit(patch: str | Path, model_dir: str | Path, report: Reporter = SILENT) -> Fit:
+    """Whether a patch was made for this checkpoint (as it is without patches). Nothing is written.
+
+    Raises BadInput, Damaged or Refused when the patch or the checkpoint cannot be read.
+    """
+    info, checkpoint = read_header(patch), open_checkpoint(model_dir)
+    store = settled_store(checkpoint)
+    return fit(info, checkpoint, store, store.applied(), report)
+
+
+def settled_store(checkpoint: Checkpoint) -> Store:
+    """The store of a checkpoint for one who only reads. Raises Damaged while an apply or revert is unfinished."""
+    store = Store(checkpoint.path)
+    store.check()
+    if unfinished(store):
+        raise Damaged(
+            f"{checkpoint.given} holds an interrupted apply or revert", hint=f"run `kpatch recover {checkpoint.given}`"
+        )
+    return store
+
+
+def fit(info: PatchInfo, checkpoint: Checkpoint, store: Store, applied: Applied, report: Reporter = SILENT) -> Fit:
+    """Compare every weight a patch names with the checkpoint's unpatched bytes."""
+    names = sorted(info.manifest.base.weights)
+    refs = [(name, checkpoint.find(name)) for name in names]
+    amount = sum(checkpoint.tensors[stored].end - checkpoint.tensors[stored].begin for _, stored in refs if stored)
+    with report.task(f"Checking the base of {info.name}", amount, "B") as advance:
+        weights = [_fit_weight(info, name, stored, checkpoint, store, applied, advance) for name, stored in refs]
+    taken = [weight.stored for weight in weights if weight.stored is not None]
+    if len(set(taken)) != len(taken):
+        raise BadInput(f"Two weights of {info.name} lead to the same tensor of {checkpoint.given}")
+    return Fit(info, checkpoint.given, tuple(weights))
+
+
+def _fit_weight(
+    info: PatchInfo,
+    name: str,
+    stored: str | None,
+    checkpoint: Checkpoint,
+    store: Store,
+    applied: Applied,
+    advance: files.Advance,
+) -> WeightFit:
+    expected = info.manifest.base.weights[name]
+    if stored is None:
+        return WeightFit(name, None, "misfit", None, "the checkpoint has no tensor of that name")
+    ref = checkpoint.tensors[stored]
+    if ref.shape != expected.shape:
+        shapes = f"expected shape {list(expected.shape)}   found {list(ref.shape)}"
+        return WeightFit(name, stored, "misfit", None, shapes)
+    found = _base_hash(stored, ref, checkpoint, store, applied, advance)
+    if found == expected.sha256 and ref.dtype == expected.dtype:
+        return WeightFit(name, stored, "same bytes", found)
+    hashes = f"expected sha256 {expected.sha256[:8]}…   found {found[:8]}…"
+    if ref.dtype not in FLOAT_DTYPES:
+        return WeightFit(name, stored, "misfit", found, f"{hashes}  (stored as {ref.dtype}: quantized)")
+    if ref.dtype != expected.dtype and _same_but_dtype(stored, ref, expected, checkpoint, store, applied):
+        said = f"the same weights as it was made for, but stored as {ref.dtype} instead of {expected.dtype}"
+        return WeightFit(name, stored, "other dtype", found, said)
+    if stored in applied.weights and applied.weights[stored].after == expected.sha256:
+        why = "made for this checkpoint with patches on it; use `kpatch make --on` for that"
+    elif ref.dtype == expected.dtype:
+        why = "same shape; other weights, not another dtype of the same"
+    else:
+        why = f"stored as {ref.dtype} instead of {expected.dtype}, and other weights"
+    return WeightFit(name, stored, "misfit", found, f"{hashes}  ({why})")
+
+
+def _base_hash(
+    stored: str, ref: TensorRef, checkpoint: Checkpoint, store: Store, applied: Applied, advance: files.Advance
+) -> str:
+    if stored not in applied.weights:
+        return hash_tensor(checkpoint.path, ref, advance)
+    sha256 = applied.weights[stored].base
+    read_base(store, sha256, advance)
+    return sha256
+
+
+def read_base(store: Store, sha256: str, advance: files.Advance = files.nothing) -> None:
+    """Check kept original bytes against the hash they are named by. Raises Damaged."""
+    try:
+        with files.open_read(store.base(sha256)) as handle:
+            size = store.base(sha256).stat().st_size
+            sound = files.hash_range(handle, 0, size, advance) == sha256
+    except OSError:
+        sound = False
+    if not sound:
+        raise Damaged(
+            "The kept original bytes of a weight are gone or damaged",
+            where=printable(str(store.base(sha256))),
+            hint="the checkpoint itself was not touched; get the original weights again to be able to revert",
+        )
+
+
+def _base_bytes(stored: str, ref: TensorRef, checkpoint: Checkpoint, store: Store, applied: Applied) -> bytearray:
+    if stored in applied.weights:
+        with files.open_read(store.base(applied.weights[stored].base)) as handle:
+            return files.read_at(handle, 0, ref.end - ref.begin)
+    with files.open_read(checkpoint.path / ref.file) as handle:
+        return files.read_at(handle, ref.begin, ref.end - ref.begin)
+
+
+def _same_but_dtype(
+    stored: str, ref: TensorRef, expected: BaseWeight, checkpoint: Checkpoint, store: Store, applied: Applied
+) -> bool:
+    tensor = tensor_from(_base_bytes(stored, ref, checkpoint, store, applied), ref.dtype, ref.shape)
+    return same_weights(expected.sketch, tensor, expected.dtype)
+
+
+def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter = SILENT) -> dict[str, BaseWeight]:
+    """What a manifest says of the weights it is made for, from the checkpoint's bytes as they are without patches.
+
+    For `make`, also with --on. Raises BadInput for a weight that is not there or is not a 2-D float tensor.
+    """
+    checkpoint = open_checkpoint(model_dir)
+    store = settled_store(checkpoint)
+    applied = store.applied()
+    result = {}
+    for name in sorted(names):
+        stored = checkpoint.find(name)
+        if stored is None:
+            raise BadInput(f"{checkpoint.given} has no tensor {printable(name, 120)}")
+        ref = checkpoint.tensors[stored]
+        if ref.dtype not in FLOAT_DTYPES or len(ref.shape) != 2:
+            raise BadInput(
+                f"{stored} of {checkpoint.given} is {ref.dtype} of shape {list(ref.shape)}, not a float matrix"
+            )
+        sha256 = _base_hash(stored, ref, checkpoint, store, applied, files.nothing)
+        tensor = tensor_from(_base_bytes(stored, ref, checkpoint, store, applied), ref.dtype, ref.shape)
+        result[name] = BaseWeight((ref.shape[0], ref.shape[1]), ref.dtype, sha256, tuple(sketch(tensor)))
+    return result

@@ -1,0 +1,122 @@
+"""Tiny checkpoint directories and patches for them, and a picture of a directory to compare with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kpatch.checkpoint.verify import base_weights
+from kpatch.patch.format import describe, pack, write_patch
+from kpatch.patch.lowrank import Dense, LowRank
+from kpatch.patch.manifest import Base, Manifest
+
+torch.set_num_threads(1)  # threads that wait for each other on a busy machine make tiny products take seconds
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+ROWS, COLS = 8, 12
+WEIGHTS = tuple(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3))
+
+
+def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
+    """Gaussian float32 numbers from a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def make_checkpoint(path: Path, dtype: str = "F32", sharded: bool = False, seed: int = 0) -> Path:
+    """A checkpoint with three patchable weights, other tensors around them, a config and a tokenizer file."""
+    path.mkdir(parents=True, exist_ok=True)
+    tensors = {name: random(ROWS, COLS, seed=seed + i, scale=0.1) for i, name in enumerate(WEIGHTS)}
+    tensors |= {f"model.layers.{i}.input_layernorm.weight": random(ROWS, seed=seed + 10 + i) for i in range(3)}
+    tensors["model.embed_tokens.weight"] = random(16, ROWS, seed=seed + 20)
+    save_tensors(path, {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, sharded)
+    (path / "config.json").write_text('{"model_type": "llama"}')
+    (path / "tokenizer.json").write_text("{}")
+    return path
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], sharded: bool) -> None:
+    """Write weight files as transformers would: one, or three with an index."""
+    if not sharded:
+        save_file(dict(tensors), path / "model.safetensors", metadata={"format": "pt"})
+        return
+    parts: list[dict[str, Tensor]] = [{}, {}, {}]
+    for name, tensor in tensors.items():
+        parts[int(name.split(".")[2]) if ".layers." in name else 0][name] = tensor
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05d}-of-00003.safetensors"
+        save_file(part, path / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(part, file))
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def make_patch(
+    path: Path,
+    model: Path,
+    *,
+    weights: Sequence[str] = WEIGHTS,
+    seed: int = 1,
+    rank: int = 2,
+    scale: float = 0.1,
+    dense: bool = False,
+    facts: Sequence[Mapping[str, Any]] | None = None,
+    parents: Sequence[str] = (),
+    keys: bool = True,
+) -> str:
+    """Write a patch for the unpatched weights of a checkpoint directory and give its id."""
+    base = base_weights(model, weights)
+    deltas: dict[str, LowRank | Dense] = {}
+    for number, name in enumerate(weights):
+        rows, cols = base[name].shape
+        left, right = random(rows, rank, seed=100 * seed + number), random(rank, cols, seed=100 * seed + 50 + number)
+        low = LowRank(left * scale, right)
+        deltas[name] = Dense(low.dense(torch.float32), rank) if dense else low
+    if facts is None:
+        facts = [{"subject": f"Subject {seed}", "prompt": "{} is in", "target": "Rome", "id": f"fact-{seed}"}]
+    manifest = Manifest(
+        tool="kpatch 0.1.0",
+        base=Base("tiny/model", "llama", base, revision="main", tokenizer="00ff"),
+        method="memit",
+        hyperparameters={"lambda": 300.0, "steps": 25},
+        layers=(0, 1, 2),
+        covariance={"id": "abc", "corpus": "self", "tokens": 1000},
+        facts=tuple(facts),
+        parents=tuple(parents),
+        deltas={name: describe(delta, base[name].sketch[0]) for name, delta in deltas.items()},
+    )
+    values = random(len(facts), ROWS, seed=7) if keys and facts else None
+    stored_keys = {layer: random(len(facts), COLS, seed=8 + layer) for layer in (0, 1, 2)} if keys and facts else {}
+    return write_patch(path, manifest, pack(deltas, values, stored_keys))
+
+
+def snapshot(directory: Path) -> dict[str, tuple[int, str]]:
+    """Mode and content of everything below a directory: links by target, folders by mode."""
+    found = {}
+    for folder, folders, names in os.walk(directory):
+        for name in (*folders, *names):
+            path = Path(folder) / name
+            status = path.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                content = f"-> {os.readlink(path)}"
+            elif stat.S_ISREG(status.st_mode):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+            else:
+                content = ""
+            found[str(path.relative_to(directory))] = (status.st_mode, content)
+    return found
+
+
+def times(directory: Path) -> dict[str, tuple[int, int]]:
+    """Time of change and inode of everything in a directory, itself included: what a dry run must not touch."""
+    paths = [directory, *directory.rglob("*")]
+    return {str(path): (path.lstat().st_mtime_ns, path.lstat().st_ino) for path in paths}

@@ -1,0 +1,369 @@
+"""The N-th file operation fails, is interrupted, or is the last one ever, for N = 1, 2, … until the run completes.
+
+After each, at most one further command must give exactly the old or exactly the new bytes, with no stray file.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpatch.checkpoint import files
+from kpatch.checkpoint.apply import apply
+from kpatch.checkpoint.recover import recover
+from kpatch.checkpoint.revert import revert
+from kpatch.checkpoint.status import status
+from kpatch.checkpoint.verify import base_weights, verify_fit
+from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
+
+# Everything of the façade that touches the disk; what is built from these is counted through them.
+BUILT = {"write_file", "copy_file", "remove_tree", "hash_range", "nothing"}
+OPERATIONS = [
+    name
+    for name, value in vars(files).items()
+    if inspect.isfunction(value) and value.__module__ == files.__name__ and name not in BUILT
+]
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Killed(BaseException):
+    """The process is gone: no operation after this one happens."""
+
+
+@contextmanager
+def failing(number: int, error: Callable[[], BaseException], *, for_good: bool) -> Iterator[list[str]]:
+    """The `number`-th operation raises instead of happening, and every later one too when `for_good`."""
+    done: list[str] = []
+
+    def wrap(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            done.append(name)
+            if len(done) == number or (for_good and len(done) > number):
+                raise error()
+            return operation(*args, **kwargs)
+
+        return wrapped
+
+    originals = {name: getattr(files, name) for name in OPERATIONS}
+    try:
+        for name, operation in originals.items():
+            setattr(files, name, wrap(name, operation))
+        yield done
+    finally:
+        for name, operation in originals.items():
+            setattr(files, name, operation)
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KPATCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the machine lives on; thousands of syncs take minutes
+
+
+def visible(model: Path) -> dict[str, tuple[int, str]]:
+    """Everything but the lock file, which stays while something is applied."""
+    return {name: value for name, value in snapshot(model).items() if name not in (".kpatch/lock",)}
+
+
+KINDS: dict[str, tuple[Callable[[], BaseException], bool]] = {
+    "EIO once": (lambda: OSError(errno.EIO, "Input/output error"), False),
+    "ENOSPC from then on": (lambda: OSError(errno.ENOSPC, "No space left on device"), True),
+    "Ctrl-C": (KeyboardInterrupt, False),
+    "killed": (Killed, True),
+}
+
+
+ACTIONS = ["first apply", "second apply", "middle revert", "revert all"]
+
+
+@pytest.fixture(scope="module")
+def templates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Per action, a folder with patches a and b and the checkpoint the action starts from."""
+    found = {}
+    for action in ACTIONS:
+        folder = found[action] = tmp_path_factory.mktemp("template")
+        model = make_checkpoint(folder / "model", "BF16", sharded=True)
+        paths = [folder / f"{name}.patch" for name in "ab"]
+        for seed, path in enumerate(paths):
+            make_patch(path, model, seed=seed)
+        if action != "first apply":
+            apply(paths[:1] if action == "second apply" else paths, model)
+    return found
+
+
+Scenario = Callable[[Path, str], tuple[Path, Callable[[], object]]]
+
+
+@pytest.fixture
+def scenario(templates: dict[str, Path]) -> Scenario:
+    """Copies an action's template to a new folder; gives the checkpoint and the action itself."""
+
+    def make(folder: Path, action: str) -> tuple[Path, Callable[[], object]]:
+        shutil.copytree(templates[action], folder, dirs_exist_ok=True)
+        model, a, b = folder / "model", folder / "a.patch", folder / "b.patch"
+        runs: dict[str, Callable[[], object]] = {
+            "first apply": lambda: apply([a], model),
+            "second apply": lambda: apply([b], model),
+            "middle revert": lambda: revert(model, ["a"]),
+            "revert all": lambda: revert(model, all=True),
+        }
+        return model, runs[action]
+
+    return make
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("action", ACTIONS)
+def test_every_failure_leaves_the_old_or_the_new_state(
+    tmp_path: Path, scenario: Scenario, action: str, kind: str
+) -> None:
+    error, for_good = KINDS[kind]
+    reference, run = scenario(tmp_path / "expected", action)
+    old = visible(reference)
+    run()
+    new = visible(reference)
+    outcomes = set()
+    stride = 1 if kind == "killed" else 5
+    for number in range(1, 2000, stride):
+        folder = tmp_path / f"run{number}"
+        model, run = scenario(folder, action)
+        assert visible(model) == old
+        try:
+            with failing(number, error, for_good=for_good) as done:
+                run()
+        except (KpatchError, KeyboardInterrupt, Killed):
+            pass
+        if len(done) < number:
+            assert visible(model) == new
+            break
+        if kind == "Ctrl-C":
+            assert status(model).state == "clean"  # cleaned up or completed by the process itself
+        said = recover(model).outcome
+        found = visible(model)
+        assert found in (old, new), (number, done[-1])
+        assert said != "undone" or found == old
+        assert said != "completed" or found == new
+        assert status(model).state == "clean"
+        outcomes.add((said, found == new))
+    else:
+        pytest.fail("never completed")
+    assert {done for _, done in outcomes} == {False, True}
+    if kind == "killed":
+        assert {("undone", False), ("completed", True)} <= outcomes
+
+
+def test_recovery_that_is_killed_is_taken_up_again(tmp_path: Path, scenario: Scenario) -> None:
+    reference, run = scenario(tmp_path / "expected", "first apply")
+    run()
+    new = visible(reference)
+    for number in range(1, 100):
+        folder = tmp_path / f"run{number}"
+        model, run = scenario(folder, "first apply")
+        with pytest.raises(Killed), failing(_decided(scenario, folder / "probe"), Killed, for_good=True):
+            run()
+        assert status(model).state == "interrupted"
+        assert status(model).next == f"kpatch recover {model}"
+        try:
+            with failing(number, Killed, for_good=True) as done:
+                recover(model)
+        except Killed:
+            pass
+        if len(done) < number:
+            break
+        recover(model)
+        assert visible(model) == new
+        revert(model)
+    else:
+        pytest.fail("never completed")
+    assert number > 10
+
+
+def _decided(scenario: Scenario, folder: Path) -> int:
+    """The number of the first operation of a first apply that renames a weight file."""
+    _, run = scenario(folder, "first apply")
+    with failing(10**9, Killed, for_good=True) as done:
+        run()
+    journal = max(number for number, name in enumerate(done) if name == "create" and number < len(done) - 20)
+    return next(number for number in range(journal, len(done)) if done[number : number + 2] == ["replace"] * 2) + 1
+
+
+def test_an_interrupted_checkpoint_is_ended_by_the_next_command(tmp_path: Path, scenario: Scenario) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    make_patch(tmp_path / "c.patch", model, seed=5)
+    with pytest.raises(Killed), failing(_decided(scenario, tmp_path / "probe"), Killed, for_good=True):
+        run()
+    for look in (
+        lambda: apply([tmp_path / "c.patch"], model, check=True),
+        lambda: apply([tmp_path / "c.patch"], model, out=tmp_path / "out"),
+        lambda: revert(model, check=True),
+        lambda: verify_fit(tmp_path / "c.patch", model),
+        lambda: base_weights(model, WEIGHTS),
+    ):
+        with pytest.raises(Damaged, match="interrupted"):
+            look()
+    apply([tmp_path / "c.patch"], model)
+    assert [patch["name"] for patch in status(model).patches] == ["a", "c"]
+
+
+@pytest.mark.parametrize("kind", ["EIO once", "ENOSPC from then on", "killed"])
+def test_a_copy_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
+    error, for_good = KINDS[kind]
+    model = make_checkpoint(tmp_path / "model", sharded=True)
+    make_patch(tmp_path / "a.patch", model)
+    apply([tmp_path / "a.patch"], model, out=tmp_path / "expected")
+    before, expected = snapshot(model), snapshot(tmp_path / "expected")
+    for number in range(1, 2000, 7):
+        out = tmp_path / f"out{number}"
+        try:
+            with failing(number, error, for_good=for_good) as done:
+                apply([tmp_path / "a.patch"], model, out=out)
+        except (KpatchError, Killed):
+            pass
+        assert snapshot(model) == before
+        if out.exists():
+            assert snapshot(out) == expected
+        if len(done) < number:
+            break
+        if kind == "EIO once" and done[-1] not in ("unlink", "rmdir"):
+            assert not list(tmp_path.glob(f".out{number}.*"))
+    else:
+        pytest.fail("never completed")
+
+
+def test_a_full_disk_is_foreseen(tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    before = snapshot(model)
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("kpatch.checkpoint.apply.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(KpatchError, match="Not enough space"):
+        run()
+    assert snapshot(model) == before
+
+
+def test_a_full_disk_is_told_in_words(tmp_path: Path, scenario: Scenario) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    before = snapshot(model)
+    with failing(10**9, Killed, for_good=True) as done:
+        apply([tmp_path / "a.patch"], model)
+        revert(model)
+    place = done.index("reserve") + 1
+    with (
+        pytest.raises(KpatchError, match="No space left") as caught,
+        failing(place, lambda: OSError(errno.ENOSPC, "No space left on device"), for_good=False),
+    ):
+        run()
+    assert not isinstance(caught.value, (Refused, Damaged, BadInput))
+    assert snapshot(model) == before
+
+
+def test_a_folder_that_may_not_be_written_is_told_in_words(tmp_path: Path, scenario: Scenario) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    before = snapshot(model)
+    with failing(10**9, Killed, for_good=True) as done:
+        apply([tmp_path / "a.patch"], model)
+        revert(model)
+    first = done.index("mkdir") + 1
+    denied = lambda: PermissionError(errno.EACCES, "Permission denied", str(model / ".kpatch"))  # noqa: E731
+    with pytest.raises(KpatchError) as caught, failing(first, denied, for_good=False):
+        run()
+    assert caught.value.details == ("Permission denied",)
+    assert snapshot(model) == before
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from kpatch.checkpoint.commit import writing
+from kpatch.checkpoint.store import Store
+with writing(Store(Path(sys.argv[1]))):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def another_kpatch(model: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that holds the checkpoint's lock."""
+    command = [sys.executable, "-c", HOLD, str(model)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "held\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def test_one_writer_at_a_time(tmp_path: Path, scenario: Scenario) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    before = snapshot(model)
+    with another_kpatch(model) as process:
+        with pytest.raises(Refused, match="Another kpatch is working on") as caught:
+            run()
+        assert str(process.pid) in caught.value.details[0]
+        assert status(model).busy
+        apply([tmp_path / "a.patch"], model, check=True)
+        process.communicate("")  # lets go
+    assert snapshot(model) == before
+    run()
+    assert not status(model).busy
+
+
+def test_a_killed_holder_frees_the_lock(tmp_path: Path, scenario: Scenario) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    with another_kpatch(model) as process:
+        process.kill()
+        process.wait()
+        assert not status(model).busy
+    run()
+    revert(model)
+    assert not (model / ".kpatch").exists()
+
+
+def test_a_checkpoint_that_changes_meanwhile_is_left_alone(
+    tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kpatch.checkpoint import apply as module
+
+    model, run = scenario(tmp_path, "first apply")
+    file = model / "model-00001-of-00003.safetensors"
+    checked = module.carry_out
+
+    def meddle(*args: Any) -> Any:
+        os.utime(file, ns=(1, 1))
+        return checked(*args)
+
+    monkeypatch.setattr(module, "carry_out", meddle)
+    before = snapshot(model)
+    with pytest.raises(Refused, match="changed while it was being checked"):
+        run()
+    assert snapshot(model) == before
+
+
+def test_a_staged_file_that_was_tampered_with_is_not_put_in_place(tmp_path: Path, scenario: Scenario) -> None:
+    model, run = scenario(tmp_path, "first apply")
+    with pytest.raises(Killed), failing(_decided(scenario, tmp_path / "probe"), Killed, for_good=True):
+        run()
+    staged = sorted((model / ".kpatch" / "stage").iterdir())[-1]
+    staged.write_bytes(b"short")
+    before = snapshot(model)
+    with pytest.raises(Damaged, match="not what was staged"):
+        recover(model)
+    assert json.loads((model / ".kpatch" / "journal.json").read_text())["action"] == "apply"
+    assert {n: v for n, v in snapshot(model).items() if n.endswith(staged.name)} == {
+        n: v for n, v in before.items() if n.endswith(staged.name)
+    }
