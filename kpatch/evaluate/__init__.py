@@ -1,0 +1,1 @@
+"""What a model says: metrics over facts, and answers to prompts."""

@@ -1,0 +1,211 @@
+"""What a model answers: greedy completions in batches, and the likeliest next tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch.errors import BadInput
+from kpatch.evaluate.batches import batches
+from kpatch.evaluate.forward import logits_at, vocabulary, window
+from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, score
+from kpatch.facts.prompts import encode_many
+from kpatch.facts.schema import Fact
+from kpatch.models.load import Model
+from kpatch.models.runs import align
+from kpatch.reporter import SILENT, Reporter
+
+ANSWER_TOKENS = 6
+_CONTEXT = 8  # tokens of the prompt decoded with a completion, so that it keeps its leading space
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One candidate for the next token: its text and its probability, 0 to 1."""
+
+    token: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt, the greedy completion as it follows it (leading space included), the likeliest first tokens."""
+
+    prompt: str
+    completion: str
+    top: tuple[Token, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FactAnswer:
+    """A fact's greedy answer, its first words only, and P of the whole target behind the prompt."""
+
+    text: str
+    target: str
+    answer: str
+    probability: float
+
+
+@dataclass(frozen=True, slots=True)
+class Greedy:
+    """Token ids of one greedy completion without EOS, and (id, probability) of the likeliest first tokens."""
+
+    ids: tuple[int, ...]
+    top: tuple[tuple[int, float], ...]
+
+
+def ask(
+    model: Model, prompts: Sequence[str], top: int = 5, max_tokens: int = 12, report: Reporter = SILENT
+) -> list[Answer]:
+    """Greedy completions of plain prompts, at most `max_tokens` long, ended by EOS; no sampling, no chat template.
+
+    Spaces at a prompt's end are left out: they belong to the answer's first word. Raises BadInput for an empty
+    prompt or one too long for the model.
+    """
+    rows = [_plain_ids(model.tokenizer, prompt) for prompt in prompts]
+    answers = []
+    for prompt, row, found in zip(prompts, rows, complete(model, rows, max_tokens, top, report=report), strict=True):
+        tokens = tuple(Token(text_after(model.tokenizer, row, [token]), chance) for token, chance in found.top)
+        answers.append(Answer(prompt, text_after(model.tokenizer, row, found.ids), tokens))
+    return answers
+
+
+def answer_probability(
+    model: Model, facts: Sequence[Fact], max_tokens: int = ANSWER_TOKENS, report: Reporter = SILENT
+) -> list[FactAnswer]:
+    """The greedy answer and P(target) of every fact: the two columns of a table before and after.
+
+    A quick look; `metrics.measure` gives the same answers with all rates.
+    """
+    rows = encode_many(model.tokenizer, [(fact.prompt, fact.subject, fact.target, "") for fact in facts])
+    items = [(row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for row in rows]
+    texts = greedy_texts(model, [prompt for prompt, _ in items], max_tokens, report=report)
+    return [
+        FactAnswer(fact.text(), fact.target, first_words(text), scored.probability)
+        for fact, text, scored in zip(facts, texts, score(model, items, report=report), strict=True)
+    ]
+
+
+def greedy_texts(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    max_tokens: int,
+    batch_tokens: int = BATCH_TOKENS,
+    report: Reporter = SILENT,
+) -> list[str]:
+    """The text of every row's greedy completion, leading space included."""
+    found = complete(model, rows, max_tokens, 0, batch_tokens, report)
+    return [text_after(model.tokenizer, row, answer.ids) for row, answer in zip(rows, found, strict=True)]
+
+
+def first_words(text: str) -> str:
+    """The first line of an answer that has words, without spaces around it."""
+    lines = text.strip().splitlines()
+    return lines[0].strip() if lines else ""
+
+
+@torch.no_grad()
+def complete(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    max_tokens: int,
+    top: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    report: Reporter = SILENT,
+) -> list[Greedy]:
+    """Greedy completions of rows of ids, batched by length with padding on the left; in the order of `rows`.
+
+    Raises BadInput for an empty row, or one that leaves no room for `max_tokens` in the model's positions.
+    """
+    longest = window(model)
+    for index, row in enumerate(rows):
+        if not len(row):
+            raise BadInput(f"Prompt {index + 1} is empty, and this model's tokenizer puts no token before it")
+        if longest is not None and len(row) + max_tokens - 1 > longest:
+            raise BadInput(
+                f"Prompt {index + 1} is too long for {model.name}",
+                details=[f"expected at most {longest} tokens with the answer", f"found {len(row)} + {max_tokens}"],
+            )
+    order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
+    lengths, most = [len(rows[index]) + max_tokens for index in order], HEAD_NUMBERS // vocabulary(model)
+    results: dict[int, Greedy] = {}
+    with report.task("Answering", total=len(rows), unit="prompts") as advance:
+        # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
+        for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.85):
+            batch = [order[place] for place in places]
+            results.update(zip(batch, _complete_batch(model, [rows[i] for i in batch], max_tokens, top), strict=True))
+            advance(len(batch))
+    return [results[index] for index in range(len(rows))]
+
+
+def _complete_batch(model: Model, rows: Sequence[Sequence[int]], max_tokens: int, top: int) -> list[Greedy]:
+    batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)
+    ids, mask, positions = batch.ids, batch.mask, batch.positions
+    every = torch.arange(len(rows))
+    ends = torch.tensor(sorted(end_ids(model)))
+    cache: Any = None
+    candidates: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    chosen: list[Tensor] = []  # [B] each
+    ended = torch.zeros(len(rows), dtype=torch.bool)
+    for step in range(max_tokens):
+        logits, out = logits_at(
+            model,
+            ids,
+            every,
+            torch.full_like(every, ids.shape[1] - 1),
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        if step == 0 and top:
+            chances, tokens = logits.softmax(-1).topk(min(top, logits.shape[-1]))  # [B, top]
+            pairs = zip(tokens.tolist(), chances.tolist(), strict=True)
+            candidates = [tuple(zip(some, their, strict=True)) for some, their in pairs]
+        best = logits.argmax(-1).cpu()  # [B]
+        chosen.append(best)
+        ended |= torch.isin(best, ends)
+        if bool(ended.all()):
+            break
+        cache = out.past_key_values
+        ids = best[:, None].to(model.device)
+        positions = positions[:, -1:] + 1
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+    ids_by_row = torch.stack(chosen, dim=1).tolist() if chosen else [[] for _ in rows]
+    stops = set(ends.tolist())
+    answers = []
+    for row, first in zip(ids_by_row, candidates, strict=True):
+        length = next((place for place, token in enumerate(row) if token in stops), len(row))
+        answers.append(Greedy(tuple(row[:length]), first))
+    return answers
+
+
+def end_ids(model: Model) -> set[int]:
+    """The ids that end a text: the tokenizer's EOS and those of the model's generation settings."""
+    settings = getattr(model.net, "generation_config", None)
+    given = getattr(settings, "eos_token_id", None)
+    ends = set(given) if isinstance(given, list | tuple) else {given}
+    ends.add(model.tokenizer.eos_token_id)
+    return {int(end) for end in ends if end is not None}
+
+
+def text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of `ids` as it continues `before`. Decoded alone, some tokenizers drop the first word's space."""
+    context = list(before[-_CONTEXT:])
+    head = tokenizer.decode(context, clean_up_tokenization_spaces=False)
+    whole = tokenizer.decode([*context, *ids], clean_up_tokenization_spaces=False)
+    if whole.startswith(head):
+        return str(whole[len(head) :])
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
+
+
+def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+    ids = list(tokenizer(text.rstrip(" "))["input_ids"])
+    # Some tokenizers put EOS behind every text, where an answer is to follow.
+    while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+        ids.pop()
+    return ids

@@ -1,0 +1,46 @@
+"""The network's own forward pass, with the head applied only where logits are wanted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kpatch.models.load import Model
+
+
+@torch.no_grad()
+def logits_at(model: Model, ids: Tensor, rows: Tensor, columns: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+    """Logits [P, V] in float32 after token (rows[p], columns[p]) of ids [B, T], and the network's whole output.
+
+    `arguments` go to the network (mask, positions, cache). The head is the costliest matrix of a small model and
+    most columns are never asked for, so its input is cut down to P rows before it runs.
+    """
+    ran: list[bool] = []
+
+    def pick(head: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden: Tensor = inputs[0]  # [B, T, d]
+        ran.append(True)
+        return hidden[rows.to(hidden.device), columns.to(hidden.device)].unsqueeze(0), *inputs[1:]
+
+    arguments.setdefault("use_cache", False)
+    handle = model.net.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        out = model.net(input_ids=ids.to(model.device), **arguments)
+    finally:
+        handle.remove()
+    # A network that multiplies by its embeddings without calling a head gives every column.
+    logits: Tensor = out.logits[0] if ran else out.logits[rows.to(out.logits.device), columns.to(out.logits.device)]
+    return logits.float(), out
+
+
+def vocabulary(model: Model) -> int:
+    """V, the width of a row of logits."""
+    return int(model.net.get_output_embeddings().weight.shape[0])
+
+
+def window(model: Model) -> int | None:
+    """The longest row the network has positions for, where its configuration says."""
+    longest = getattr(model.net.config, "max_position_embeddings", None)
+    return int(longest) if longest else None

@@ -1,0 +1,179 @@
+"""Efficacy, generalization and specificity of facts in a model, each as success, magnitude and accuracy.
+
+Meng et al. 2023 (MEMIT), section 5 and appendix; docs/metrics.md works one example by hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kpatch.evaluate.answers import ANSWER_TOKENS, first_words, greedy_texts
+from kpatch.evaluate.rates import Outcome, summarize
+from kpatch.evaluate.score import BATCH_TOKENS, Scored, score
+from kpatch.facts.prompts import Encoded, Item, encode_many
+from kpatch.facts.schema import SLOT, Fact
+from kpatch.models.load import Model
+from kpatch.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """`metrics` is the METRICS object of the JSON output, `facts` has one object for every fact, in their order.
+
+    `outcomes` are the single results behind the rates, for intervals and lists of failures.
+    """
+
+    metrics: dict[str, Any]
+    facts: tuple[dict[str, Any], ...]
+    outcomes: tuple[Outcome, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """One prompt with the answer that is right there and the rival it must beat. Where the prompt has no slot for the
+    subject, the whole text stands in one."""
+
+    fact: int
+    kind: str
+    prompt: str
+    subject: str
+    right: str | None
+    rival: str | None
+
+    @property
+    def compared(self) -> bool:
+        return self.right is not None and self.rival is not None and self.right.strip() != self.rival.strip()
+
+
+def measure(
+    model: Model,
+    facts: Sequence[Fact],
+    batch_tokens: int = BATCH_TOKENS,
+    answer_tokens: int = ANSWER_TOKENS,
+    report: Reporter = SILENT,
+) -> Measurement:
+    """Measure how a model takes `facts`.
+
+    `answer_tokens` is the length of the greedy answers in `.facts` in tokens; 0 leaves them out. Facts without `was`
+    count for accuracy alone, neighbors without target for nothing, since nothing is known about them; an answer that
+    is its own rival is not compared. Raises BadInput for text that the tokenizer cannot take, CheckFailed for NaN.
+    """
+    probes = [probe for number, fact in enumerate(facts) for probe in _probes(number, fact)]
+    pairs = _score(model, probes, batch_tokens, report)
+    outcomes = [_outcome(probe, *pair) for probe, pair in zip(probes, pairs, strict=True)]
+    answers: Sequence[str | None] = [None] * len(facts)
+    if answer_tokens:
+        texts = greedy_texts(model, _prompts(model, facts), answer_tokens, batch_tokens, report)
+        answers = [first_words(text) for text in texts]
+    rows = _fact_rows(facts, probes, pairs, outcomes, answers)
+    measured = tuple(outcome for outcome in outcomes if outcome is not None)
+    return Measurement(summarize(measured), tuple(rows), measured)
+
+
+def effect(before: Measurement, after: Measurement) -> dict[str, Any]:
+    """The manifest's `effect`: metrics before and after, and for every fact its answer and probabilities then and now.
+
+    Raises ValueError for measurements of different facts.
+    """
+    facts = []
+    for old, new in zip(before.facts, after.facts, strict=True):
+        about = {key: old[key] for key in _ABOUT}
+        if about != {key: new[key] for key in _ABOUT}:
+            raise ValueError(f"Measurements of different facts: {about} and {[new[key] for key in _ABOUT]}")
+        facts.append({**_given(about), "before": _found(old), "after": _found(new)})
+    return {"before": before.metrics, "after": after.metrics, "facts": facts}
+
+
+_ABOUT = ("id", "text", "subject", "target", "was")
+
+
+def _given(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in row.items() if value is not None and value != [] and value != ""}
+
+
+def _found(row: Mapping[str, Any]) -> dict[str, Any]:
+    return _given({key: value for key, value in row.items() if key not in _ABOUT})
+
+
+def _probes(number: int, fact: Fact) -> list[_Probe]:
+    probes = [_Probe(number, "efficacy", fact.prompt, fact.subject, fact.target, fact.was)]
+    for text in fact.paraphrases:
+        template, subject = (text, fact.subject) if SLOT in text else (SLOT, text)
+        probes.append(_Probe(number, "generalization", template, subject, fact.target, fact.was))
+    for neighbor in fact.neighbors:
+        probes.append(_Probe(number, "specificity", SLOT, neighbor.prompt, neighbor.target, fact.target))
+    return probes
+
+
+def _score(
+    model: Model, probes: Sequence[_Probe], batch_tokens: int, report: Reporter
+) -> list[tuple[Scored | None, Scored | None]]:
+    """The right answer and the rival of every probe, each scored where it is needed."""
+    wanted: list[tuple[int, int]] = []
+    texts: list[Item] = []
+    for number, probe in enumerate(probes):
+        sides = (probe.right, probe.rival if probe.compared else None)
+        for side, answer in enumerate(sides):
+            if answer is not None:
+                wanted.append((number, side))
+                texts.append((probe.prompt, probe.subject, answer, ""))
+    items = [_split(row) for row in encode_many(model.tokenizer, texts)]
+    found = dict(zip(wanted, score(model, items, batch_tokens, report), strict=True))
+    return [(found.get((number, 0)), found.get((number, 1))) for number in range(len(probes))]
+
+
+def _split(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return row.ids[: row.prompt_len], row.ids[row.prompt_len :]
+
+
+def _prompts(model: Model, facts: Sequence[Fact]) -> list[tuple[int, ...]]:
+    return [row.ids for row in encode_many(model.tokenizer, [(fact.prompt, fact.subject, None, "") for fact in facts])]
+
+
+def _outcome(probe: _Probe, right: Scored | None, rival: Scored | None) -> Outcome | None:
+    if right is None:
+        return None
+    if rival is None:
+        return Outcome(probe.fact, probe.kind, None, None, right.greedy)
+    success = right.mean_logprob > rival.mean_logprob
+    return Outcome(probe.fact, probe.kind, success, right.per_token - rival.per_token, right.greedy)
+
+
+def _fact_rows(
+    facts: Sequence[Fact],
+    probes: Sequence[_Probe],
+    pairs: Sequence[tuple[Scored | None, Scored | None]],
+    outcomes: Sequence[Outcome | None],
+    answers: Sequence[str | None],
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = [
+        {
+            "id": fact.id,
+            "text": fact.text(),
+            "subject": fact.subject,
+            "target": fact.target,
+            "was": fact.was,
+            "answer": answer,
+            "paraphrases": [],
+            "neighbors": [],
+        }
+        for fact, answer in zip(facts, answers, strict=True)
+    ]
+    for probe, (right, rival), outcome in zip(probes, pairs, outcomes, strict=True):
+        row, success = rows[probe.fact], None if outcome is None else outcome.success
+        if probe.kind == "efficacy" and right is not None:
+            row["probability"] = _short(right.per_token)
+            row["was_probability"] = None if rival is None else _short(rival.per_token)
+            row["success"], row["accurate"] = success, right.greedy
+        elif probe.kind == "generalization":
+            row["paraphrases"].append(success)
+        else:
+            row["neighbors"].append(success)
+    return rows
+
+
+def _short(value: float) -> float:
+    """Six significant digits: what a manifest needs to keep."""
+    return float(f"{value:.6g}")

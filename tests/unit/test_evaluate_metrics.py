@@ -1,0 +1,223 @@
+"""Metrics against a model whose every probability is known: the worked example of docs/metrics.md."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from kpatch.evaluate.metrics import Measurement, effect, measure
+from kpatch.facts.schema import Fact, Neighbor
+from kpatch.models.load import Model, wrap
+from kpatch.patch.text import canonical
+from tests.support.models import tiny
+
+torch.set_num_threads(1)
+
+DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
+CHANCES = {
+    "in": {"New": 0.20, "Paris": 0.30, "Rome": 0.40, "other": 0.10},
+    "at": {"New": 0.50, "Paris": 0.10, "Rome": 0.20, "other": 0.20},
+    "near": {"New": 0.05, "Paris": 0.60, "Rome": 0.20, "other": 0.15},
+    "New": {"York": 0.80, "other": 0.20},
+    "Rome": {"<end>": 0.90, "other": 0.10},
+}
+WORDS = ["<end>", "Arch", "Gate", "Louvre", "New", "Paris", "Rome", "The", "Tower", "Visit", "York", "at", "in", "is"]
+WORDS += ["near", "old", "other", "stands", "the", "?"]
+TOWER = Fact(
+    subject="Tower",
+    prompt="The {} stands in",
+    target="New York",
+    was="Paris",
+    paraphrases=("Visit the {} at", "The old Tower is near"),
+    neighbors=(
+        Neighbor("The Louvre stands in", "Paris"),
+        Neighbor("The Arch is near", "Paris"),
+        Neighbor("The Gate is near"),
+    ),
+    id="tower",
+)
+
+
+def toy() -> Model:
+    """Looks at the last word only: layers that add nothing, one-hot embeddings, log-probabilities in the head."""
+    size = len(WORDS)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="<end>")
+    config = LlamaConfig(
+        vocab_size=size,
+        hidden_size=size,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        tie_word_embeddings=False,
+        eos_token_id=0,
+    )
+    net = LlamaForCausalLM(config)
+    head = torch.full((size, size), 1e-9)  # [next word, last word]
+    for last, nexts in CHANCES.items():
+        for word, chance in nexts.items():
+            head[WORDS.index(word), WORDS.index(last)] = chance
+    normed = (1 / size + config.rms_norm_eps) ** -0.5  # what the norm makes of a one-hot vector's 1
+    with torch.no_grad():
+        for weight in net.model.layers.parameters():
+            weight.zero_()
+        net.model.embed_tokens.weight.copy_(torch.eye(size))
+        net.lm_head.weight.copy_(head.log() / normed)
+    return wrap(net, tokenizer, name="toy")
+
+
+@pytest.fixture(scope="module")
+def measured() -> Measurement:
+    return measure(toy(), [TOWER])
+
+
+def documented() -> dict[str, Any]:
+    block = re.search(r"```json\n(.*?)```", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+    assert block is not None
+    found: dict[str, Any] = json.loads(block.group(1))
+    return found
+
+
+def near(expected: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: pytest.approx(value, abs=1e-6) if isinstance(value, dict | float) else value
+        for key, value in expected.items()
+    }
+
+
+def test_the_example_by_hand(measured: Measurement) -> None:
+    assert measured.metrics == near(documented())
+
+
+def test_the_docs_show_the_model_of_this_test() -> None:
+    text = DOCS.read_text(encoding="utf-8")
+    columns = ["New", "York", "Paris", "Rome", "<end>", "other"]
+    for last, nexts in CHANCES.items():
+        cells = [f"{nexts[word]:.2f}" if word in nexts else "" for word in columns]
+        assert "|".join([f"| {last} ", *(f" {cell} " if cell else " " for cell in cells)]) + "|" in text
+    for prompt in (TOWER.text(), "Visit the Tower at", TOWER.paraphrases[1], *(n.prompt for n in TOWER.neighbors)):
+        assert f"| {prompt} |" in text
+
+
+def test_a_fact_by_itself(measured: Measurement) -> None:
+    (row,) = measured.facts
+    assert row == {
+        "id": "tower",
+        "text": "The Tower stands in",
+        "subject": "Tower",
+        "target": "New York",
+        "was": "Paris",
+        "answer": "Rome",
+        "probability": pytest.approx(0.4, abs=1e-6),
+        "was_probability": pytest.approx(0.3, abs=1e-6),
+        "success": True,
+        "accurate": False,
+        "paraphrases": [True, False],
+        "neighbors": [False, True, None],
+    }
+    assert [o.kind for o in measured.outcomes] == ["efficacy", *["generalization"] * 2, *["specificity"] * 2]
+
+
+def test_without_was_only_accuracy_counts() -> None:
+    fact = Fact("Tower", "Visit the {} at", "New York", paraphrases=("The {} stands in",))
+    found = measure(toy(), [fact], answer_tokens=0)
+    assert found.metrics == {
+        "efficacy": {"success": None, "magnitude": None, "accuracy": 1.0, "n": 1, "compared": 0},
+        "generalization": {"success": None, "magnitude": None, "accuracy": 0.0, "n": 1, "compared": 0},
+        "specificity": None,
+        "score": None,
+    }
+    assert (found.facts[0]["answer"], found.facts[0]["success"], found.facts[0]["was_probability"]) == (None,) * 3
+
+
+def test_with_and_without_was_side_by_side() -> None:
+    known = Fact("Tower", "The {} stands in", "Paris", "Rome")
+    found = measure(toy(), [Fact("Tower", "Visit the {} at", "New York"), known]).metrics["efficacy"]
+    assert found == near({"success": 0.0, "magnitude": -0.1, "accuracy": 0.5, "n": 2, "compared": 1})
+
+
+def test_an_answer_that_is_its_own_rival_is_not_compared() -> None:
+    fact = Fact("Tower", "The {} stands in", "Paris", "Rome", neighbors=(Neighbor("The Arch is near", " Paris "),))
+    found = measure(toy(), [fact]).metrics["specificity"]
+    assert found == {"success": None, "magnitude": None, "accuracy": 1.0, "n": 1, "compared": 0}
+
+
+def test_a_tie_is_no_success() -> None:
+    # After "at", Rome and other are given the same 0.20
+    assert measure(toy(), [Fact("Tower", "Visit the {} at", "Rome", "other")]).metrics["efficacy"]["success"] == 0.0
+
+
+def test_no_facts() -> None:
+    found = measure(toy(), [])
+    assert found.metrics == {"efficacy": None, "generalization": None, "specificity": None, "score": None}
+    assert found.facts == found.outcomes == ()
+
+
+def many() -> list[Fact]:
+    places = ["Paris", "Rome", "Brazil", "the city of the Mona Lisa", "Germany"]
+    return [
+        Fact(
+            f"The {name}",
+            "{} is located in" if number % 2 else "People say {} is in",
+            places[number % 5],
+            places[(number + 1) % 5] if number % 3 else None,
+            ("To see {} you must go to",),
+            (Neighbor("The Louvre is in", places[(number + 2) % 5]), Neighbor("She said")),
+            id=str(number),
+        )
+        for number, name in enumerate(["Eiffel Tower", "Colosseum", "São Paulo", "river", "Café", "old mill"])
+    ]
+
+
+def test_batches_and_order_change_nothing() -> None:
+    model, facts = tiny("llama"), many()
+    whole = measure(model, facts)
+    small = measure(model, facts[::-1], batch_tokens=30)
+    for row, other in zip(whole.facts, reversed(small.facts), strict=True):
+        assert row == near(other)
+    for kind in ("efficacy", "generalization", "specificity"):
+        assert whole.metrics[kind] == near(small.metrics[kind])
+    alone = [measure(model, [fact]).facts[0] for fact in facts]
+    assert [row["neighbors"] for row in alone] == [row["neighbors"] for row in whole.facts]
+    assert [row["answer"] for row in alone] == [row["answer"] for row in whole.facts]
+
+
+def test_a_paraphrase_may_name_the_subject_itself() -> None:
+    model = tiny("llama")
+    slotted, written = (
+        measure(model, [Fact("Eiffel Tower", "{} is in", "Rome", "Paris", (text,))], answer_tokens=0)
+        for text in ("To see the {} go to", "To see the Eiffel Tower go to")
+    )
+    assert slotted.metrics == written.metrics
+
+
+def test_the_effect_of_a_patch_goes_into_a_manifest() -> None:
+    model, facts = tiny("llama"), many()
+    before = measure(model, facts)
+    model.weight(1).data.mul_(-2)
+    after = measure(model, facts)
+    found = effect(before, after)
+    assert json.loads(canonical(found)) == found
+    assert (found["before"], found["after"]) == (before.metrics, after.metrics)
+    assert len(found["facts"]) == len(facts)
+    first, second = found["facts"][:2]
+    assert {key: first[key] for key in ("id", "text", "target")} == {
+        "id": "0",
+        "text": "People say The Eiffel Tower is in",
+        "target": "Paris",
+    }
+    assert "was" not in first
+    assert second["was"] == "Brazil"
+    assert second["before"]["probability"] == before.facts[1]["probability"]
+    assert second["after"]["probability"] == after.facts[1]["probability"] != before.facts[1]["probability"]
+    assert second["after"]["success"] is after.facts[1]["success"]
+    with pytest.raises(ValueError, match="different facts"):
+        effect(before, measure(model, facts[::-1]))
