@@ -1,0 +1,114 @@
+"""Values for all groups: batch after batch, each kept by content so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kpatch.cache import atomic_write, cache_dir
+from kpatch.edit.batches import plan
+from kpatch.edit.groups import Group
+from kpatch.edit.hyper import Hyper
+from kpatch.edit.values import Values, optimize
+from kpatch.errors import BadInput
+from kpatch.models.fingerprint import weights_fingerprint
+from kpatch.models.load import Model
+from kpatch.reporter import SILENT, Advance, Reporter
+
+_CODE = 1  # raise it when the same settings come to give other values
+
+
+def find_values(
+    model: Model,
+    groups: Sequence[Group],
+    hyper: Hyper,
+    *,
+    budget: int,
+    keep: bool = True,
+    resume: bool = True,
+    report: Reporter = SILENT,
+) -> Values:
+    """Values z [n, d] of all groups. Memory goes with `budget` (bytes), not with the number of groups.
+
+    Kept by what decides them: weights, rows of ids, layer L, the objective's numbers and the batch they were found
+    in, since a batch's company shows in the last bits. λ and the spread decide nothing here.
+    Raises BadInput when one group alone does not fit in memory.
+    """
+    layer = max(hyper.layers)
+    weights = weights_fingerprint(model, report) if keep else ""
+    z = torch.empty(len(groups), model.width)
+    losses, steps = [0.0] * len(groups), [0] * len(groups)
+    with report.task("Finding values", len(groups) * hyper.steps, "step") as advance:
+        for batch in plan(model, groups, layer, budget):
+            members = [groups[index] for index in batch]
+            path = cache_dir("values") / f"{_key(weights, model, members, hyper)}.safetensors" if keep else None
+            found = _read(path, len(members), model.width) if path is not None and resume else None
+            if found is None:
+                found = _within_memory(model, members, hyper, advance, report)
+                if path is not None:
+                    _write(path, found)
+            else:
+                advance(len(members) * hyper.steps)
+            z[batch] = found.z
+            for index, loss, step in zip(batch, found.losses, found.steps, strict=True):
+                losses[index], steps[index] = loss, step
+    return Values(z, tuple(losses), tuple(steps))
+
+
+def _within_memory(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance, report: Reporter) -> Values:
+    """`optimize`, in halves where a device has less memory than the budget allowed for."""
+    try:
+        return optimize(model, groups, hyper, advance)
+    except torch.OutOfMemoryError as error:
+        if len(groups) == 1:
+            raise BadInput(
+                f"One fact about {groups[0].subject!r} does not fit in this device's memory",
+                hint="shorten its prompts, or use --device cpu",
+            ) from error
+        torch.cuda.empty_cache()
+        report.warn(f"out of memory with {len(groups)} facts together: going on with half of them")
+    half = len(groups) // 2
+    parts = [_within_memory(model, part, hyper, advance, report) for part in (groups[:half], groups[half:])]
+    return Values(
+        torch.cat([part.z for part in parts]), parts[0].losses + parts[1].losses, parts[0].steps + parts[1].steps
+    )
+
+
+def _key(weights: str, model: Model, groups: Sequence[Group], hyper: Hyper) -> str:
+    numbers = hyper.to_dict()
+    for name in ("covariance_weight", "prefixes", "prefix_tokens"):  # the rows themselves stand for the contexts
+        numbers.pop(name)
+    rows = [
+        [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]
+        for group in groups
+    ]
+    content = [_CODE, weights, str(model.dtype), model.device.type, max(hyper.layers), numbers, rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, values: Values) -> None:
+    tensors = {
+        "z": values.z.contiguous(),
+        "losses": torch.tensor(values.losses, dtype=torch.float64),
+        "steps": torch.tensor(values.steps),
+    }
+    atomic_write(path, lambda temporary: save_file(tensors, temporary))
+
+
+def _read(path: Path, count: int, width: int) -> Values | None:
+    """Kept values, or None where there are none or they are not whole."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        z, losses, steps = tensors["z"], tensors["losses"], tensors["steps"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    if z.shape != (count, width) or not torch.isfinite(z).all() or len(losses) != count or len(steps) != count:
+        return None
+    return Values(z, tuple(losses.tolist()), tuple(int(step) for step in steps))

@@ -1,0 +1,85 @@
+"""Facts about one subject share their key, so they share one value: groups of rows that are optimized together.
+
+Source: MEMIT-Merge (2502.07322): one z for all prompts of a subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kpatch.errors import BadInput
+from kpatch.facts.prompts import Encoded, encode_many
+from kpatch.facts.schema import Fact
+from kpatch.models.load import Model
+
+MAX_FACTS_PER_SUBJECT = 100
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rows that one value serves.
+
+    rows  every fact in every context, the target's tokens at the end
+    drift  "{subject} is a", whose next-token distribution should stay as it is
+    facts  positions of the group's facts in the fact list
+    bare  index in `rows` of the row whose state h^L the value is measured from
+    first  the subject is the first token of the text, where attention sinks
+    """
+
+    subject: str
+    facts: tuple[int, ...]
+    rows: tuple[Encoded, ...]
+    drift: Encoded
+    bare: int = 0
+    first: bool = False
+
+    @property
+    def columns(self) -> int:
+        """The widest row's columns from the subject's last token on."""
+        return max(len(row.ids) - row.subject_last for row in (*self.rows, self.drift))
+
+
+def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) -> list[Group]:
+    """Groups in the order of their first fact. Raises BadInput for more facts on a subject than a value can carry."""
+    by_subject: dict[str, list[int]] = {}
+    for index, fact in enumerate(facts):
+        by_subject.setdefault(" ".join(fact.subject.split()), []).append(index)
+    for subject, members in by_subject.items():
+        if len(members) > MAX_FACTS_PER_SUBJECT:
+            raise BadInput(
+                f"{len(members)} facts about {subject!r} are more than one value vector can carry",
+                where=facts[members[0]].where or None,
+                details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
+                hint="keep the ones that matter, or split the subject by what its prompts call it",
+            )
+    items: list[tuple[str, str, str | None, str]] = []
+    for members in by_subject.values():
+        for index in members:
+            fact = facts[index]
+            items += [(fact.prompt, fact.subject, fact.target, context and context + " ") for context in contexts]
+        subject = facts[members[0]].subject
+        items += [("{} is a", subject, None, context and context + " ") for context in contexts[:2]]
+    encoded = encode_many(model.tokenizer, items)
+    groups, at = [], 0
+    for subject, members in by_subject.items():
+        count, drifts = len(members) * len(contexts), len(contexts[:2])
+        rows, drift = encoded[at : at + count], encoded[at + count : at + count + drifts]
+        groups += _by_place(subject, tuple(members), rows, drift)
+        at += count + drifts
+    return groups
+
+
+def _by_place(subject: str, facts: tuple[int, ...], rows: list[Encoded], drift: list[Encoded]) -> list[Group]:
+    """One group, or two where the subject is the very first token of some rows and not of others.
+
+    The first position of a text is an attention sink, with states and keys unlike those of the same token elsewhere:
+    a mean over both places fits neither, so each gets its own value and its own key (see `kpatch.edit.parts`).
+    """
+    groups = []
+    for first in (True, False):
+        mine = tuple(row for row in rows if (row.subject_last == 0) == first)
+        if mine:
+            alike = [row for row in drift if (row.subject_last == 0) == first]
+            groups.append(Group(subject, facts, mine, alike[0] if alike else drift[0], first=first))
+    return groups

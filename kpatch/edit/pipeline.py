@@ -1,0 +1,214 @@
+"""`make`: from a fact file to a patch on disk with its effect measured. Each step is somebody else's module."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch import __version__
+from kpatch.checkpoint.index import open_checkpoint
+from kpatch.checkpoint.store import Store
+from kpatch.checkpoint.verify import base_weights
+from kpatch.edit.batches import DEFAULT_BUDGET
+from kpatch.edit.contexts import sample_contexts
+from kpatch.edit.find import find_values
+from kpatch.edit.groups import group_facts
+from kpatch.edit.hyper import hyper_for
+from kpatch.edit.memit import add, restored, spread
+from kpatch.edit.parts import preserve, split
+from kpatch.errors import BadInput
+from kpatch.evaluate.metrics import effect, measure
+from kpatch.facts.prompts import check_lengths
+from kpatch.facts.schema import Fact, FactFile
+from kpatch.models.address import resolve
+from kpatch.models.load import Model, load_model, tokenizer_hash
+from kpatch.patch.format import describe, pack, read_patch, write_patch
+from kpatch.patch.lowrank import Dense, LowRank, total
+from kpatch.patch.manifest import Base, Manifest
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.collect import collect
+
+METHODS = ("memit",)
+
+
+@dataclass(frozen=True)
+class MakeResult:
+    """What `make` has to tell: the patch, its effect, and what it cost (seconds, bytes)."""
+
+    patch_id: str
+    path: Path
+    bytes: int
+    model: str
+    method: str
+    layers: tuple[int, ...]
+    effect: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int | None = None
+
+    @property
+    def facts(self) -> list[dict[str, Any]]:
+        """One row per fact: text, target, answers and probabilities before and after."""
+        return list(self.effect["facts"])
+
+
+def make(
+    facts: FactFile | Sequence[Fact],
+    *,
+    out: str | Path,
+    model: str | Model | None = None,
+    method: str = "memit",
+    layers: Sequence[int] | None = None,
+    corpus: str = "self",
+    tokens: int | None = None,
+    settings: dict[str, str] | None = None,
+    on: str | Path | None = None,
+    resume: bool = True,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | None = None,
+    modules: dict[str, str] | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> MakeResult:
+    """Make a patch with MEMIT and write it to `out`.
+
+    `model` is an address or a loaded Model, `on` a checkpoint directory that already carries patches, `memory` the
+    bytes that activations may take. The same inputs, seed and machine give the same patch.
+    Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
+    """
+    started = time.monotonic()
+    clock: dict[str, float] = {"covariance": 0.0, "values": 0.0, "update": 0.0}
+    chosen = tuple(facts.facts if isinstance(facts, FactFile) else facts)
+    if not chosen:
+        raise BadInput("There are no facts to make a patch from")
+    if method not in METHODS:
+        raise BadInput(f"Unknown method {method!r}", details=[f"expected one of {', '.join(METHODS)}"])
+    edited = _load(facts, model, on, device, dtype, modules, report)
+    if edited.path is None:
+        raise BadInput(
+            f"{edited.name} was not loaded from a checkpoint directory, so a patch cannot name its base",
+            hint="give the model's address instead",
+        )
+    hyper = hyper_for(edited, layers, settings or {}, report)
+    check_lengths(edited.tokenizer, chosen)
+    with report.task("Sampling contexts"):
+        contexts = sample_contexts(edited, hyper.prefixes, hyper.prefix_tokens, seed)
+    parts = split(group_facts(edited, chosen, contexts), hyper)
+    touched = sorted({layer for part in parts for layer in part.hyper.layers})
+    base = base_weights(edited.path, [edited.weight_name(layer) for layer in touched], report)
+    parents, earlier = _earlier(edited.path, touched) if on is not None else ((), {})
+    before = measure(edited, chosen, report=report)
+
+    with _timed(clock, "covariance"):
+        covariance = collect(edited, touched, corpus=corpus, tokens=tokens, seed=seed, report=report)
+    budget = DEFAULT_BUDGET if memory is None else memory
+    with _timed(clock, "values"):
+        z = [
+            find_values(edited, part.groups, part.hyper, budget=budget, resume=resume, report=report).z
+            for part in parts
+        ]
+    deltas: dict[str, list[LowRank | Dense]] = {}
+    keys: dict[int, list[Tensor]] = {}
+    with restored(edited, touched):
+        with _timed(clock, "update"):
+            for part, values in zip(parts, z, strict=True):
+                preserved = preserve(edited, part, covariance, earlier, report)
+                update = spread(
+                    edited,
+                    part.groups,
+                    values,
+                    preserved,
+                    part.hyper,
+                    budget=budget // 2,
+                    least_leverage=part.least_leverage,
+                    report=report,
+                )
+                for layer in part.hyper.layers:
+                    delta = update.deltas[edited.weight_name(layer)]
+                    deltas.setdefault(edited.weight_name(layer), []).append(delta)
+                    keys.setdefault(layer, []).append(update.keys[layer])
+                    add(edited, layer, delta)
+        after = measure(edited, chosen, report=report)
+    summed = {name: total(several) for name, several in sorted(deltas.items())}
+    measured = effect(before, after)
+    manifest = Manifest(
+        base=Base(
+            edited.name, edited.family.model_type, base, edited.revision, tokenizer_hash(edited.tokenizer)
+        ),
+        method=method,
+        layers=tuple(touched),
+        deltas={name: describe(delta, float(base[name].sketch[0])) for name, delta in summed.items()},
+        facts=tuple(fact.to_dict() for fact in chosen),
+        hyperparameters={**hyper.to_dict(), "seed": seed, "dtype": str(edited.dtype).removeprefix("torch.")},
+        covariance=covariance.to_dict(),
+        parents=parents,
+        effect=measured,
+        groups=tuple(about for part in parts for about in part.about()),
+        tool=f"kpatch {__version__}",
+    )
+    tensors = pack(summed, torch.cat(z), {layer: torch.cat(several) for layer, several in keys.items()})
+    identity = write_patch(out, manifest, tensors, force)
+    clock["total"] = time.monotonic() - started
+    return MakeResult(
+        identity, Path(out), Path(out).stat().st_size, edited.name, method, tuple(touched), measured, clock, _peak(edited)
+    )
+
+
+def _load(
+    facts: FactFile | Sequence[Fact],
+    model: str | Model | None,
+    on: str | Path | None,
+    device: str,
+    dtype: str,
+    modules: dict[str, str] | None,
+    report: Reporter,
+) -> Model:
+    if isinstance(model, Model):
+        return model
+    named = facts.model if isinstance(facts, FactFile) else None
+    address = str(on) if on is not None else model or named
+    if address is None:
+        raise BadInput(
+            "No model was named", hint="give --model, or write `model: smollm2` at the head of the fact file"
+        )
+    resolved = resolve(address, report)
+    report.note(resolved.said)
+    with report.task(f"Loading {resolved.name}"):
+        return load_model(resolved, device=device, dtype=dtype, modules=modules)
+
+
+def _earlier(path: Path, layers: Sequence[int]) -> tuple[tuple[str, ...], dict[int, Tensor]]:
+    """Ids of the patches a checkpoint carries, and their keys [f, p] by layer, which the update must preserve."""
+    store = Store(open_checkpoint(path).path)
+    patches = [read_patch(store.copy(identity)) for identity in sorted(store.applied().ids)]
+    keys: dict[int, Tensor] = {}
+    for layer in layers:
+        columns = [patch.keys[layer].T for patch in patches if layer in patch.keys]
+        if columns:
+            keys[layer] = torch.cat(columns, dim=1)
+    return tuple(patch.id for patch in patches), keys
+
+
+@contextmanager
+def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    clock[name] = time.monotonic() - start
+
+
+def _peak(model: Model) -> int:
+    """The most memory this process has held, in bytes: resident memory, plus the device's where there is one."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    if model.device.type == "cuda":
+        peak += torch.cuda.max_memory_allocated(model.device)
+    return peak

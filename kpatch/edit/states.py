@@ -1,0 +1,94 @@
+"""States below L at the subject's last token, carried from layer to layer while the weights change.
+
+Each batch keeps what enters the current layer, so that nothing runs from the bottom again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kpatch.edit.groups import Group
+from kpatch.models.load import Model
+from kpatch.models.runs import Calls, align, record
+
+
+@dataclass
+class _Part:
+    """Some groups' rows, cut after the subject's last token, with what enters the current layer [B, P, d]."""
+
+    groups: list[int]
+    calls: Calls
+    hidden: Tensor
+    owner: Tensor  # (B,) position in `groups`
+    bare: Tensor  # (m,) row of each group's bare prompt
+
+
+class States:
+    """Keys and states of all groups, layer after layer in ascending order.
+
+    `start(l)` runs up to layer l once; `at(l)` gives keys and h^L under the weights as they are;
+    `advance(l)` runs layer l again after its weight has changed.
+    """
+
+    def __init__(self, model: Model, groups: Sequence[Group], budget: int) -> None:
+        self.model, self.groups, self.parts = model, groups, []
+        order = sorted(range(len(groups)), key=lambda i: (max(r.subject_last for r in groups[i].rows), i))
+        batch: list[int] = []
+        used = 0
+        for index in order:
+            width = max(row.subject_last for row in groups[index].rows) + 1
+            need = len(groups[index].rows) * width * (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize
+            if batch and used + need > budget:
+                self._add(batch)
+                batch, used = [], 0
+            batch.append(index)
+            used += need
+        if batch:
+            self._add(batch)
+
+    def _add(self, members: list[int]) -> None:
+        rows = [row for index in members for row in self.groups[index].rows]
+        owner = [at for at, index in enumerate(members) for _ in self.groups[index].rows]
+        bare, first = [], 0
+        for index in members:
+            bare.append(first + self.groups[index].bare)
+            first += len(self.groups[index].rows)
+        device = self.model.device
+        ids = [row.ids[: row.subject_last + 1] for row in rows]
+        calls = record(self.model, align(ids, [row.subject_last for row in rows], self.model.pad_id, device))
+        self.parts.append(
+            _Part(
+                members, calls, calls.start, torch.tensor(owner, device=device), torch.tensor(bare, device=device)
+            )
+        )
+
+    @torch.no_grad()
+    def start(self, layer: int) -> None:
+        """Run every row up to what enters `layer`."""
+        for part in self.parts:
+            part.hidden = part.calls.run(part.calls.start, 0, layer)
+
+    @torch.no_grad()
+    def at(self, layer: int, last: int) -> tuple[Tensor, Tensor]:
+        """Mean keys [n, f] at `layer` and states h^last [n, d] of the bare rows, both float32 on the CPU."""
+        keys = torch.empty(len(self.groups), self.model.mlp_width)
+        states = torch.empty(len(self.groups), self.model.width)
+        for part in self.parts:
+            out, key = part.calls.run_with_key(part.hidden, layer)
+            key = key[:, -1].float()  # (B, f)
+            total = torch.zeros(len(part.groups), key.shape[1], device=key.device).index_add(0, part.owner, key)
+            counts = torch.bincount(part.owner, minlength=len(part.groups))
+            keys[part.groups] = (total / counts[:, None]).cpu()
+            above = part.calls.select(part.bare).run(out[part.bare], layer + 1, last + 1)
+            states[part.groups] = above[:, -1].float().cpu()
+        return keys, states
+
+    @torch.no_grad()
+    def advance(self, layer: int) -> None:
+        """Carry every row over `layer` with the weight it has now."""
+        for part in self.parts:
+            part.hidden = part.calls.run(part.hidden, layer, layer + 1)
