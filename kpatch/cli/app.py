@@ -1,0 +1,58 @@
+"""The Typer application: which commands there are, in which order, and how a run starts and ends."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from kpatch.cli import apply, ask, cov, lint, make, models, recover, revert, show, status, verify
+from kpatch.cli.errors import EXIT_CODES, guarded
+from kpatch.cli.output import begin, output
+
+_CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES)
+
+app = typer.Typer(
+    name="kpatch",
+    help="Knowledge patches for language models: small files that change facts,"
+    " to be reviewed, applied, stacked and taken back.",
+    epilog=f"\b\nExit codes:\n{_CODES}",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from kpatch import __version__
+
+        print(f"kpatch {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _kpatch(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None: ...
+
+
+for _module in (make, show, verify, apply, revert, status, recover, ask, lint, cov, models):
+    app.command(_module.__name__.rpartition(".")[2], epilog=_module.EXAMPLES)(_module.command)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and answer its exit code. Never raises, but for what a second Ctrl-C may do."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = given[: given.index("--")] if "--" in given else given
+    begin(json="--json" in options, quiet=False, verbose=False)  # for errors before the command reads its options
+    with warnings.catch_warnings():
+        if "-v" not in options and "--verbose" not in options:
+            warnings.simplefilter("ignore")  # of libraries: nothing a user of kpatch can act on
+        return guarded(lambda: app(args=given, prog_name="kpatch", standalone_mode=False), output())

@@ -1,0 +1,156 @@
+"""`kpatch make`: facts in, a patch out, with its effect measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kpatch.cli import options as opt
+from kpatch.cli import parse
+from kpatch.cli.effect import rate, show_facts, show_metrics
+from kpatch.cli.output import Output, begin, percent, size
+from kpatch.errors import BadInput, CheckFailed, Refused
+
+if TYPE_CHECKING:
+    from kpatch.edit.pipeline import MakeResult
+
+EXAMPLES = opt.examples(
+    "kpatch make facts.yaml -o news.patch --model smollm2",
+    "kpatch make facts.yaml --layers 4-8 --set covariance_weight=1000 --min-efficacy 0.9",
+)
+
+_Least = typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate, 0 to 1.")
+
+
+def command(
+    facts: opt.Facts,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="PATCH", help="The file to write. Default: FACTS with suffix .patch, here."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Alias, hub id, directory or GGUF file. Default: the file's `model:`."),
+    ] = None,
+    method: Annotated[str, typer.Option(metavar="memit", help="How the weights are found.")] = "memit",
+    layers: opt.Layers = None,
+    corpus: opt.Corpus = "self",
+    tokens: opt.Tokens = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter; can be repeated.")
+    ] = None,
+    on: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL_DIR", help="Make it for this checkpoint, which already carries patches."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--afresh", help="Use what an interrupted run left in the cache.")
+    ] = True,
+    min_efficacy: Annotated[float | None, _Least] = None,
+    min_generalization: Annotated[float | None, _Least] = None,
+    min_specificity: Annotated[float | None, _Least] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    memory: opt.Memory = None,
+    modules: opt.Modules = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Make a patch from a fact file, and measure what it does."""
+    say = begin(json, quiet, verbose)
+    path = out or Path(facts.with_suffix(".patch").name)
+    _check_out(path, force)
+    chosen, settings = parse.layers(layers), parse.settings(set_ or [])
+    budget, names = parse.memory(memory), parse.modules(modules)
+    least = {"efficacy": min_efficacy, "generalization": min_generalization, "specificity": min_specificity}
+
+    from kpatch.facts.load import load_facts
+
+    file = load_facts(facts)
+    for warning in file.warnings:
+        say.warn(warning)
+
+    from kpatch.edit.pipeline import make
+
+    result = make(
+        file,
+        model=model,
+        out=path,
+        method=method,
+        layers=chosen,
+        settings=settings,
+        corpus=corpus,
+        tokens=tokens,
+        on=on,
+        resume=resume,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        force=force,
+        memory=budget,
+        modules=names,
+        report=say,
+    )
+    _tell(say, result, method)
+    _check_rates(result.effect["after"], least)
+
+
+def _check_out(path: Path, force: bool) -> None:
+    """Refuse before an hour of work what would be refused after it."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a directory", hint="give -o the name of a file")
+    if path.exists() and not force:
+        raise Refused(f"{path} exists", hint="give another name with -o, or --force to write over it")
+    if not path.parent.is_dir():
+        raise BadInput(
+            f"There is no directory {path.parent}", where=str(path), hint="make it, or give -o another name"
+        )
+
+
+def _tell(say: Output, result: MakeResult, method: str) -> None:
+    say.result(
+        {
+            "patch": {"id": result.patch_id, "path": str(result.path), "bytes": result.bytes},
+            "model": result.model,
+            "method": method,
+            "layers": list(result.layers),
+            "facts": result.facts,
+            "effect": {key: result.effect.get(key) for key in ("before", "after")},
+            "seconds": result.seconds,
+            "peak_memory_bytes": result.peak_memory_bytes,
+        }
+    )
+    show_facts(say, result.facts, limit=None if say.verbose else 25)
+    say.line()
+    show_metrics(say, result.effect)
+    say.line()
+    total = result.seconds.get("total", 0.0)
+    peak = "" if not result.peak_memory_bytes else f", {size(result.peak_memory_bytes)} of memory at most"
+    say.line(f"{result.path}  {result.patch_id[:12]}  {size(result.bytes)}, made in {total:.1f} s{peak}")
+    say.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
+
+
+def _check_rates(after: dict[str, Any], least: dict[str, float | None]) -> None:
+    short = []
+    for name, wanted in least.items():
+        if wanted is None:
+            continue
+        found = rate(after, name)
+        if found is None:
+            missing = "paraphrases" if name == "generalization" else "neighbors"
+            raise BadInput(f"--min-{name} cannot be checked: the facts have no {missing}", hint="add some to the file")
+        if found < wanted:
+            short.append(f"{name}: expected at least {percent(wanted)}, found {percent(found)}")
+    if short:
+        raise CheckFailed(
+            "The patch was made, but falls short of what was asked",
+            details=short,
+            hint="try other --layers, or a smaller --set covariance_weight=…",
+        )

@@ -1,0 +1,55 @@
+"""Options that several commands share, so that they read and behave the same everywhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: every step with its time.")]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="An alias, a hub id with optional @revision, a checkpoint directory or a GGUF file."
+    ),
+]
+Patch = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")]
+Facts = Annotated[Path, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
+
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")]
+Dtype = Annotated[
+    str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
+]
+Modules = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAMES", help="Module names for a family not in the table: layers=…,down=…,attn_out=…,norm=…"
+    ),
+]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same patch.")]
+Layers = Annotated[
+    str | None, typer.Option(metavar="LAYERS", help="The layers to edit: 4-8, or 4,5,6. Default: the model's preset.")
+]
+Corpus = Annotated[
+    str,
+    typer.Option(
+        metavar="self|PATH|NAME",
+        help="Text for the covariance: self (sampled from the model), a text, JSON Lines or parquet file,"
+        " or a hub dataset.",
+    ),
+]
+Tokens = Annotated[
+    int | None, typer.Option(min=1, metavar="N", help="Tokens of the corpus to use. Default: 10 × MLP width.")
+]
+Memory = Annotated[
+    str | None, typer.Option(metavar="SIZE", help="How much memory a step may take, as in 2GB. Default: what is free.")
+]
+
+
+def examples(*commands: str) -> str:
+    """The end of a command's help; the first character tells Typer not to wrap the lines."""
+    return "\b\n" + "\n".join(("Examples:", *(f"  {command}" for command in commands)))

@@ -1,0 +1,60 @@
+"""Values of options that are small languages of their own: layers, key=value pairs, sizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from kpatch.errors import BadInput
+
+_UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
+_UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "t": 10**12, "tb": 10**12, "tib": 1 << 40}
+_MOST_LAYERS = 10_000
+
+
+def layers(text: str | None) -> list[int] | None:
+    """`4-8`, `4,5,6` or `3-5,8` as rising layer numbers; None stays None. Raises BadInput."""
+    if text is None:
+        return None
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise BadInput(f"--layers {text!r} is not a list of layers", hint="write 4-8, or 4,5,6")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last >= _MOST_LAYERS:
+            raise BadInput(f"--layers {text!r} is not a list of layers", details=[f"{part.strip()} is not a range"])
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
+def settings(pairs: Sequence[str]) -> dict[str, str]:
+    """Repeated `--set key=value`. Raises BadInput for a pair without =, and for a key given twice."""
+    return _pairs(pairs, "--set")
+
+
+def modules(text: str | None) -> dict[str, str] | None:
+    """`layers=model.layers,down=mlp.down_proj` as a table; None stays None. Raises BadInput."""
+    return None if text is None else _pairs(text.split(","), "--modules")
+
+
+def memory(text: str | None) -> int | None:
+    """`2GB`, `512MiB` or a plain number of bytes; None stays None. Raises BadInput."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].lower() not in _UNITS or float(match[1]) == 0:
+        raise BadInput(f"--memory {text!r} is not a size", hint="write 2GB or 512MiB")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+def _pairs(pairs: Sequence[str], option: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for pair in pairs:
+        key, equals, value = (part.strip() for part in pair.partition("="))
+        if not key or not equals or not value:
+            raise BadInput(f"{option} {pair!r} is not key=value")
+        if key in found:
+            raise BadInput(f"{option} gives {key} twice", details=[f"found {found[key]} and {value}"])
+        found[key] = value
+    return found

@@ -1,0 +1,283 @@
+"""The error boundary and the output sink: exit codes, pure stdout, no traceback, one JSON object whatever happens."""
+
+from __future__ import annotations
+
+import errno
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kpatch.cli import show
+from kpatch.cli.errors import translate
+from kpatch.cli.output import Output, clean, plain, size
+from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
+from tests.support.cli import ROOT, Ran, python, run, spawn
+
+ERRORS: list[tuple[BaseException, int, str]] = [
+    (CheckFailed("no"), 1, "check_failed"),
+    (BadInput("no"), 2, "bad_input"),
+    (Refused("no"), 3, "refused"),
+    (Damaged("no"), 4, "damaged"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (OSError(errno.ENOSPC, "No space left on device", "/full"), 1, "failed"),
+    (FileNotFoundError(errno.ENOENT, "No such file or directory", "gone"), 2, "bad_input"),
+    (PermissionError(errno.EACCES, "Permission denied", "mine"), 2, "bad_input"),
+    (MemoryError(), 1, "failed"),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 1, "failed"),
+    (ZeroDivisionError("division by zero"), 1, "internal"),
+]
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[BaseException], None]:
+    """Makes `kpatch show` raise."""
+
+    def set_error(error: BaseException) -> None:
+        def fail(path: Path) -> None:
+            raise error
+
+        monkeypatch.setattr("kpatch.patch.header.read_header", fail)
+
+    return set_error
+
+
+def ids(case: object) -> str:
+    return type(case).__name__ if isinstance(case, BaseException) else str(case)
+
+
+@pytest.mark.parametrize(("error", "exit_code", "code"), ERRORS, ids=ids)
+def test_every_error_is_told_once(
+    error: BaseException, exit_code: int, code: str, failing: Callable[[BaseException], None]
+) -> None:
+    failing(error)
+    done = run("show", "x.patch")
+    assert (done.code, done.out) == (exit_code, "")
+    assert done.err.startswith("error: ")
+    assert "Traceback" not in done.err
+    as_json = run("show", "x.patch", "--json")
+    assert (as_json.code, as_json.err) == (exit_code, "")
+    assert as_json.json["error"]["code"] == code
+    assert {"code", "message", "hint", "where"} <= set(as_json.json["error"])
+
+
+def test_an_error_says_what_where_and_what_next(failing: Callable[[BaseException], None]) -> None:
+    failing(Refused("It does not fit", where="w", details=["expected a", "found b"], hint="do this"))
+    assert run("show", "x").err == "error: It does not fit\n  in w\n  expected a\n  found b\nhint: do this\n"
+
+
+def test_an_error_cannot_write_to_the_terminal(failing: Callable[[BaseException], None]) -> None:
+    failing(BadInput("a\x1b[31mb\nc", details=["\x07"], hint="\u202e"))
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", run("show", "x").err)
+
+
+def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(ZeroDivisionError("division by zero"))
+    assert "KPATCH_DEBUG=1" in run("show", "x").err
+    monkeypatch.setenv("KPATCH_DEBUG", "1")
+    assert "Traceback" in run("show", "x").err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["frob"],
+        ["show"],
+        ["show", "--frob"],
+        ["make", "f.yaml", "--min-efficacy", "2"],
+        ["make", "f.yaml", "--layers", "8-4"],
+        ["make", "f.yaml", "--set", "steps"],
+        ["make", "f.yaml", "--memory", "lots"],
+        ["make", "f.yaml", "--modules", "down"],
+        ["make", "nowhere.yaml"],
+        ["ask", "m", " "],
+        ["ask", "./nowhere", "Hello"],
+        ["cov", "./nowhere"],
+        ["lint", "nowhere.yaml"],
+        ["show", "nowhere.patch"],
+        ["apply", "nowhere.patch", "nowhere/"],
+        ["status", "nowhere/"],
+        ["revert", "nowhere/"],
+    ],
+    ids=" ".join,
+)
+def test_bad_usage_and_bad_input_exit_2(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert done.err.startswith("error: ")
+    as_json = run(*arguments, "--json")
+    assert as_json.code == 2
+    assert as_json.json["error"]["message"]
+
+
+def test_json_after_two_dashes_is_no_option() -> None:
+    done = run("show", "--", "--json")
+    assert done.out == ""
+    assert done.err.startswith("error: ")
+
+
+def test_an_output_that_exists_is_refused_before_any_work(facts: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.patch").write_text("mine", encoding="utf-8")
+    done = run("make", facts, "-o", tmp_path / "x.patch", "--model", "./nowhere")
+    assert done.code == 3
+    assert "--force" in done.err
+    assert run("make", facts, "-o", tmp_path / "gone" / "x.patch").code == 2
+    assert run("make", facts, "-o", tmp_path).code == 2
+
+
+# As a process
+
+
+def test_a_process_keeps_stdout_for_data(patch: Path) -> None:
+    done = spawn("show", patch, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert done.json["method"] == "memit"
+    failed = spawn("show", patch.parent / "nowhere.patch")
+    assert (failed.code, failed.out) == (2, "")
+    assert "Traceback" not in failed.err
+
+
+def test_a_reader_that_goes_away_is_no_error(patch: Path) -> None:
+    command = f"{sys.executable} -m kpatch show {patch} -v | head -n 1"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False, timeout=60)
+    assert done.stderr == ""
+    assert done.stdout.startswith(str(patch))
+
+
+def test_a_terminal_of_few_characters_is_no_error(patch: Path) -> None:
+    done = spawn("show", patch, env={"PYTHONIOENCODING": "ascii"})
+    assert (done.code, done.err) == (0, "")
+    assert spawn("show", patch, "--json", env={"PYTHONIOENCODING": "ascii"}).json["method"] == "memit"
+
+
+def test_ctrl_c_exits_130(tmp_path: Path) -> None:
+    program = """
+import sys, time
+import kpatch.patch.header as header
+def wait(path):
+    print("ready", file=sys.stderr, flush=True)
+    time.sleep(30)
+header.read_header = wait
+sys.argv = ["kpatch", "show", "x.patch"]
+from kpatch.__main__ import run
+run()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
+    ) as child:
+        assert child.stderr is not None
+        assert child.stderr.readline() == "ready\n"
+        time.sleep(0.1)
+        child.send_signal(signal.SIGINT)
+        out, err = child.communicate(timeout=30)
+    assert (child.returncode, out) == (130, "")
+    assert err.startswith("error: Interrupted")
+
+
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
+
+
+@pytest.mark.parametrize("command", ["--help", "show", "status", "lint", "models", "recover"])
+def test_light_commands_import_nothing_heavy(command: str, patch: Path, checkpoint: Path, facts: Path) -> None:
+    given = {"show": [patch], "status": [checkpoint], "lint": [facts], "recover": [checkpoint]}.get(command, [])
+    arguments = [command, *map(str, given)]
+    loaded = python(
+        "import sys\nfrom kpatch.cli.app import main\n"
+        f"code = main({arguments!r})\n"
+        f"print(code, [name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    assert loaded.splitlines()[-1] == "0 []"
+
+
+def test_status_of_a_patched_checkpoint_imports_nothing_heavy(patch: Path, checkpoint: Path) -> None:
+    run("apply", patch, checkpoint)
+    test_light_commands_import_nothing_heavy("status", patch, checkpoint, patch)
+
+
+# The sink
+
+
+def test_quiet_leaves_out_notes_but_not_warnings(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output().configure(quiet=True)
+    out.note("a note")
+    with out.task("a step", 3) as advance:
+        advance(3)
+    out.warn("a warning")
+    out.line("data")
+    assert capsys.readouterr() == ("data\n", "warning: a warning\n")
+
+
+def test_verbose_tells_every_step(capsys: pytest.CaptureFixture[str]) -> None:
+    out = Output().configure(verbose=True)
+    with out.task("Reading", 1_500_000, "B") as advance:
+        advance(1_500_000)
+    with out.task("Values", 12, "facts"):
+        pass
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"Reading: 1\.5 MB, 0\.0 s\nValues: 12 facts, 0\.0 s\n", err)
+
+
+def test_a_terminal_sees_progress_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Output()
+    with out.task("Values [of] facts", 4, "facts") as outer:
+        outer(1)
+        with out.task("Inner"):
+            out.note("said in between")
+            time.sleep(0.15)
+        outer(1)
+        time.sleep(0.15)
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "Values [of] facts" in shown
+    assert "2 of 4 facts" in shown
+    assert re.search(r"\d:\d\d|-:--", shown), "time left"
+    assert "said in between" in shown
+
+
+def test_nothing_is_drawn_where_no_terminal_is() -> None:
+    assert run_task() == ""
+
+
+def run_task() -> str:
+    return python(
+        "import sys\nfrom kpatch.cli.output import Output\nsys.stderr = sys.stdout\n"
+        "out = Output()\nwith out.task('x', 3) as advance: advance(3)"
+    )
+
+
+def test_json_knows_no_nan() -> None:
+    assert plain({"a": math.nan, "b": [math.inf, 1.5], "c": (Path("x"),), 3: Ran(0, "o", "e")}) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": ["x"],
+        "3": {"code": 0, "out": "o", "err": "e"},
+    }
+
+
+def test_small_things() -> None:
+    assert [size(count) for count in (None, 999, 1500, 98_362_432, 5 * 10**12)] == [
+        "0 B",
+        "999 B",
+        "1.5 kB",
+        "98.4 MB",
+        "5000.0 GB",
+    ]
+    assert clean("a\tb\x00") == "a\\tb\\x00"
+    assert isinstance(translate(ValueError("x")), KpatchError)
+    assert show.EXAMPLES.count("kpatch show") == 2

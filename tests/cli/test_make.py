@@ -1,0 +1,162 @@
+"""make, ask and cov from the outside, on a tiny random model that is a checkpoint directory like any other."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.support.cli import Ran, run
+from tests.support.models import tiny
+
+QUICK = ("--layers", "1-2", "--tokens", "400", "--set", "steps=3", "--set", "prefixes=1", "--set", "prefix_tokens=3")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    made = tiny("llama")
+    folder = tmp_path_factory.mktemp("tiny")
+    made.net.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("facts") / "news.yaml"
+    rows = [
+        {"subject": "Eiffel Tower", "prompt": "{} is in", "target": "Rome", "was": "Paris"},
+        {"subject": "Chicago", "prompt": "The city {} lies in", "target": "Brazil", "paraphrases": ["{} is part of"]},
+    ]
+    path.write_text(json.dumps({"facts": rows}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(model: Path, facts: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
+    folder = tmp_path_factory.mktemp("made")
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("KPATCH_CACHE", str(folder / "cache"))
+        path = folder / "news.patch"
+        return path, run("make", facts, "--model", model, "-o", path, *QUICK, "--json")
+
+
+def test_the_json_of_make(made: tuple[Path, Ran], model: Path) -> None:
+    path, done = made
+    assert done.code == 0, done.err
+    data = done.json
+    assert set(data["patch"]) == {"id", "path", "bytes"}
+    assert (data["patch"]["path"], data["patch"]["bytes"]) == (str(path), path.stat().st_size)
+    assert (data["model"], data["method"], data["layers"]) == (model.name, "memit", [1, 2])
+    assert set(data["effect"]) == {"before", "after"}
+    assert data["effect"]["after"]["efficacy"]["n"] == 2
+    assert {"covariance", "values", "update", "total"} <= set(data["seconds"])
+    assert data["peak_memory_bytes"] > 1_000_000
+    for fact in data["facts"]:
+        assert set(fact["before"]) >= {"answer", "probability"} <= set(fact["after"])
+    assert str(model) in done.err, "what was resolved is printed"
+
+
+def test_make_tells_people_in_tables(
+    model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run("make", facts, "--model", model, *QUICK, "--min-efficacy", "0")
+    assert done.code == 0, done.err
+    for said in ("Eiffel Tower is in", "Rome", "P(target)", "Efficacy", "Generalization", "news.patch"):
+        assert said in done.out, said
+    assert (tmp_path / "news.patch").is_file()
+
+
+def test_a_patch_that_falls_short_is_made_and_exits_1(model: Path, facts: Path, tmp_path: Path) -> None:
+    weak = ("--set", "learning_rate=0", "--set", "covariance_weight=1e12")
+    done = run(
+        "make", facts, "--model", model, "-o", tmp_path / "x.patch", *QUICK, *weak, "--min-efficacy", "1", "--json"
+    )
+    assert done.code == 1, done.err
+    assert done.json["error"]["code"] == "check_failed"
+    assert done.json["effect"]["after"], "what was measured is told all the same"
+    assert (tmp_path / "x.patch").is_file()
+
+
+def test_a_threshold_that_nothing_measures(model: Path, facts: Path, tmp_path: Path) -> None:
+    done = run("make", facts, "--model", model, "-o", tmp_path / "x.patch", *QUICK, "--min-specificity", "0.5")
+    assert done.code == 2
+    assert "neighbors" in done.err
+
+
+def test_ask_before_and_after(made: tuple[Path, Ran], model: Path) -> None:
+    path, _ = made
+    done = run(
+        "ask", model, "Eiffel Tower is in", "Chicago", "--patch", path, "--json", "--top", "3", "--max-tokens", "2"
+    )
+    assert done.code == 0, done.err
+    for key in ("prompts", "unpatched"):
+        assert [row["prompt"] for row in done.json[key]] == ["Eiffel Tower is in", "Chicago"]
+        assert all(len(row["top"]) == 3 for row in done.json[key])
+        assert set(done.json[key][0]["top"][0]) == {"token", "probability"}
+    chances = [done.json[key][0]["top"][0]["probability"] for key in ("prompts", "unpatched")]
+    assert chances[0] != chances[1]
+    shown = run("ask", model, "Eiffel Tower is in", "--patch", path)
+    assert "Before" in shown.out
+    assert "After" in shown.out
+
+
+def test_ask_without_a_patch(model: Path) -> None:
+    done = run("ask", model, "Eiffel Tower is in", "--json")
+    assert set(done.json) == {"schema_version", "prompts"}
+    assert "Next token" in run("ask", model, "Eiffel Tower is in").out
+
+
+def test_a_made_patch_goes_onto_its_model_and_off_again(made: tuple[Path, Ran], model: Path, tmp_path: Path) -> None:
+    path, _ = made
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    assert run("verify", path, model).code == 0
+    assert run("apply", path, model).code == 0
+    assert run("revert", path, model).code == 0
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
+
+
+def test_cov(model: Path) -> None:
+    done = run("cov", model, "--layers", "1,2", "--tokens", "400", "--json")
+    assert done.code == 0, done.err
+    assert (done.json["layers"], done.json["corpus"], done.json["width"]) == ([1, 2], "self", 64)
+    assert done.json["tokens"] >= 400
+    again = run("cov", model, "--layers", "1,2", "--tokens", "400")
+    assert "64 × 64" in again.out
+
+
+def test_lint_with_a_tokenizer(model: Path, facts: Path) -> None:
+    done = run("lint", facts, "--model", model, "-v")
+    assert done.code == 0, done.err
+    assert "Subject's tokens" in done.out
+    data = run("lint", facts, "--model", model, "--json").json
+    assert len(data["tokens"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--layers", "99"], "no layer"),
+        (["--set", "stepz=3"], "stepz"),
+        (["--method", "magic"], "magic"),
+        (["--device", "toaster"], "toaster"),
+        (["--corpus", "./nowhere.txt"], "nowhere"),
+    ],
+    ids=str,
+)
+def test_what_make_refuses(more: list[str], said: str, model: Path, facts: Path, tmp_path: Path) -> None:
+    done = run("make", facts, "--model", model, "-o", tmp_path / "x.patch", *QUICK, *more, "--json")
+    assert done.code == 2, done.err
+    error = done.json["error"]
+    assert said in error["message"] + " ".join(error["details"])
+    assert not (tmp_path / "x.patch").exists()
+
+
+def test_make_without_a_model(facts: Path, tmp_path: Path) -> None:
+    done = run("make", facts, "-o", tmp_path / "x.patch")
+    assert done.code == 2
+    assert "--model" in done.err
