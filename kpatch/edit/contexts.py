@@ -21,9 +21,7 @@ def sample_contexts(model: Model, count: int, tokens: int, seed: int) -> tuple[s
     rows = [list(start) for start in starts]
     for _ in range(tokens if rows else 0):
         batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)  # all end in the last column
-        out = model.net(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        )
+        out = model.net(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
         logits = out.logits[:, -1].float().cpu()  # (count, V)
         logits[:, model.tokenizer.all_special_ids] = -torch.inf  # an end-of-text inside a sentence helps nobody
         top = logits.topk(5)

@@ -23,16 +23,21 @@ class Group:
     rows  every fact in every context, the target's tokens at the end
     drift  "{subject} is a", whose next-token distribution should stay as it is
     facts  positions of the group's facts in the fact list
-    bare  index in `rows` of the row whose state h^L the value is measured from
+    contexts  which context each row has, 0 for the bare prompt
     first  the subject is the first token of the text, where attention sinks
     """
 
     subject: str
     facts: tuple[int, ...]
     rows: tuple[Encoded, ...]
+    contexts: tuple[int, ...]
     drift: Encoded
-    bare: int = 0
     first: bool = False
+
+    @property
+    def bare(self) -> int:
+        """The row whose state h^L the value is measured from: the first bare prompt, where there is one."""
+        return self.contexts.index(min(self.contexts))
 
     @property
     def columns(self) -> int:
@@ -78,8 +83,18 @@ def _by_place(subject: str, facts: tuple[int, ...], rows: list[Encoded], drift: 
     """
     groups = []
     for first in (True, False):
-        mine = tuple(row for row in rows if (row.subject_last == 0) == first)
+        mine = [index for index, row in enumerate(rows) if (row.subject_last == 0) == first]
         if mine:
             alike = [row for row in drift if (row.subject_last == 0) == first]
-            groups.append(Group(subject, facts, mine, alike[0] if alike else drift[0], first=first))
+            contexts = len(rows) // len(facts)
+            groups.append(
+                Group(
+                    subject,
+                    facts,
+                    tuple(rows[index] for index in mine),
+                    tuple(index % contexts for index in mine),
+                    alike[0] if alike else drift[0],
+                    first,
+                )
+            )
     return groups

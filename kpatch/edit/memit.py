@@ -44,7 +44,7 @@ def spread(
 
     For l in R ascending: K^l under the weights so far, r = (z − h^L) / (L − l + 1), Δ^l from `solve.update`,
     then W^l changes before the next layer is looked at. A key whose leverage q = k^T C^{-1} k is below
-    `least_leverage` counts least_leverage / q times, since alone it would get no more than q / (1 + q) of its residual.
+    `least_leverage` counts least_leverage / q times: alone it would get no more than q / (1 + q) of its residual.
     """
     layers = sorted(hyper.layers)
     last = layers[-1]
@@ -52,7 +52,7 @@ def spread(
     with restored(model, layers), report.task("Updating layers", len(layers), "layer") as done:
         states = States(model, groups, budget)
         states.start(layers[0])
-        for layer in layers:
+        for layer, above in zip(layers, [*layers[1:], last], strict=True):
             keys, h = states.at(layer, last)  # (n, f), (n, d)
             residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
             if model.family.post_norm:
@@ -63,8 +63,7 @@ def spread(
             result.deltas[model.weight_name(layer)] = delta
             result.keys[layer] = keys
             add(model, layer, delta)
-            if layer != last:
-                states.advance(layer)
+            states.advance(layer, above)
             done(1)
     return result
 
@@ -94,10 +93,9 @@ def _before_norm(model: Model, layer: int, keys: Tensor, residual: Tensor) -> Te
 
 def norm_gain(norm: torch.nn.Module, width: int, device: torch.device) -> tuple[Tensor, float]:
     """The factor γ [d] that an RMS norm applies, whatever its parametrization (Gemma stores γ − 1), and its ε."""
-    ones = torch.ones(1, width, device=device)
     eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-6)))
-    weight = norm.weight
-    gain = norm(ones.to(weight.dtype))[0].float() * (1 + eps) ** 0.5  # type: ignore[operator]
+    ones = torch.ones(1, width, device=device, dtype=next(norm.parameters()).dtype)
+    gain: Tensor = norm(ones)[0].float() * (1 + eps) ** 0.5
     return gain, eps
 
 

@@ -78,7 +78,7 @@ def opening_moment(model: Model, layer: int) -> Tensor:
     words = opening_words(model)
     words = words[:: -(-len(words) // _WORDS)]
     total = torch.zeros(model.mlp_width, model.mlp_width, dtype=torch.float64)
-    for some in words.split(512):
+    for some in torch.split(words, 512):
         batch = align([[word] for word in some.tolist()], [0] * len(some), model.pad_id, model.device)
         keys = run_to(model, layer, batch, [layer])[layer][:, 0].double().cpu()  # (512, f)
         total += keys.T @ keys

@@ -142,9 +142,7 @@ def make(
     summed = {name: total(several) for name, several in sorted(deltas.items())}
     measured = effect(before, after)
     manifest = Manifest(
-        base=Base(
-            edited.name, edited.family.model_type, base, edited.revision, tokenizer_hash(edited.tokenizer)
-        ),
+        base=Base(edited.name, edited.family.model_type, base, edited.revision, tokenizer_hash(edited.tokenizer)),
         method=method,
         layers=tuple(touched),
         deltas={name: describe(delta, float(base[name].sketch[0])) for name, delta in summed.items()},
@@ -159,9 +157,8 @@ def make(
     tensors = pack(summed, torch.cat(z), {layer: torch.cat(several) for layer, several in keys.items()})
     identity = write_patch(out, manifest, tensors, force)
     clock["total"] = time.monotonic() - started
-    return MakeResult(
-        identity, Path(out), Path(out).stat().st_size, edited.name, method, tuple(touched), measured, clock, _peak(edited)
-    )
+    size = Path(out).stat().st_size
+    return MakeResult(identity, Path(out), size, edited.name, method, tuple(touched), measured, clock, _peak(edited))
 
 
 def _load(

@@ -41,12 +41,13 @@ class Preserved:
 
     def inverse_times(self, columns: Tensor) -> Tensor:
         """C^{-1} columns, [f, n]."""
-        return torch.cholesky_solve(columns, self.factor)
-
+        solved: Tensor = torch.cholesky_solve(columns, self.factor)
+        return solved
 
     def leverage(self, keys: Tensor) -> Tensor:
         """q_i = k_i^T C^{-1} k_i for keys [f, n] → [n]: alone, a fact gets the share q / (1 + q) of its residual."""
-        return torch.linalg.solve_triangular(self.factor, keys.double(), upper=False).square().sum(0)
+        whitened: Tensor = torch.linalg.solve_triangular(self.factor, keys.double(), upper=False)
+        return whitened.square().sum(0)
 
 
 def update(keys: Tensor, residuals: Tensor, preserved: Preserved) -> tuple[Tensor, Tensor]:
@@ -70,21 +71,23 @@ def nearest_on_norm(target: Tensor, gain: Tensor) -> Tensor:
     """The point nearest to `target` that an RMS norm with `gain` can put out, divided by the gain.
 
     target [..., d], gain γ [d] → u [..., d] with ‖u‖² = d that minimizes ‖γ ⊙ u − target‖.
-    Stationarity gives u = γ ⊙ target / (γ² + μ); μ > −min γ² is found by bisection, ‖u‖ falling in μ.
+    Stationarity gives u = γ ⊙ target / (γ² + μ); μ ≥ −min γ² is found by bisection, ‖u‖ falling in μ. Where even
+    μ = −min γ² leaves ‖u‖ too short, the length that lacks goes where it costs least, to the entry of least γ².
     """
     t, g = target.double(), gain.double()
     d = t.shape[-1]
-    square = g**2
+    above = g**2 - (g**2).min()  # near the pole the distance from it is what counts: bisect on that
     gt = g * t
-    low = (-square.min()).expand(t.shape[:-1]).clone()
-    # At μ the norm is at most ‖γ t‖ / (min γ² + μ), so it is below √d from here on:
-    high = gt.norm(dim=-1) / d**0.5 - square.min() + 1e-12
+    low, high = torch.zeros_like(t[..., 0]), gt.norm(dim=-1) + 1e-30  # at `high`, ‖u‖ ≤ 1
     for _ in range(200):
         middle = (low + high) / 2
-        too_long = (gt / (square + middle[..., None])).square().sum(-1) > d
+        too_long = (gt / (above + middle[..., None])).square().sum(-1) > d
         low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
-    u = gt / (square + high[..., None])
-    return u * (d**0.5 / u.norm(dim=-1, keepdim=True))
+    u: Tensor = gt / (above + high[..., None])
+    lacking = (d - u.square().sum(-1)).clamp(min=0)
+    least = int(above.argmin())
+    u[..., least] = torch.copysign((u[..., least] ** 2 + lacking).sqrt(), u[..., least])
+    return u
 
 
 def pull_back(written: Tensor, residuals: Tensor, gain: Tensor, eps: float) -> Tensor:

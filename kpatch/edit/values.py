@@ -114,7 +114,7 @@ def _prepare(model: Model, groups: Sequence[Group], layer: int) -> tuple[_Proble
 def _predict(model: Model, problem: _Problem, hidden: Tensor, spots: Tensor, layer: int) -> Tensor:
     """Next-token log-probabilities [M, V] at `spots` [M, 2] after running the layers above `layer`."""
     real = problem.real.flatten().nonzero().flatten()
-    read = (spots[:, 0] * hidden.shape[1] + spots[:, 1]).unique()
+    read = torch.unique(spots[:, 0] * hidden.shape[1] + spots[:, 1])
     with packed_mlps(model, layer + 1, model.n_layers, real, read):
         out = problem.calls.run(hidden, layer + 1, model.n_layers)  # (B, S, d)
     return model.logits(out[spots[:, 0], spots[:, 1]]).float().log_softmax(-1)
@@ -127,12 +127,13 @@ def _losses(model: Model, problem: _Problem, delta: Tensor, h: Tensor, hyper: Hy
     hidden = torch.cat([first, problem.hidden[:, 1:]], dim=1)  # (B, S, d)
     spots = torch.cat([problem.spots, problem.drift_spots])
     logp = _predict(model, problem, hidden, spots, max(hyper.layers))  # (M + m, V)
-    at_target = logp[: -m].gather(1, problem.tokens[:, None])[:, 0] * problem.weights  # (M,)
+    at_target = logp[:-m].gather(1, problem.tokens[:, None])[:, 0] * problem.weights  # (M,)
     nll = -torch.zeros(m, device=delta.device).index_add(0, problem.owner[problem.spots[:, 0]], at_target)
     now = logp[-m:]
     drift = (now.exp() * (now - problem.drift_before)).sum(-1)  # (m,)
     decay = delta.norm(dim=-1) / h.norm(dim=-1) ** 2
-    return nll + hyper.kl * drift + hyper.weight_decay * decay
+    total: Tensor = nll + hyper.kl * drift + hyper.weight_decay * decay
+    return total
 
 
 def optimize(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance = lambda amount: None) -> Values:

@@ -43,9 +43,7 @@ def _llama_like(model_type: str) -> Family:
 
 
 def _post_norm(model_type: str) -> Family:
-    return replace(
-        _llama_like(model_type), attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm"
-    )
+    return replace(_llama_like(model_type), attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
 
 
 def _gpt(model_type: str, down: str, attn_out: str, returns_tuple: bool = False) -> Family:

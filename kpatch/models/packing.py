@@ -5,7 +5,7 @@ An MLP treats each token by itself, so running it on chosen tokens and putting t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -28,22 +28,23 @@ def packed_mlps(model: Model, first: int, last: int, real: Tensor, read: Tensor)
     originals = [mlp.__dict__.get("forward") for mlp in mlps]
     try:
         for position, mlp in enumerate(mlps):
-            mlp.forward = _on(mlp, read if position == len(mlps) - 1 else real)  # type: ignore[method-assign]
+            mlp.forward = _on(mlp, read if position == len(mlps) - 1 else real)
         yield
     finally:
         for mlp, original in zip(mlps, originals, strict=True):
             if original is None:
                 mlp.__dict__.pop("forward", None)
             else:
-                mlp.forward = original  # type: ignore[method-assign]
+                mlp.forward = original
 
 
-def _on(mlp: nn.Module, tokens: Tensor):  # type: ignore[no-untyped-def]
+def _on(mlp: nn.Module, tokens: Tensor) -> Callable[[Tensor], Tensor]:
     inner = mlp.forward
 
     def forward(hidden: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, d)
         out = inner(flat[tokens])
-        return out.new_zeros(flat.shape[0], out.shape[-1]).index_copy(0, tokens, out).view(hidden.shape)
+        whole: Tensor = out.new_zeros(flat.shape[0], out.shape[-1]).index_copy(0, tokens, out)
+        return whole.view(hidden.shape)
 
     return forward

@@ -165,9 +165,17 @@ def find_value(
 
 
 def keys(model: Model, contexts: Sequence[str], prompts: Sequence[Prompt], layer: int) -> Tensor:
-    """The key of one subject [f]: the mean over its facts and their contexts of the input of W^l."""
-    rows = rows_for(model, contexts, prompts)
-    return torch.stack([key(model, row, layer) for row in rows]).double().mean(0)
+    """The key of one subject [f]: the mean over its facts and their contexts of the input of W^l.
+
+    As in the authors' code it is a mean of two means, the bare prompts' and the contexts', where there are both.
+    """
+    kinds = [[context for context in contexts if (context == "") == bare] for bare in (True, False)]
+    means = [
+        torch.stack([key(model, row, layer) for row in rows_for(model, kind, prompts)]).double().mean(0)
+        for kind in kinds
+        if kind
+    ]
+    return torch.stack(means).mean(0)
 
 
 def solve(k: Tensor, r: Tensor, c: Tensor) -> Tensor:

@@ -1,0 +1,251 @@
+"""Values in batches: planned within a budget, kept by what decides them, resumed, halved where memory runs out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kpatch.cache import cache_dir
+from kpatch.edit import find
+from kpatch.edit.batches import plan, row_bytes
+from kpatch.edit.find import find_values
+from kpatch.edit.groups import MAX_FACTS_PER_SUBJECT, Group, group_facts
+from kpatch.edit.hyper import Hyper
+from kpatch.edit.values import Values, optimize
+from kpatch.errors import BadInput
+from kpatch.facts.schema import Fact
+from kpatch.models.load import Model
+from tests.support.models import WIDTH, tiny
+from tests.support.reports import Recorder
+
+HYPER = Hyper(layers=(1, 2), steps=3)
+SUBJECTS = ("Mona Lisa", "Eiffel Tower", "Brazil", "Chicago", "Moonlight Sonata", "Colosseum")
+build = cache(tiny)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@cache
+def groups() -> tuple[Group, ...]:
+    facts = [Fact(name, "In the {}" + " now" * i, "Paris" * (i % 3 + 1)) for i, name in enumerate(SUBJECTS)]
+    return tuple(group_facts(build("llama"), facts, ("", "She said.")))
+
+
+class Counted:
+    """`optimize` that counts, with an answer for each group that shows which one it was."""
+
+    def __init__(self, before: Callable[[Sequence[Group]], None] = lambda groups: None) -> None:
+        self.before = before
+        self.calls: list[list[str]] = []
+
+    def __call__(self, model: Model, some: Sequence[Group], hyper: Hyper, advance: Callable[[int], None]) -> Values:
+        self.before(some)
+        self.calls.append([group.subject for group in some])
+        advance(len(some) * hyper.steps)
+        numbers = [SUBJECTS.index(group.subject) for group in some]
+        z = torch.tensor(numbers)[:, None].expand(-1, WIDTH).float()
+        return Values(z, tuple(number / 8 for number in numbers), tuple(numbers))
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
+    fake = Counted()
+    monkeypatch.setattr(find, "optimize", fake)
+    return fake
+
+
+def seek(hyper: Hyper = HYPER, budget: int = 1, model: Model | None = None, **options: object) -> Values:
+    """Values of all groups, one batch a group unless the budget is larger."""
+    return find_values(model or build("llama"), groups(), hyper, budget=budget, **options)  # type: ignore[arg-type]
+
+
+def assert_whole(values: Values) -> None:
+    assert values.z[:, 0].tolist() == values.z[:, -1].tolist() == [0, 1, 2, 3, 4, 5]
+    assert values.steps == (0, 1, 2, 3, 4, 5)
+    assert values.losses == tuple(number / 8 for number in range(6))
+
+
+def kept() -> list[Path]:
+    return sorted(cache_dir("values").glob("*.safetensors"))
+
+
+# The plan
+
+
+@given(budget=st.integers(1, 3_000_000))
+def test_every_group_is_in_one_batch_and_batches_keep_to_the_budget(budget: int) -> None:
+    model = build("llama")
+    batches = plan(model, groups(), 2, budget)
+    assert sorted(index for batch in batches for index in batch) == list(range(len(groups())))
+    assert batches == plan(model, groups(), 2, budget)
+    widths = [groups()[index].columns for batch in batches for index in batch]
+    assert widths == sorted(widths)
+    for batch in batches:
+        rows = sum(len(groups()[index].rows) + 1 for index in batch)
+        assert len(batch) == 1 or rows * row_bytes(model, groups()[batch[0]].columns, 0, 1) <= budget
+
+
+def test_a_larger_budget_makes_fewer_batches() -> None:
+    counts = [len(plan(build("llama"), groups(), 2, budget)) for budget in (1, 400_000, 10**9)]
+    assert counts[0] == len(groups()) > counts[1] > counts[2] == 1
+
+
+def test_layers_below_the_values_cost_nothing() -> None:
+    assert len(plan(build("llama"), groups(), 0, 400_000)) >= len(plan(build("llama"), groups(), 2, 400_000))
+    assert row_bytes(build("llama"), 5, 2, 3) == 3 * row_bytes(build("llama"), 5, 2, 1)
+
+
+# What is kept
+
+
+def test_a_second_call_finds_everything_kept(counted: Counted) -> None:
+    told = Recorder()
+    assert_whole(seek(report=told))
+    assert len(counted.calls) == len(kept()) == len(groups())
+    assert told.tasks["Finding values"] == (18, 18)
+    told = Recorder()
+    assert_whole(seek(report=told))
+    assert len(counted.calls) == len(groups())
+    assert told.tasks["Finding values"] == (18, 18)
+    assert told.warnings == []
+
+
+def test_kept_values_are_those_that_were_found() -> None:
+    model = build("llama")
+    first = seek(budget=10**9)
+    plain = optimize(model, groups(), HYPER)
+    again = seek(budget=10**9)
+    order = plan(model, groups(), 2)[0]
+    assert torch.equal(first.z, again.z)
+    assert (first.losses, first.steps) == (again.losses, again.steps)
+    torch.testing.assert_close(first.z, plain.z, rtol=1e-4, atol=1e-4)
+    assert first.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert order != list(range(len(groups()))), "the order of the batch is not that of the facts"
+
+
+def test_nothing_is_kept_or_used_where_it_is_not_wanted(counted: Counted) -> None:
+    seek(keep=False)
+    assert kept() == []
+    seek()
+    seek(resume=False)
+    assert len(counted.calls) == 3 * len(groups())
+
+
+@pytest.mark.parametrize("harm", ["cut", "garbage", "gone", "nan", "shape"])
+def test_a_damaged_file_is_found_again(harm: str, counted: Counted) -> None:
+    from safetensors.torch import load_file, save_file
+
+    seek()
+    victim = kept()[2]
+    if harm == "cut":
+        victim.write_bytes(victim.read_bytes()[:-40])
+    elif harm == "garbage":
+        victim.write_bytes(b"\xff" * 100)
+    elif harm == "gone":
+        victim.unlink()
+    else:
+        tensors = load_file(victim)
+        tensors["z"] = tensors["z"] * float("nan") if harm == "nan" else tensors["z"][:, 1:].contiguous()
+        save_file(tensors, victim)
+    assert_whole(seek())
+    assert len(counted.calls) == len(groups()) + 1
+    assert_whole(seek())
+    assert len(counted.calls) == len(groups()) + 1
+
+
+def test_an_interruption_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def interrupt(some: Sequence[Group]) -> None:
+        seen.append(some[0].subject)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    fake = Counted(interrupt)
+    monkeypatch.setattr(find, "optimize", fake)
+    with pytest.raises(KeyboardInterrupt):
+        seek()
+    assert len(kept()) == len(fake.calls) == 2
+    assert_whole(seek())
+    assert len(fake.calls) == len(groups())
+    assert [path for path in cache_dir("values").iterdir() if path.suffix != ".safetensors"] == []
+
+
+@pytest.mark.parametrize(
+    "same", [{"covariance_weight": 7.0}, {"layers": (0, 2)}, {"layers": (2,)}, {"prefixes": 9}, {"prefix_tokens": 2}]
+)
+def test_what_decides_no_value_does_not_find_again(same: dict[str, object], counted: Counted) -> None:
+    seek()
+    seek(replace(HYPER, **same))  # type: ignore[arg-type]
+    assert len(counted.calls) == len(groups())
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *({"clamp": 0.5}, {"layers": (0, 1)}, {"steps": 4}, {"learning_rate": 0.1}, {"stop_loss": 0.2}),
+        *({"kl": 0.0}, {"weight_decay": 0.1}),
+    ],
+)
+def test_what_decides_a_value_finds_again(other: dict[str, object], counted: Counted) -> None:
+    seek()
+    seek(replace(HYPER, **other))  # type: ignore[arg-type]
+    assert len(counted.calls) == 2 * len(groups())
+
+
+def test_other_weights_and_other_company_find_again(counted: Counted) -> None:
+    seek()
+    seek(model=tiny("llama", seed=1))
+    assert len(counted.calls) == 2 * len(groups())
+    seek(budget=10**9)
+    assert len(counted.calls) == 2 * len(groups()) + 1
+
+
+# Too much of it
+
+
+def test_a_device_short_of_memory_gets_halves(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(some: Sequence[Group]) -> None:
+        if len(some) > 3:
+            raise torch.OutOfMemoryError("too large")
+
+    fake = Counted(refuse)
+    monkeypatch.setattr(find, "optimize", fake)
+    told = Recorder()
+    assert_whole(seek(budget=10**9, report=told))
+    assert [len(call) for call in fake.calls] == [3, 3]
+    assert len(told.warnings) == 1
+    assert "6 facts together" in told.warnings[0]
+    assert told.tasks["Finding values"] == (18, 18)
+    assert_whole(seek(budget=10**9))
+    assert len(fake.calls) == 2
+
+
+def test_one_fact_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(some: Sequence[Group]) -> None:
+        raise torch.OutOfMemoryError("too large")
+
+    monkeypatch.setattr(find, "optimize", Counted(refuse))
+    with pytest.raises(BadInput, match="does not fit in this device's memory") as error:
+        seek(budget=10**9)
+    assert any(name in error.value.message for name in SUBJECTS)
+
+
+def test_more_facts_on_a_subject_than_a_value_can_carry() -> None:
+    facts = [Fact("Mona Lisa", f"In {i} the {{}}", "Rome", where=f"a.yaml:{i}:1") for i in range(101)]
+    assert len(group_facts(build("llama"), facts[:MAX_FACTS_PER_SUBJECT], ("",))) == 1
+    facts[7] = replace(facts[7], subject="Mona  Lisa")  # the same subject to a reader
+    with pytest.raises(BadInput, match="101 facts about 'Mona Lisa'") as error:
+        group_facts(build("llama"), facts, ("",))
+    assert error.value.where == "a.yaml:0:1"
+    assert list(error.value.details) == ["expected at most 100 facts for one subject"]
