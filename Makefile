@@ -34,6 +34,7 @@ clean:
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10 or newer found; set PYTHON"; exit 2; }
+	@echo "Installing into $(VENV) with $(PYTHON): a minute or two"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	# torch by itself first: asked for together with the rest, another build of it may be chosen
 	$(BIN)/pip install --quiet $(TORCH)

@@ -8,7 +8,14 @@ patch=$work/news.patch
 model=$work/model
 
 step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
-run() { printf '$ kpatch %s\n' "$*"; kpatch "$@"; }
+run() {
+    printf '$ kpatch'
+    for word in "$@"; do
+        case $word in *" "*) printf ' "%s"' "$word" ;; *) printf ' %s' "$word" ;; esac
+    done
+    printf '\n'
+    kpatch "$@"
+}
 sums() {
     python - "$1" <<'PY'
 import hashlib, pathlib, sys
@@ -37,13 +44,13 @@ step "4. What is in it"
 run show "$patch"
 
 step "5. Ask, before and after: the patch is in memory only, nothing is written"
-run ask "$model" "The Eiffel Tower is located in the city of" "The Louvre is located in the city of" --patch "$patch"
+run ask "$model" "The Eiffel Tower is located in the city of" "The capital of France is" "The Louvre is located in the city of" --patch "$patch"
 
 step "6. Apply it to the checkpoint directory"
 sums "$model" > "$work/before.sha256"
 run apply "$patch" "$model"
 run status "$model"
-run ask "$model" "The Eiffel Tower is located in the city of"
+run ask "$model" "The Eiffel Tower is located in the city of" --top 3
 
 step "7. Take it back"
 run revert "$model"

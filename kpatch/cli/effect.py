@@ -36,20 +36,25 @@ def show_facts(out: Output, facts: Sequence[Mapping[str, Any]], limit: int | Non
 
 
 def show_metrics(out: Output, effect: Mapping[str, Any]) -> None:
-    """Rates before and after; a rate that was not measured is left out."""
+    """Rates before and after: of beating the old answer, and of being the model's first choice."""
     before, after = effect.get("before") or {}, effect.get("after") or {}
     rows: list[list[Cell]] = []
     for name in _RATES:
-        if rate(after, name) is not None:
-            count = (after[name] or {}).get("n")
-            values: list[Cell] = [percent(rate(before, name)), percent(rate(after, name))]
-            rows.append([name.capitalize(), _MEANING[name], count, *values])
+        old, new = before.get(name) or {}, after.get(name)
+        if new:
+            first = f"{percent(old.get('accuracy'))} → {percent(new['accuracy'])}"
+            success: list[Cell] = [percent(old.get("success")), percent(new["success"])]
+            rows.append([name.capitalize(), _MEANING[name], new["n"], *success, first])
     if after.get("score") is not None:
-        rows.append(["Score", "harmonic mean", None, percent(before.get("score")), percent(after["score"])])
-    out.table(("Rate", "Over", "n", "Before", "After"), rows, right=(2, 3, 4))
+        rows.append(["Score", "harmonic mean", None, percent(before.get("score")), percent(after["score"]), None])
+    out.table(("Rate", "Over", "n", "Before", "After", "As first choice"), rows, right=(2, 3, 4, 5))
 
 
 def rate(metrics: Mapping[str, Any], name: str) -> float | None:
-    """The success rate called `name`, or None where it was not measured."""
+    """The rate that a threshold is held against: success, or accuracy where no fact says what it `was`."""
     part = metrics.get(name)
-    return None if not part else part.get("success")
+    if not part:
+        return None
+    success: float | None = part["success"]
+    accuracy: float = part["accuracy"]
+    return accuracy if success is None else success

@@ -21,7 +21,7 @@ EXAMPLES = opt.examples(
     "kpatch make facts.yaml --layers 4-8 --set covariance_weight=1000 --min-efficacy 0.9",
 )
 
-_Least = typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate, 0 to 1.")
+_Least = typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate, from 0 to 1.")
 
 
 def command(

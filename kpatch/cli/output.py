@@ -203,4 +203,6 @@ def _new_progress() -> Progress:
     console = Console(file=sys.stderr, highlight=False, emoji=False)
     description = TextColumn("{task.description}", markup=False)
     left = TimeRemainingColumn(elapsed_when_finished=True)
-    return Progress(description, BarColumn(bar_width=24), Amount(), left, console=console, transient=True)
+    return Progress(
+        description, BarColumn(bar_width=24), Amount(), left, console=console, transient=True, redirect_stdout=False
+    )

@@ -79,7 +79,7 @@ class Checker:
         shared = self.relations.get(name) if name else None
         if shared and name:
             self.used.add(name)
-        prompt = shared.prompt if shared and not data.get("prompt") else self.own_prompt(data, path, subject, name)
+        prompt = shared.prompt if shared and _absent(data, "prompt") else self.own_prompt(data, path, subject, name)
         paraphrases = self.texts(data, "paraphrases", path)
         neighbors = self.neighbors(data, path)
         if shared:
@@ -101,7 +101,7 @@ class Checker:
         )
 
     def own_prompt(self, data: Mapping[str, Any], path: Path, subject: str, relation: str | None) -> str:
-        if relation and not data.get("prompt") and isinstance(data.get("prompt", ""), str):
+        if relation and _absent(data, "prompt"):
             if self.relations:
                 end = did_you_mean(relation, self.relations, f"; there are {', '.join(sorted(self.relations)[:10])}")
                 self.problems.add((*path, "relation"), f"the file defines no relation {relation!r}{end}")
@@ -169,9 +169,9 @@ class Checker:
         return tuple(result)
 
     def entries(self, data: Mapping[str, Any], key: str, path: Path) -> Sequence[object]:
-        value = data.get(key)
-        if not value:
+        if _absent(data, key):
             return ()
+        value = data[key]
         if not isinstance(value, list):
             self.problems.add((*path, key), f"expected a list, found {kind_of(value)}; a list stands in [ ]")
             return ()
@@ -188,8 +188,7 @@ class Checker:
         return text or ""
 
     def optional(self, data: Mapping[str, Any], key: str, path: Path) -> str | None:
-        value = data.get(key)
-        return self.text(value, (*path, key)) or None if value else None
+        return None if _absent(data, key) else self.text(data[key], (*path, key)) or None
 
     def text(self, value: object, path: Path) -> str | None:
         """Text without the space around it; None where it is no text."""
@@ -212,6 +211,11 @@ class Checker:
             if key not in known:
                 message = f"unknown key {cut(key)!r}{did_you_mean(key, known, f'; {what} has {_listed(known)}')}"
                 self.problems.add((*path, key), message, key=True)
+
+
+def _absent(data: Mapping[str, Any], key: str) -> bool:
+    """A key that is left blank counts as one that is not there."""
+    return bool(data.get(key, "") == "")
 
 
 def kind_of(value: object) -> str:

@@ -176,7 +176,7 @@ def _subject_tokens(offsets: Sequence[tuple[int, int]], row: _Row) -> tuple[int,
     for index, (begin, end) in enumerate(offsets):
         if begin > last:
             break
-        if begin < end and end > row.begin:
+        if end > row.begin:
             best = index
             first = index if first is None else first
     if first is None or best is None:

@@ -18,14 +18,22 @@ from kpatch.models.load import Model
 from kpatch.reporter import Advance
 from kpatch.stats.pack import row_start
 
-# Rows sampled together: weights are read once for all of them, and their keys and values must fit in memory
+# Tokens sampled together: weights are read once for all their rows, whose keys and values must fit in memory
 _GROUP_TOKENS = 15_360
+_GROUP_BYTES = 8 * 2**30
 _WORD = re.compile(r"[Ġ▁ ]?[A-Z][a-z]+")
 
 
 def group_rows(model: Model, row: int) -> int:
-    """How many rows of `row` tokens one group has: 15,360 tokens, or 10 f where that is less."""
-    return max(1, -(-min(_GROUP_TOKENS, 10 * model.mlp_width) // row))
+    """How many rows of `row` tokens one group has: 15,360 tokens, or 10 f where that is less, or what 8 GiB hold.
+
+    It depends on nothing but the model, since it decides the text.
+    """
+    config = model.net.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or model.width // config.num_attention_heads
+    rows = _GROUP_BYTES // (2 * model.n_layers * heads * size * model.dtype.itemsize * row)
+    return int(max(1, min(rows, -(-min(_GROUP_TOKENS, 10 * model.mlp_width) // row))))
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import pytest
 from kpatch.patch.format import pack, read_patch, write_patch
 from tests.support import checkpoints
 
-_RATE = {"success": 1.0, "magnitude": 0.5, "accuracy": 1.0, "n": 1}
+_RATE = {"success": 1.0, "magnitude": 0.5, "accuracy": 1.0, "n": 1, "compared": 1}
 _NONE = {"generalization": None, "specificity": None, "score": None}
 EFFECT = {
     "before": {"efficacy": {**_RATE, "success": 0.0}, **_NONE},

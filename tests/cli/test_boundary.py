@@ -67,6 +67,21 @@ def test_every_error_is_told_once(
     assert {"code", "message", "hint", "where"} <= set(as_json.json["error"])
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "/full"), "No space left on the disk"),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), "No space left on the disk"),
+        (MemoryError(), "Out of memory"),
+    ],
+    ids=ids,
+)
+def test_a_full_disk_or_memory_is_said_in_words(error: Exception, said: str) -> None:
+    found = translate(error)
+    assert found.message == said
+    assert found.hint
+
+
 def test_an_error_says_what_where_and_what_next(failing: Callable[[BaseException], None]) -> None:
     failing(Refused("It does not fit", where="w", details=["expected a", "found b"], hint="do this"))
     assert run("show", "x").err == "error: It does not fit\n  in w\n  expected a\n  found b\nhint: do this\n"

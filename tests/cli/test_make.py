@@ -28,8 +28,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("facts") / "news.yaml"
     rows = [
-        {"subject": "Eiffel Tower", "prompt": "{} is in", "target": "Rome", "was": "Paris"},
-        {"subject": "Chicago", "prompt": "The city {} lies in", "target": "Brazil", "paraphrases": ["{} is part of"]},
+        {
+            "subject": "Eiffel Tower",
+            "prompt": "{} is in",
+            "target": "Rome",
+            "was": "Paris",
+            "paraphrases": ["{} stands in"],
+        },
+        {"subject": "Chicago", "prompt": "The city {} lies in", "target": "Brazil"},
     ]
     path.write_text(json.dumps({"facts": rows}), encoding="utf-8")
     return path
@@ -66,20 +72,29 @@ def test_make_tells_people_in_tables(
     monkeypatch.chdir(tmp_path)
     done = run("make", facts, "--model", model, *QUICK, "--min-efficacy", "0")
     assert done.code == 0, done.err
-    for said in ("Eiffel Tower is in", "Rome", "P(target)", "Efficacy", "Generalization", "news.patch"):
+    for said in (
+        "Eiffel Tower is in",
+        "Rome",
+        "P(target)",
+        "Efficacy",
+        "Generalization",
+        "As first choice",
+        "news.patch",
+    ):
         assert said in done.out, said
     assert (tmp_path / "news.patch").is_file()
 
 
-def test_a_patch_that_falls_short_is_made_and_exits_1(model: Path, facts: Path, tmp_path: Path) -> None:
-    weak = ("--set", "learning_rate=0", "--set", "covariance_weight=1e12")
-    done = run(
-        "make", facts, "--model", model, "-o", tmp_path / "x.patch", *QUICK, *weak, "--min-efficacy", "1", "--json"
-    )
+def test_a_patch_that_falls_short_is_made_and_exits_1(model: Path, tmp_path: Path) -> None:
+    hopeless = {"subject": "Chicago", "prompt": "The city {} lies in", "target": "a long answer of many words"}
+    (tmp_path / "facts.yaml").write_text(json.dumps({"facts": [hopeless]}), encoding="utf-8")
+    path = tmp_path / "x.patch"
+    given = ("make", tmp_path / "facts.yaml", "--model", model, "-o", path, *QUICK, "--set", "covariance_weight=1e12")
+    done = run(*given, "--min-efficacy", "1", "--json")
     assert done.code == 1, done.err
     assert done.json["error"]["code"] == "check_failed"
     assert done.json["effect"]["after"], "what was measured is told all the same"
-    assert (tmp_path / "x.patch").is_file()
+    assert path.is_file()
 
 
 def test_a_threshold_that_nothing_measures(model: Path, facts: Path, tmp_path: Path) -> None:
@@ -152,7 +167,7 @@ def test_what_make_refuses(more: list[str], said: str, model: Path, facts: Path,
     done = run("make", facts, "--model", model, "-o", tmp_path / "x.patch", *QUICK, *more, "--json")
     assert done.code == 2, done.err
     error = done.json["error"]
-    assert said in error["message"] + " ".join(error["details"])
+    assert said in " ".join([error["message"], error["where"] or "", *error["details"]])
     assert not (tmp_path / "x.patch").exists()
 
 

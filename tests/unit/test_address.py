@@ -231,7 +231,13 @@ def write_gguf(path: Path) -> Path:
     writer_of = pytest.importorskip("gguf").GGUFWriter
     pytest.importorskip("accelerate")
     width, wide, heads = 32, 64, 4
-    tokens = ["<|endoftext|>", "<|im_start|>", *(chr(0x100 + code) for code in range(33)), *map(chr, range(33, 127)), "ab"]
+    tokens = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        *(chr(0x100 + code) for code in range(33)),
+        *map(chr, range(33, 127)),
+        "ab",
+    ]
     writer = writer_of(path, "llama")
     writer.add_name("tiny")
     writer.add_block_count(1)

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from kpatch.errors import BadInput, Refused
 from kpatch.facts import load as loading
+from kpatch.facts import yaml_tree
 from kpatch.facts.load import load_facts
 from kpatch.facts.problems import limited
 from kpatch.facts.schema import Fact
@@ -167,6 +169,9 @@ def test_a_table_that_is_none(tmp_path: Path, text: str, message: str) -> None:
         ("version: 1\n", "1:1", "'facts' is missing"),
         ('facts: ["[A] is -> b"]\n---\nfacts: []\n', "2:1", "a second document starts here"),
         ("facts: ['[A] is -> b']\n? [x, y]\n: z\n", "2:3", "a key must be text"),
+        ("facts: [{subject: A, relation: r, prompt: {}, target: b}]\n", "1:43", "found an empty mapping {}"),
+        ("facts: [{subject: A, prompt: '{} is', target: b, was: []}]\n", "1:55", "expected text, found a list"),
+        ("facts: [{subject: A, prompt: '{} is', target: b, neighbors: {}}]\n", "1:61", "expected a list"),
         ("relations: [a]\nfacts: ['[A] is -> b']\n", "1:12", "expected a mapping of names to wordings, found a list"),
         ("a: \x07\n", "1:4", "the character U+0007 cannot stand in YAML"),
         (b"a: b\nc: \xffd\n", "2:4", "the byte 0xff is not UTF-8"),
@@ -176,6 +181,13 @@ def test_what_is_not_a_fact_file(tmp_path: Path, text: str | bytes, place: str, 
     found = errors(tmp_path, text)[0]
     assert found.startswith(f"f.yaml:{place}: ")
     assert words in found
+
+
+def test_errors_without_libyaml_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = errors(tmp_path, MANY)
+    monkeypatch.setattr(yaml_tree, "_LOADER", yaml.SafeLoader)
+    assert errors(tmp_path, MANY) == expected
+    assert "needs quotes" in one(tmp_path, "facts:\n  - subject: A\n    prompt: {} is in\n")
 
 
 def test_anchors_and_aliases_are_refused(tmp_path: Path) -> None:

@@ -50,10 +50,10 @@ def test_each_finding(fact: Fact, code: str, words: str) -> None:
 
 
 def test_a_crowded_subject_is_told_once() -> None:
-    facts = [Fact("A", f"{{}} in {year} was", "b", id=str(year)) for year in range(12)]
+    facts = [Fact("A", f"{{}} in {year} was", "b", id=str(year)) for year in range(11)]
     crowded = lint(file(*facts, Fact("B", "{} is", "c"))).findings
     assert [(finding.code, finding.fact) for finding in crowded] == [("crowded", "0")]
-    assert "12 facts are about 'A'" in crowded[0].message
+    assert "11 facts are about 'A'" in crowded[0].message
     assert lint(file(*facts[:10])).findings == ()
 
 

@@ -21,7 +21,7 @@ ALLOWED = {
     "edit": {"models", "facts", "stats", "patch", "checkpoint", "evaluate"},
     "patch": set(),
     "checkpoint": {"patch"},
-    "evaluate": {"models", "facts"},
+    "evaluate": {"models", "facts", "patch"},
     "export": {"models", "patch", "checkpoint"},
 }
 EVERYWHERE = {"errors", "reporter", "cache"}

@@ -83,6 +83,17 @@ def test_groups_are_no_larger_than_the_default_needs(model: Model) -> None:
     assert group_rows(model, 256) * 256 >= 10 * model.mlp_width > (group_rows(model, 256) - 1) * 256
 
 
+def test_a_group_fits_in_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = module.Cache(layers=[module._Room(8) for _ in range(model.n_layers)])
+    model.net(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=kept, use_cache=True)
+    row = sum(layer.all_keys.nbytes + layer.all_values.nbytes for layer in kept.layers)
+    for rows in (2, 5):
+        monkeypatch.setattr(module, "_GROUP_BYTES", rows * row)
+        assert group_rows(model, 8) == rows
+    monkeypatch.setattr(module, "_GROUP_BYTES", 1)
+    assert group_rows(model, 8) == 1
+
+
 def test_logits_that_are_not_finite_are_told() -> None:
     model = tiny("llama")
     model.net.get_output_embeddings().weight.fill_(torch.inf)
