@@ -19,7 +19,7 @@ export PIP_NO_INPUT := 1
 demo: $(INSTALLED) $(SMOLLM2)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo.sh
 
-test: $(INSTALLED)
+test: $(INSTALLED) $(SMOLLM2)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
