@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kpatch.edit.groups import Group
 from kpatch.edit.hyper import Hyper
+from kpatch.models.attention import few_columns_attention
 from kpatch.models.load import Model
 from kpatch.models.packing import packed_mlps
 from kpatch.models.runs import Calls, align, record_suffix
@@ -123,7 +124,9 @@ def _predict(model: Model, problem: _Problem, hidden: Tensor, spots: Tensor, lay
 def _losses(model: Model, problem: _Problem, delta: Tensor, h: Tensor, hyper: Hyper) -> Tensor:
     """The objective of each group, [m]; delta and h are [m, d]."""
     m = len(delta)
-    first = problem.hidden[:, :1] + delta[problem.owner][:, None].to(problem.hidden.dtype)
+    # index_select, since the gradient of delta[owner] is summed by all threads at once, in an order left to chance
+    shift = delta.index_select(0, problem.owner).to(problem.hidden.dtype)  # (B, d)
+    first = problem.hidden[:, :1] + shift[:, None]  # (B, 1, d)
     hidden = torch.cat([first, problem.hidden[:, 1:]], dim=1)  # (B, S, d)
     spots = torch.cat([problem.spots, problem.drift_spots])
     logp = _predict(model, problem, hidden, spots, max(hyper.layers))  # (M + m, V)
@@ -141,6 +144,11 @@ def optimize(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advan
 
     `advance` is told of every step of every group, hyper.steps a group in all.
     """
+    with few_columns_attention(model):
+        return _optimize(model, groups, hyper, advance)
+
+
+def _optimize(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance) -> Values:
     problem, h = _prepare(model, groups, max(hyper.layers))
     m = len(groups)
     delta = torch.zeros_like(h)

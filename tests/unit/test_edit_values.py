@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpatch.cache import cache_dir
-from kpatch.edit import find
+from kpatch.edit import find, values
 from kpatch.edit.batches import plan, row_bytes
 from kpatch.edit.find import find_values
 from kpatch.edit.groups import MAX_FACTS_PER_SUBJECT, Group, group_facts
@@ -249,3 +249,26 @@ def test_more_facts_on_a_subject_than_a_value_can_carry() -> None:
         group_facts(build("llama"), facts, ("",))
     assert error.value.where == "a.yaml:0:1"
     assert list(error.value.details) == ["expected at most 100 facts for one subject"]
+
+
+def test_no_gradient_is_summed_in_an_order_left_to_chance() -> None:
+    """Indexing with repeated indices is differentiated by all threads at once; two equal runs then differ."""
+    model = build("llama")
+    some = groups()
+    problem, h = values._prepare(model, some, 2)
+    assert len(problem.owner) > len(some)  # rows share δ, so there is something to be summed
+    delta = torch.zeros_like(h).requires_grad_()
+    loss = values._losses(model, problem, delta, h, HYPER).sum()
+    nodes, seen = [loss.grad_fn], set()
+    indexed = 0
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes += [parent for parent, _ in node.next_functions]
+        if node.name() == "IndexBackward0":
+            indexed += 1
+            places = torch.stack([index for index in node._saved_indices if index is not None], 1)
+            assert len(places.unique(dim=0)) == len(places)
+    assert indexed
