@@ -21,6 +21,7 @@ from kpatch.stats.pack import row_start
 # Tokens sampled together: weights are read once for all their rows, whose keys and values must fit in memory
 _GROUP_TOKENS = 15_360
 _GROUP_BYTES = 8 * 2**30
+_BLOCK = 256
 _WORD = re.compile(r"[Ġ▁ ]?[A-Z][a-z]+")
 
 
@@ -75,11 +76,26 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
 
 
 def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
-    """One token of each row by inverting its distribution at `uniform` [G, 1]: [G, 1], -1 where it is not finite."""
-    cumulative = logits.float().softmax(-1).cumsum(-1, dtype=_wide(logits.device))  # (G, V)
-    total = cumulative[:, -1:]
-    token = torch.searchsorted(cumulative, uniform * total, right=True).clamp(max=logits.shape[-1] - 1)
-    return torch.where(total.isfinite(), token, -1)
+    """One token of each row by inverting its distribution at `uniform` [G, 1]: [G, 1], -1 where it is not finite.
+
+    First the block of 256 tokens, then the token in it: sums over a vocabulary are slow, and lose rare tokens.
+    """
+    wide = _wide(logits.device)
+    p = logits.float().softmax(-1)  # (G, V)
+    p = torch.nn.functional.pad(p, (0, -p.shape[-1] % _BLOCK)).view(len(p), -1, _BLOCK)  # (G, blocks, 256)
+    sums = p.sum(-1, dtype=wide)  # (G, blocks)
+    ends = sums.cumsum(-1)
+    block = _invert(ends, uniform * ends[:, -1:])  # (G, 1)
+    inside = p[torch.arange(len(p), device=p.device), block[:, 0]].cumsum(-1, dtype=wide)  # (G, 256)
+    token = _invert(inside, uniform * ends[:, -1:] - (ends - sums).gather(1, block))
+    return torch.where(ends[:, -1:].isfinite(), block * _BLOCK + token, -1)
+
+
+def _invert(cumulative: Tensor, at: Tensor) -> Tensor:
+    """The first place where cumulative [G, N] exceeds `at` [G, 1]; never of probability 0, whatever rounding did."""
+    last = cumulative[:, -1:]
+    below = torch.minimum(at, torch.nextafter(last, torch.zeros_like(last))).clamp(min=0)
+    return torch.searchsorted(cumulative, below, right=True).clamp(max=cumulative.shape[-1] - 1)
 
 
 def _wide(device: torch.device) -> torch.dtype:

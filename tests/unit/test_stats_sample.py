@@ -49,13 +49,22 @@ def test_cached_columns_give_the_distribution_of_a_full_run(family: str, monkeyp
     assert len(seen) == 11
 
 
-def test_draws_follow_the_distribution() -> None:
-    p = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    uniform = (torch.arange(10_000, dtype=torch.float64)[:, None] + 0.5) / 10_000
-    counts = module._draw(p.log().expand(10_000, 4), uniform).flatten().bincount(minlength=4)
-    torch.testing.assert_close(counts / 10_000, p, atol=2e-4, rtol=0)
+@pytest.mark.parametrize("vocabulary", [4, 256, 1000])
+def test_draws_follow_the_distribution(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(vocabulary, generator=generator)
+    p[torch.rand(vocabulary, generator=generator) < 0.3] = 0.0
+    p[-2:] = 0.0
+    p /= p.sum()
+    uniform = (torch.arange(100_000, dtype=torch.float64)[:, None] + 0.5) / 100_000
+    counts = torch.zeros(vocabulary)
+    for part in uniform.split(5_000):
+        counts += module._draw(p.log().expand(len(part), -1), part).flatten().bincount(minlength=vocabulary)
+    torch.testing.assert_close(counts / 100_000, p, atol=3e-5, rtol=0)
+    possible = p.nonzero().flatten()
     edges = torch.tensor([[0.0], [1.0 - 2**-53]], dtype=torch.float64)
-    assert module._draw(torch.tensor([-torch.inf, 0.0, 0.0]).expand(2, 3), edges).flatten().tolist() == [1, 2]
+    drawn = module._draw(p.log().expand(2, -1), edges).flatten()
+    assert drawn.tolist() == [int(possible[0]), int(possible[-1])]
 
 
 @pytest.mark.parametrize("tokenizer", [byte_level(bos=False), byte_level(bos=True), metaspace(bos=True)])
