@@ -11,7 +11,8 @@ from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.effect import rate, show_facts, show_metrics
 from kpatch.cli.output import Output, begin, percent, size
-from kpatch.errors import BadInput, CheckFailed, Refused
+from kpatch.errors import BadInput, CheckFailed
+from kpatch.patch.place import check_place
 
 if TYPE_CHECKING:
     from kpatch.edit.pipeline import MakeResult
@@ -65,8 +66,7 @@ def command(
 ) -> None:
     """Make a patch from a fact file, and measure what it does."""
     say = begin(json, quiet, verbose)
-    path = out or Path(facts.with_suffix(".patch").name)
-    _check_out(path, force)
+    path = check_place(out or facts.with_suffix(".patch").name, force)
     chosen, settings = parse.layers(layers), parse.settings(set_ or [])
     budget, names = parse.memory(memory), parse.modules(modules)
     least = {"efficacy": min_efficacy, "generalization": min_generalization, "specificity": min_specificity}
@@ -100,18 +100,6 @@ def command(
     )
     _tell(say, result, method)
     _check_rates(result.effect["after"], least)
-
-
-def _check_out(path: Path, force: bool) -> None:
-    """Refuse before an hour of work what would be refused after it."""
-    if path.is_dir():
-        raise BadInput(f"{path} is a directory", hint="give -o the name of a file")
-    if path.exists() and not force:
-        raise Refused(f"{path} exists", hint="give another name with -o, or --force to write over it")
-    if not path.parent.is_dir():
-        raise BadInput(
-            f"There is no directory {path.parent}", where=str(path), hint="make it, or give -o another name"
-        )
 
 
 def _tell(say: Output, result: MakeResult, method: str) -> None:

@@ -18,6 +18,12 @@ Model = Annotated[
     ),
 ]
 Patch = Annotated[Path, typer.Argument(metavar="PATCH", help="A patch file.")]
+Checkpoint = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MODEL_DIR", help="A checkpoint directory. Default: the one here, else the one last applied to."
+    ),
+]
 Facts = Annotated[Path, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
 
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")]

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from kpatch.cli import options as opt
 from kpatch.cli.output import begin, size
 from kpatch.cli.where import default_checkpoint
@@ -21,12 +16,7 @@ _MEANING = {
 
 
 def command(
-    model_dir: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="MODEL_DIR", help="A checkpoint directory. Default: the one here, else the one last applied to."
-        ),
-    ] = None,
+    model_dir: opt.Checkpoint = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,

@@ -58,6 +58,7 @@ class Preset:
     source: str
 
 
+_POSITIVE = ("steps", "learning_rate", "clamp", "covariance_weight")
 _PAPER = "MEMIT paper (Meng et al., ICLR 2023), section 5 and Appendix B"
 
 PRESETS: dict[str, Preset] = {
@@ -150,5 +151,7 @@ def with_settings(hyper: Hyper, settings: dict[str, str]) -> Hyper:
             raise BadInput(f"--set {key}={text} is not a number", details=[f"expected {kind.__name__}"]) from error
         if not 0 <= value < float("inf"):
             raise BadInput(f"--set {key}={text} must be finite and not negative")
+        if key in _POSITIVE and value == 0:
+            raise BadInput(f"--set {key}={text} would give no edit", details=["expected more than 0"])
         values[key] = value
     return replace(hyper, **values)

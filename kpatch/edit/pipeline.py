@@ -34,6 +34,7 @@ from kpatch.models.load import Model, load_model, tokenizer_hash
 from kpatch.patch.format import describe, pack, read_patch, write_patch
 from kpatch.patch.lowrank import Dense, LowRank, total
 from kpatch.patch.manifest import Base, Manifest
+from kpatch.patch.place import check_place
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.collect import collect
 
@@ -91,6 +92,7 @@ def make(
     chosen = tuple(facts.facts if isinstance(facts, FactFile) else facts)
     if not chosen:
         raise BadInput("There are no facts to make a patch from")
+    check_place(out, force)  # before an hour of work, not after it
     if method not in METHODS:
         raise BadInput(f"Unknown method {method!r}", details=[f"expected one of {', '.join(METHODS)}"])
     edited = _load(facts, model, on, device, dtype, modules, report)

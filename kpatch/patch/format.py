@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kpatch.cache import atomic_write
-from kpatch.errors import BadInput, Damaged, Refused
+from kpatch.errors import BadInput, Damaged
 from kpatch.patch.container import ContainerError, Entry, layout, open_regular, read_exactly
 from kpatch.patch.fingerprint import NAMES, sha256_of, tensor_bytes, tensor_from
 from kpatch.patch.header import (
@@ -27,6 +27,7 @@ from kpatch.patch.header import (
 )
 from kpatch.patch.lowrank import Delta, Dense, LowRank
 from kpatch.patch.manifest import DeltaInfo, Manifest, ManifestError, TensorInfo
+from kpatch.patch.place import check_place
 from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
 
@@ -74,14 +75,7 @@ def write_patch(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tens
     Equal manifests and tensors give equal bytes. Raises Refused for an existing file unless `force`, BadInput for
     tensors or a manifest that a reader would refuse, KpatchError when the file cannot be written.
     """
-    path = Path(path)
-    shown = printable(str(path))
-    if path.is_dir():
-        raise BadInput(f"{shown} is a folder; a patch is a file", hint="give a file name such as news.patch")
-    if not path.parent.is_dir():
-        raise BadInput(f"{shown} cannot be written: there is no folder {printable(str(path.parent))}")
-    if not force and (path.is_symlink() or path.exists()):
-        raise Refused(f"{shown} exists", hint="choose another name, or give --force to replace it")
+    path = check_place(path, force)
     header, order, identity = _prepare(manifest, tensors)
 
     def write(temporary: Path) -> None:
