@@ -23,7 +23,7 @@ import torch
 from kpatch.models.address import resolve
 from kpatch.models.load import load_model
 from kpatch.reporter import SILENT, Advance
-from kpatch.stats.collect import BATCH_TOKENS, ROW, collect
+from kpatch.stats.collect import BATCH_TOKENS, collect
 
 
 class Clock:
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100_000, help="tokens of the text file")
     parser.add_argument("--layers", default="4-8")
     parser.add_argument("--batch-tokens", default=str(BATCH_TOKENS), help="one or more, with commas")
-    parser.add_argument("--row", type=int, default=ROW)
+    parser.add_argument("--row", type=int)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--skip-self", action="store_true")
     options = parser.parse_args()
@@ -70,11 +70,11 @@ def main() -> None:
         if options.text:
             for batch in map(int, options.batch_tokens.split(",")):
                 print(
-                    f"{Path(options.text).name}, {options.tokens:,} tokens, rows of {options.row}, batches of {batch}"
+                    f"{Path(options.text).name}, {options.tokens:,} tokens, rows of {options.row or 'the usual length'}, batches of {batch}"
                 )
                 run(model, layers, options, options.text, options.tokens, batch)
         if not options.skip_self:
-            print(f"self, {10 * model.mlp_width:,} tokens, rows of {options.row}")
+            print(f"self, {10 * model.mlp_width:,} tokens, rows of {options.row or 'the usual length'}")
             run(model, layers, options, "self", None, BATCH_TOKENS)
 
 
