@@ -67,14 +67,13 @@ def main() -> None:
         model = load_model(resolve(str(Path(options.model)), SILENT))
         print(f"{model.name}: layers {options.layers}, f = {model.mlp_width}, {model.dtype}, {model.device}, ", end="")
         print(f"{torch.get_num_threads()} threads; {megabytes():.0f} MB with the model loaded")
+        row = options.row or "the usual length"
         if options.text:
             for batch in map(int, options.batch_tokens.split(",")):
-                print(
-                    f"{Path(options.text).name}, {options.tokens:,} tokens, rows of {options.row or 'the usual length'}, batches of {batch}"
-                )
+                print(f"{Path(options.text).name}, {options.tokens:,} tokens, rows of {row}, batches of {batch}")
                 run(model, layers, options, options.text, options.tokens, batch)
         if not options.skip_self:
-            print(f"self, {10 * model.mlp_width:,} tokens, rows of {options.row or 'the usual length'}")
+            print(f"self, {10 * model.mlp_width:,} tokens, rows of {row}")
             run(model, layers, options, "self", None, BATCH_TOKENS)
 
 

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kpatch.edit.batches import DEFAULT_BUDGET, plan  # noqa: E402
-from kpatch.edit.contexts import sample_contexts  # noqa: E402
+from kpatch.edit.contexts import contexts_for  # noqa: E402
 from kpatch.edit.find import find_values  # noqa: E402
 from kpatch.edit.groups import Group, group_facts  # noqa: E402
 from kpatch.edit.hyper import hyper_for  # noqa: E402
@@ -111,7 +111,7 @@ def main() -> None:
         hyper = replace(hyper, stop_loss=0.0)
     last = max(hyper.layers)
     facts = read_counterfact(options.counterfact) if options.counterfact else list(load_facts(options.facts).facts)
-    contexts = sample_contexts(model, hyper.prefixes, hyper.prefix_tokens, seed=0)
+    contexts = contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed=0)
     groups = whole_groups(model, facts, contexts, options.count)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"{model.name}, {model.dtype}, {model.device}, {threads} threads, load {load:.1f}")

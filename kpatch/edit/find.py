@@ -83,7 +83,12 @@ def _within_memory(model: Model, groups: Sequence[Group], hyper: Hyper, advance:
 
 def _key(weights: str, model: Model, groups: Sequence[Group], hyper: Hyper) -> str:
     numbers = hyper.to_dict()
-    for name in ("covariance_weight", "prefixes", "prefix_tokens"):  # the rows themselves stand for the contexts
+    for name in (
+        "covariance_weight",
+        "lead_ins",
+        "prefixes",
+        "prefix_tokens",
+    ):  # the rows themselves stand for the contexts
         numbers.pop(name)
     rows = [
         [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]

@@ -25,7 +25,8 @@ class Hyper:
     covariance_weight  λ in C = λ E[k k^T]
     first_layer, first_leverage  where a subject that is a text's first token is edited, and the least k^T C^{-1} k its
     key is given weight for (see `kpatch.edit.parts`)
-    prefixes, prefix_tokens  contexts x_j sampled from the model, besides the bare prompt
+    lead_ins  contexts x_j in plain English, besides the bare prompt: the first so many of `kpatch.edit.contexts`
+    prefixes, prefix_tokens  contexts x_j sampled from the model, and their length
     """
 
     layers: tuple[int, ...]
@@ -38,6 +39,7 @@ class Hyper:
     covariance_weight: float = 15_000.0
     first_layer: int = 0
     first_leverage: float = 5.0
+    lead_ins: int = 0
     prefixes: int = 5
     prefix_tokens: int = 10
 
@@ -79,8 +81,9 @@ PRESETS: dict[str, Preset] = {
     ),
     "smollm2": Preset(
         ("llama", 576, 30),
-        Hyper(layers=tuple(range(4, 9)), covariance_weight=1_000.0),
-        "measured by kpatch on 150 CounterFact edits: R 4-8, λ 1,000; steps, lr and clamp as for GPT-J",
+        Hyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=5, prefixes=0),
+        "measured by kpatch on 150 CounterFact edits and 66 of its own: R 4-8, λ 600, plain lead-ins (what so small"
+        " a model writes by itself makes poor contexts); steps, lr and clamp as for GPT-J",
     ),
 }
 

@@ -19,7 +19,7 @@ from kpatch.checkpoint.index import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.checkpoint.verify import base_weights
 from kpatch.edit.batches import DEFAULT_BUDGET
-from kpatch.edit.contexts import sample_contexts
+from kpatch.edit.contexts import contexts_for
 from kpatch.edit.find import find_values
 from kpatch.edit.groups import group_facts
 from kpatch.edit.hyper import hyper_for
@@ -104,7 +104,7 @@ def make(
     hyper = hyper_for(edited, layers, settings or {}, report)
     check_lengths(edited.tokenizer, chosen)
     with report.task("Sampling contexts"):
-        contexts = sample_contexts(edited, hyper.prefixes, hyper.prefix_tokens, seed)
+        contexts = contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed)
     parts = split(group_facts(edited, chosen, contexts), hyper)
     touched = sorted({layer for part in parts for layer in part.hyper.layers})
     base = base_weights(edited.path, [edited.weight_name(layer) for layer in touched], report)

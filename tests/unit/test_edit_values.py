@@ -182,7 +182,15 @@ def test_an_interruption_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize(
-    "same", [{"covariance_weight": 7.0}, {"layers": (0, 2)}, {"layers": (2,)}, {"prefixes": 9}, {"prefix_tokens": 2}]
+    "same",
+    [
+        {"covariance_weight": 7.0},
+        {"layers": (0, 2)},
+        {"layers": (2,)},
+        {"prefixes": 9},
+        {"prefix_tokens": 2},
+        {"lead_ins": 1},
+    ],
 )
 def test_what_decides_no_value_does_not_find_again(same: dict[str, object], counted: Counted) -> None:
     seek()

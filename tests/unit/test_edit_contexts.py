@@ -1,0 +1,25 @@
+"""Contexts: the bare prompt first, lead-ins of our own, then texts from the model, the same for the same seed."""
+
+from __future__ import annotations
+
+import pytest
+
+from kpatch.edit.contexts import LEAD_INS, contexts_for
+from kpatch.errors import BadInput
+from tests.support.models import tiny
+
+
+def test_bare_then_lead_ins_then_sampled() -> None:
+    model = tiny("llama")
+    found = contexts_for(model, 2, 3, 4, seed=1)
+    assert found[:3] == ("", *LEAD_INS[:2])
+    assert len(found) == 6
+    assert all(text.endswith(".") and "{" not in text for text in found[3:])
+    assert contexts_for(model, 0, 3, 4, seed=1) == ("", *found[3:])
+    assert contexts_for(model, 0, 3, 4, seed=2) != ("", *found[3:])
+    assert contexts_for(model, 0, 0, 4, seed=1) == ("",)
+
+
+def test_more_lead_ins_than_there_are() -> None:
+    with pytest.raises(BadInput, match="more than there are"):
+        contexts_for(tiny("llama"), len(LEAD_INS) + 1, 0, 4, seed=0)
