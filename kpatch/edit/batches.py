@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from kpatch.edit.groups import Group
 from kpatch.models.load import Model
 
-DEFAULT_BUDGET = 1_000_000_000  # bytes of activations
+DEFAULT_BUDGET = 800_000_000  # bytes of activations
 
 
 def row_bytes(model: Model, columns: int, prefix: int, layers: int) -> int:

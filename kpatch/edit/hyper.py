@@ -81,7 +81,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "smollm2": Preset(
         ("llama", 576, 30),
-        Hyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=5, prefixes=0),
+        Hyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=4, prefixes=0),
         "measured by kpatch on 150 CounterFact edits and 66 of its own: R 4-8, λ 600, plain lead-ins (what so small"
         " a model writes by itself makes poor contexts); steps, lr and clamp as for GPT-J",
     ),
