@@ -99,6 +99,7 @@ def plan_apply(
     _refuse_quantized(checkpoint)
     require_intact(checkpoint, applied, report)
     patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
+    _refuse_held_twice([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
     _refuse_conflicts([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
     _require_parents(new, applied, checkpoint)
     fits = [fit(info, checkpoint, store, applied, report) for info in new]
@@ -204,6 +205,19 @@ def _require_parents(new: Sequence[PatchInfo], applied: Applied, checkpoint: Che
 
 def _given(new: Sequence[PatchInfo]) -> list[tuple[str, PatchInfo]]:
     return [(info.name, info) for info in new]
+
+
+def _refuse_held_twice(patches: Sequence[tuple[str, PatchInfo]]) -> None:
+    """No two patches, given with their names, may hold the same patch: its deltas would be added twice."""
+    held: dict[str, str] = {}
+    for name, info in patches:
+        for part in sorted(info.manifest.holds(info.id)):
+            if part in held:
+                raise Refused(
+                    f"{printable(name)} and {printable(held[part])} both hold patch {part[:12]}",
+                    hint="a stack stands for the patches in it: apply it or them, not both, else it counts twice",
+                )
+            held[part] = name
 
 
 def _refuse_conflicts(patches: Sequence[tuple[str, PatchInfo]]) -> None:

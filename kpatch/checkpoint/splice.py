@@ -17,6 +17,7 @@ from kpatch.checkpoint.rows import Landing, Overflow, blocks, patch_rows, widen
 from kpatch.checkpoint.store import AppliedWeight, Store
 from kpatch.errors import Damaged, Refused
 from kpatch.patch.format import read_delta
+from kpatch.patch.manifest import matrix_shape
 from kpatch.patch.text import printable
 from kpatch.reporter import Reporter
 
@@ -89,7 +90,7 @@ def _keep_base(store: Store, old: FileIO, weight: WeightPlan, mode: int) -> None
 
 def _write_weight(plan: Plan, store: Store, new: FileIO, weight: WeightPlan) -> Outcome:
     ref, landing = weight.ref, Landing()
-    rows, cols = ref.shape
+    rows, cols = matrix_shape(ref.shape)
     row_bytes = (ref.end - ref.begin) // rows
     deltas = [widen(read_delta(plan.patches[patch], name)) for patch, name in weight.deltas]
     before, after = hashlib.sha256(), hashlib.sha256()

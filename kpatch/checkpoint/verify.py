@@ -176,7 +176,7 @@ def _same_but_dtype(
 def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter = SILENT) -> dict[str, BaseWeight]:
     """What a manifest says of the weights it is made for, from the checkpoint's bytes as they are without patches.
 
-    For `make`, also with --on. Raises BadInput for a weight that is not there or is not a 2-D float tensor.
+    For `make`, also with --on, and `diff`. Raises BadInput for a weight that is not there or holds no float numbers.
     """
     checkpoint = open_checkpoint(model_dir)
     store = settled_store(checkpoint)
@@ -187,11 +187,12 @@ def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter =
         if stored is None:
             raise BadInput(f"{checkpoint.given} has no tensor {printable(name, 120)}")
         ref = checkpoint.tensors[stored]
-        if ref.dtype not in FLOAT_DTYPES or len(ref.shape) != 2:
+        if ref.dtype not in FLOAT_DTYPES or not ref.shape or 0 in ref.shape:
             raise BadInput(
-                f"{stored} of {checkpoint.given} is {ref.dtype} of shape {list(ref.shape)}, not a float matrix"
+                f"{stored} of {checkpoint.given} is {ref.dtype} of shape {list(ref.shape)}",
+                details=["expected a tensor of float numbers, at least one"],
             )
         sha256 = _base_hash(stored, ref, checkpoint, store, applied, files.nothing)
         tensor = tensor_from(_base_bytes(stored, ref, checkpoint, store, applied), ref.dtype, ref.shape)
-        result[name] = BaseWeight((ref.shape[0], ref.shape[1]), ref.dtype, sha256, tuple(sketch(tensor)))
+        result[name] = BaseWeight(ref.shape, ref.dtype, sha256, tuple(sketch(tensor)))
     return result

@@ -17,7 +17,7 @@ from kpatch.models.load import Model, tokenizer_hash
 from kpatch.patch.fingerprint import NAMES, same_weights, sha256_of
 from kpatch.patch.format import Patch, read_patch
 from kpatch.patch.lowrank import Delta, Dense, LowRank
-from kpatch.patch.manifest import BaseWeight
+from kpatch.patch.manifest import BaseWeight, matrix_shape
 from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
 
@@ -103,14 +103,16 @@ def _summed(state: _State, name: str, weight: nn.Parameter, new: _Applied | None
     applied = sorted([*state.applied, *([new] if new else [])], key=lambda one: one.id)
     wide = torch.device("cpu") if base.device.type == "mps" else base.device  # no float64 there
     deltas = [_on(one.deltas[name], wide) for one in applied if name in one.deltas]
-    result = torch.empty_like(base)
-    step = max(1, _BLOCK // base.shape[1])
-    for begin in range(0, base.shape[0], step):
-        end = min(begin + step, base.shape[0])
-        total = base[begin:end].to(wide).double()
+    result = torch.empty_like(base, memory_format=torch.contiguous_format)
+    rows, cols = matrix_shape(base.shape)
+    before, after = base.reshape(rows, cols), result.view(rows, cols)
+    step = max(1, _BLOCK // cols)
+    for begin in range(0, rows, step):
+        end = min(begin + step, rows)
+        total = before[begin:end].to(wide).double()
         for delta in deltas:
             total += delta.rows(begin, end)
-        result[begin:end] = total.to(base.dtype)
+        after[begin:end] = total.to(base.dtype)
     if not bool(torch.isfinite(result).all()):
         raise Refused(
             f"The patch drives {printable(name)} out of the range of {str(base.dtype).removeprefix('torch.')}",
@@ -139,7 +141,7 @@ def _fitting(net: Any, new: _Applied) -> dict[str, nn.Parameter]:
             wrong.append(f"{shown}: its values are not in memory (offloaded)")
         elif weight.dtype not in NAMES:
             wrong.append(f"{shown}: expected float numbers, found {str(weight.dtype).removeprefix('torch.')}")
-        elif tuple(weight.shape) != delta.shape:
+        elif not weight.ndim or matrix_shape(weight.shape) != delta.shape:
             wrong.append(f"{shown}: expected shape {list(delta.shape)}, found {list(weight.shape)}")
         else:
             found[name] = weight

@@ -23,7 +23,7 @@ from kpatch.patch.container import (
     open_regular,
     read_container,
 )
-from kpatch.patch.manifest import FLOAT_DTYPES, Manifest, ManifestError, NewerFormat, TensorInfo
+from kpatch.patch.manifest import FLOAT_DTYPES, Manifest, ManifestError, NewerFormat, TensorInfo, matrix_shape
 from kpatch.patch.text import printable
 
 METADATA_KEY = "kpatch"
@@ -146,7 +146,7 @@ def check_tensors(manifest: Manifest, found: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_delta(manifest: Manifest, name: str, found: Mapping[str, TensorInfo]) -> set[str]:
-    delta, shape = manifest.deltas[name], manifest.base.weights[name].shape
+    delta, shape = manifest.deltas[name], matrix_shape(manifest.base.weights[name].shape)
     names = [f"{name}.delta"] if delta.form == "dense" else [f"{name}.left", f"{name}.right"]
     missing = [part for part in names if part not in found]
     if missing:
@@ -162,7 +162,7 @@ def _check_delta(manifest: Manifest, name: str, found: Mapping[str, TensorInfo])
             )
         made = (rows, cols)
     if made != shape:
-        raise ManifestError(f"delta of {name}: has shape {list(made)}, its weight {list(shape)}")
+        raise ManifestError(f"delta of {name}: has shape {list(made)}, its weight as a matrix {list(shape)}")
     return set(names)
 
 

@@ -74,14 +74,38 @@ class LowRank:
         Singular values up to `tol` times the largest go, so ‖Δ − result‖₂ <= tol ‖Δ‖₂ when `max_rank` does not bind.
         The factors come back balanced (each carries the square root of the singular values) in float64.
         """
+        u, s, vh = self.svd()
+        keep = max(1, int((s > tol * s[0]).sum()))
+        return _balanced(u, s, vh, keep if max_rank is None else min(keep, max_rank))
+
+    def compact(self, loss: float = 2.0**-24) -> LowRank:
+        """The same Δ with the fewest columns for which ‖Δ − result‖ <= loss ‖Δ‖ (Frobenius); float64, balanced.
+
+        The default is half a float32 step: less than what is lost when the factors are stored in float32.
+        """
+        u, s, vh = self.svd()
+        return _balanced(u, s, vh, rank_within(s, loss))
+
+    def svd(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Δ = U diag(s) Vh in float64, by QR of both factors and an SVD of the small core.
+
+        U [rows, p], s [p] falling, Vh [p, cols], p = min(rows, cols, r).
+        """
         q_left, r_left = torch.linalg.qr(self.left.double())  # [rows, p], [p, r]
         q_right, r_right = torch.linalg.qr(self.right.double().T)  # [cols, q], [q, r]
-        u, s, vh = torch.linalg.svd(r_left @ r_right.T)  # [p, p], [min(p, q)], [q, q]
-        keep = max(1, int((s > tol * s[0]).sum()))
-        if max_rank is not None:
-            keep = min(keep, max_rank)
-        root = s[:keep].sqrt()
-        return LowRank((q_left @ u[:, :keep]) * root, root[:, None] * (vh[:keep] @ q_right.T))
+        u, s, vh = torch.linalg.svd(r_left @ r_right.T, full_matrices=False)
+        return q_left @ u, s, vh @ q_right.T
+
+
+def rank_within(s: Tensor, loss: float) -> int:
+    """How many of the singular values s [p], falling, must stay so that the others' norm is at most loss · ‖s‖."""
+    left_out = s.square().flip(0).cumsum(0).flip(0).sqrt()  # [p]: what is lost when only those before stay
+    return max(1, int((left_out > loss * left_out[0]).sum()))
+
+
+def _balanced(u: Tensor, s: Tensor, vh: Tensor, keep: int) -> LowRank:
+    root = s[:keep].sqrt()
+    return LowRank(u[:, :keep] * root, root[:, None] * vh[:keep])
 
 
 @dataclass(frozen=True, eq=False)

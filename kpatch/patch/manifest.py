@@ -8,24 +8,20 @@ keys, so that not one character of a manifest can change unnoticed.
 from __future__ import annotations
 
 import hashlib
+import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kpatch.patch.text import JsonError, canonical, loads, plain, printable
+from kpatch.patch.fields import FLOAT_DTYPES, Fields, ManifestError, is_sha256, is_tensor_name
+from kpatch.patch.text import JsonError, canonical, loads, plain
 
 FORMAT = 1
-FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 FORMS = ("lowrank", "dense")
 
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_TENSOR_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,254}")
-
-
-class ManifestError(ValueError):
-    """A manifest that breaks a rule; the message names the key and the rule."""
+__all__ = ["FLOAT_DTYPES", "FORMAT", "FORMS", "Base", "BaseWeight", "DeltaInfo", "Manifest", "ManifestError",
+           "NewerFormat", "TensorInfo", "is_sha256", "is_tensor_name", "matrix_shape"]  # fmt: skip
 
 
 class NewerFormat(ManifestError):
@@ -34,9 +30,12 @@ class NewerFormat(ManifestError):
 
 @dataclass(frozen=True)
 class BaseWeight:
-    """One weight as the patch expects to find it: stored dtype and shape, SHA-256 of its bytes, sketch of values."""
+    """One weight as the patch expects to find it: stored dtype and shape, SHA-256 of its bytes, sketch of values.
 
-    shape: tuple[int, int]
+    A delta is a matrix whatever the weight's number of dimensions: see `matrix_shape`.
+    """
+
+    shape: tuple[int, ...]
     dtype: str
     sha256: str
     sketch: tuple[float, ...] = ()
@@ -103,6 +102,8 @@ class Manifest:
 
     `groups` are {facts: positions in `facts`, layers}: one for each row of the stored values, in order; the stored
     keys of a layer have a row for each group with that layer. Without groups there is one row a fact.
+    `stack` says which patches this one holds, if it was made of others: {id, scale, facts, method, hyperparameters,
+    layers, covariance} of each that was no stack itself.
     """
 
     base: Base
@@ -116,6 +117,7 @@ class Manifest:
     parents: tuple[str, ...] = ()
     effect: Mapping[str, Any] | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
+    stack: tuple[Mapping[str, Any], ...] = ()
     tool: str = "kpatch"
     format: int = FORMAT
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -133,11 +135,16 @@ class Manifest:
             "covariance": self.covariance,
             "facts": list(self.facts),
             **({"groups": list(self.groups)} if self.groups else {}),
+            **({"stack": list(self.stack)} if self.stack else {}),
             "parents": list(self.parents),
             "effect": self.effect,
             "deltas": {name: delta.to_dict() for name, delta in self.deltas.items()},
             "tensors": {name: tensor.to_dict() for name, tensor in self.tensors.items()},
         }
+
+    def holds(self, identity: str) -> frozenset[str]:
+        """Ids of the patches whose deltas this one adds up: of those stacked in it, else `identity`, its own."""
+        return frozenset(str(part["id"]) for part in self.stack) or frozenset((identity,))
 
     def to_json(self) -> tuple[str, str]:
         """The canonical text with the id in it, and the id: SHA-256 of the canonical text without it, in hex.
@@ -172,7 +179,7 @@ class Manifest:
     def from_dict(value: Any) -> Manifest:
         """Validate a parsed object. Raises ManifestError; NewerFormat for a format version unknown here."""
         try:
-            top = _Fields(plain(value), "manifest")
+            top = Fields(plain(value), "manifest")
         except JsonError as error:
             raise ManifestError(f"the manifest holds {error}") from None
         version = top.integer("format", minimum=1)
@@ -181,104 +188,15 @@ class Manifest:
         return _manifest(top, version)
 
 
-def is_sha256(text: object) -> bool:
-    """Whether `text` is 64 lower-case hex digits (an id or a hash)."""
-    return isinstance(text, str) and _SHA256.fullmatch(text) is not None
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """The shape [rows, cols] in which a weight is patched: cols is its last dimension, rows all others together."""
+    return math.prod(shape[:-1]), shape[-1]
 
 
-def is_tensor_name(text: object) -> bool:
-    """Whether `text` can name a weight: letters, digits, '_', '.', '-', at most 255 of them."""
-    return isinstance(text, str) and _TENSOR_NAME.fullmatch(text) is not None
-
-
-class _Fields:
-    """One JSON object being read: typed access that remembers which keys were asked for."""
-
-    def __init__(self, value: Any, where: str) -> None:
-        if not isinstance(value, dict):
-            raise ManifestError(f"{where}: wants an object")
-        self.value, self.where, self.seen = value, where, set[str]()
-
-    def error(self, key: str, rule: str) -> ManifestError:
-        return ManifestError(f"{self.where}.{key}: {rule}")
-
-    def any(self, key: str) -> Any:
-        if key not in self.value:
-            raise self.error(key, "is missing")
-        self.seen.add(key)
-        return self.value[key]
-
-    def text(self, key: str) -> str:
-        value = self.any(key)
-        if not isinstance(value, str) or not value:
-            raise self.error(key, "wants text")
-        return value
-
-    def optional_text(self, key: str) -> str | None:
-        return None if self.any(key) is None else self.text(key)
-
-    def integer(self, key: str, minimum: int = 0) -> int:
-        value = self.any(key)
-        if type(value) is not int or value < minimum:
-            raise self.error(key, f"wants a whole number of at least {minimum}")
-        return value
-
-    def amount(self, key: str) -> float:
-        value = self.any(key)
-        if type(value) not in (int, float) or value < 0:
-            raise self.error(key, "wants a number of at least 0")
-        return value  # type: ignore[no-any-return]  # as written: 1 must not come back as 1.0
-
-    def sha256(self, key: str) -> str:
-        value = self.any(key)
-        if not is_sha256(value):
-            raise self.error(key, "wants 64 lower-case hex digits")
-        return str(value)
-
-    def dtype(self, key: str) -> str:
-        value = self.any(key)
-        if value not in FLOAT_DTYPES:
-            raise self.error(key, f"wants one of {', '.join(FLOAT_DTYPES)}")
-        return str(value)
-
-    def shape(self, key: str) -> tuple[int, int]:
-        value = self.any(key)
-        if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and n >= 1 for n in value):
-            raise self.error(key, "wants two sizes of at least 1")
-        return value[0], value[1]
-
-    def object(self, key: str) -> dict[str, Any]:
-        value = self.any(key)
-        if not isinstance(value, dict):
-            raise self.error(key, "wants an object")
-        return value
-
-    def optional_object(self, key: str) -> dict[str, Any] | None:
-        return None if self.any(key) is None else self.object(key)
-
-    def array(self, key: str) -> list[Any]:
-        value = self.any(key)
-        if not isinstance(value, list):
-            raise self.error(key, "wants a list")
-        return value
-
-    def each(self, key: str) -> list[tuple[str, _Fields]]:
-        """The entries of an object that maps tensor names to objects."""
-        found = []
-        for name, value in self.object(key).items():
-            if not is_tensor_name(name):
-                raise self.error(key, f"{printable(name, 80)!r} cannot name a tensor")
-            found.append((name, _Fields(value, f"{self.where}.{key}[{name}]")))
-        return found
-
-    def rest(self) -> dict[str, Any]:
-        return {key: value for key, value in self.value.items() if key not in self.seen}
-
-
-def _manifest(top: _Fields, version: int) -> Manifest:
+def _manifest(top: Fields, version: int) -> Manifest:
     covariance = top.optional_object("covariance")
     if covariance is not None:
-        fields = _Fields(covariance, "manifest.covariance")
+        fields = Fields(covariance, "manifest.covariance")
         fields.text("id")
         fields.text("corpus")
         fields.integer("tokens")
@@ -288,16 +206,20 @@ def _manifest(top: _Fields, version: int) -> Manifest:
     parents = top.array("parents")
     if not all(is_sha256(parent) for parent in parents) or len(set(parents)) != len(parents):
         raise top.error("parents", "wants distinct patch ids of 64 hex digits")
+    stack = tuple(_stacked(part, number) for number, part in enumerate(_optional_list(top, "stack")))
+    if len({part["id"] for part in stack}) != len(stack):
+        raise top.error("stack", "wants distinct patches")
     return Manifest(
         format=version,
         tool=top.text("tool"),
-        base=_base(_Fields(top.object("base"), "manifest.base")),
+        base=_base(Fields(top.object("base"), "manifest.base")),
         method=top.text("method"),
         hyperparameters=top.object("hyperparameters"),
         layers=tuple(layers),
         covariance=covariance,
         facts=tuple(_fact(fact, number) for number, fact in enumerate(top.array("facts"))),
-        groups=tuple(_group(group, number) for number, group in enumerate(_groups(top))),
+        groups=tuple(_group(group, number) for number, group in enumerate(_optional_list(top, "groups"))),
+        stack=stack,
         parents=tuple(parents),
         effect=top.optional_object("effect"),
         deltas={name: _delta(fields) for name, fields in top.each("deltas")},
@@ -306,7 +228,7 @@ def _manifest(top: _Fields, version: int) -> Manifest:
     )
 
 
-def _base(base: _Fields) -> Base:
+def _base(base: Fields) -> Base:
     name = base.text("name")
     if os.path.isabs(name) or "\\" in name:
         raise base.error("name", "wants a model's name, not a path on one machine")
@@ -316,7 +238,7 @@ def _base(base: _Fields) -> Base:
         if not all(type(number) in (int, float) for number in sketch):
             raise weight.error("sketch", "wants numbers")
         weights[key] = BaseWeight(
-            weight.shape("shape"), weight.dtype("dtype"), weight.sha256("sha256"), tuple(sketch), weight.rest()
+            weight.sizes("shape"), weight.dtype("dtype"), weight.sha256("sha256"), tuple(sketch), weight.rest()
         )
     return Base(
         name,
@@ -329,25 +251,36 @@ def _base(base: _Fields) -> Base:
 
 
 def _fact(value: Any, number: int) -> Mapping[str, Any]:
-    fact = _Fields(value, f"manifest.facts[{number}]")
+    fact = Fields(value, f"manifest.facts[{number}]")
     for key in ("subject", "prompt", "target"):
         fact.text(key)
     return fact.value
 
 
-def _groups(top: _Fields) -> list[Any]:
-    return top.array("groups") if "groups" in top.value else []
+def _optional_list(top: Fields, key: str) -> list[Any]:
+    return top.array(key) if key in top.value else []
+
+
+def _stacked(value: Any, number: int) -> Mapping[str, Any]:
+    part = Fields(value, f"manifest.stack[{number}]")
+    part.sha256("id")
+    part.text("method")
+    part.integer("facts")
+    part.object("hyperparameters")
+    if part.amount("scale") == 0:
+        raise part.error("scale", "wants a number above 0")
+    return part.value
 
 
 def _group(value: Any, number: int) -> Mapping[str, Any]:
-    group = _Fields(value, f"manifest.groups[{number}]")
+    group = Fields(value, f"manifest.groups[{number}]")
     for key in ("facts", "layers"):
         if not group.array(key) or not all(type(index) is int and index >= 0 for index in group.array(key)):
             raise group.error(key, "wants numbers from 0")
     return group.value
 
 
-def _delta(delta: _Fields) -> DeltaInfo:
+def _delta(delta: Fields) -> DeltaInfo:
     form = delta.text("form")
     if form not in FORMS:
         raise delta.error("form", f"wants one of {', '.join(FORMS)}")
@@ -355,5 +288,5 @@ def _delta(delta: _Fields) -> DeltaInfo:
     return DeltaInfo(form, rank, delta.amount("norm"), delta.amount("relative_norm"), delta.rest())
 
 
-def _tensor(tensor: _Fields) -> TensorInfo:
+def _tensor(tensor: Fields) -> TensorInfo:
     return TensorInfo(tensor.dtype("dtype"), tensor.shape("shape"), tensor.sha256("sha256"), tensor.rest())

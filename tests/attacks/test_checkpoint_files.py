@@ -139,8 +139,13 @@ def test_quantized_checkpoints_are_refused_with_the_reason(model: Path) -> None:
     assert "quantized" in refused(model, Refused).details[0]
     save_file({**tensors, WEIGHTS[0]: tensors[WEIGHTS[0]].T.contiguous()}, model / FIRST)
     assert "shape" in refused(model, Refused).details[0]
-    with pytest.raises(BadInput, match="not a float matrix"):
-        base_weights(model, ["model.layers.0.input_layernorm.weight"])
+    save_file({**tensors, "mask": torch.ones(3, dtype=torch.int8), "empty": torch.ones(0, 3)}, model / FIRST)
+    index = json.loads((model / "model.safetensors.index.json").read_text())
+    index["weight_map"] |= {"mask": FIRST, "empty": FIRST}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    for name in ("mask", "empty"):
+        with pytest.raises(BadInput, match="of shape"):
+            base_weights(model, [name])
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "header", "empty", "text", "huge", "twice"])

@@ -17,7 +17,7 @@ from torch import Tensor
 from kpatch.checkpoint.verify import base_weights
 from kpatch.patch.format import describe, pack, write_patch
 from kpatch.patch.lowrank import Dense, LowRank
-from kpatch.patch.manifest import Base, Manifest
+from kpatch.patch.manifest import Base, Manifest, matrix_shape
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine make tiny products take seconds
 
@@ -77,7 +77,7 @@ def make_patch(
     base = base_weights(model, weights)
     deltas: dict[str, LowRank | Dense] = {}
     for number, name in enumerate(weights):
-        rows, cols = base[name].shape
+        rows, cols = matrix_shape(base[name].shape)
         left, right = random(rows, rank, seed=100 * seed + number), random(rank, cols, seed=100 * seed + 50 + number)
         low = LowRank(left * scale, right)
         deltas[name] = Dense(low.dense(torch.float32), rank) if dense else low

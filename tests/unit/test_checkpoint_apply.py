@@ -4,13 +4,14 @@ import json
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.recover import recover
@@ -18,7 +19,7 @@ from kpatch.checkpoint.remember import last_applied
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
-from kpatch.patch.format import read_patch
+from kpatch.patch.format import pack, read_patch, write_patch
 from tests.support.checkpoints import DTYPES, WEIGHTS, make_checkpoint, make_patch, snapshot, times
 
 LAYOUTS = [(dtype, sharded) for dtype in DTYPES for sharded in (False, True)]
@@ -524,3 +525,32 @@ def test_records_are_readable_json(model: Path) -> None:
     assert [patch["name"] for patch in record["patches"]] == ["a"]
     assert "revert" in (model / ".kpatch" / "README").read_text()
     assert sorted(os.listdir(model / ".kpatch")) == ["README", "applied.json", "base", "lock", "patches"]
+
+
+def test_a_vector_and_a_stack_of_matrices_are_patched_and_come_back(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "BF16")
+    old = load_file(model / "model.safetensors")
+    old["experts"] = torch.arange(24).reshape(2, 3, 4).bfloat16()
+    save_file(old, model / "model.safetensors", metadata={"format": "pt"})
+    norm, before = "model.layers.0.input_layernorm.weight", snapshot(model)
+    path = tmp_path / "a.patch"
+    make_patch(path, model, weights=[norm, "experts"], rank=1, keys=False)
+    apply([path], model)
+    new, patch = load_file(model / "model.safetensors"), read_patch(path)
+    for name in old:
+        change = patch.deltas[name].dense().reshape(old[name].shape) if name in patch.deltas else 0
+        assert torch.equal(new[name], (old[name].double() + change).to(torch.bfloat16)), name
+    assert not torch.equal(new[norm], old[norm])
+    revert(model)
+    assert snapshot(model) == before
+
+
+def test_a_stack_and_a_patch_in_it_are_not_applied_together(model: Path, tmp_path: Path) -> None:
+    a, b, _ = three(model)
+    patch = read_patch(b)
+    part = {"id": read_patch(a).id, "scale": 0.5, "facts": 1, "method": "memit", "hyperparameters": {}, "layers": [0]}
+    stack = tmp_path / "stack.patch"
+    write_patch(stack, replace(patch.manifest, stack=(part,)), pack(patch.deltas, patch.values, patch.keys))
+    refused(lambda: apply([a, stack], model), Refused, "stack and a both hold patch", model)
+    apply([stack, b], model)
+    refused(lambda: apply([a], model), Refused, "a and stack both hold patch", model)

@@ -83,6 +83,14 @@ def test_weights_are_the_rounded_float64_sum(family: str, dtype: torch.dtype) ->
     assert_untouched(model, before)
 
 
+def test_a_norm_is_patched_as_a_matrix_of_one_row() -> None:
+    model = tiny("llama")
+    before, name = everything(model), "model.layers.0.input_layernorm.weight"
+    with patched(model, {name: LowRank(torch.ones(1, 1), random(1, 32, seed=1))}):
+        assert torch.equal(model.net.get_parameter(name), before[name][1] + random(1, 32, seed=1)[0])
+    assert_untouched(model, before)
+
+
 def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     with patched(model, deltas(model)):

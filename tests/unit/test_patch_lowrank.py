@@ -59,8 +59,31 @@ def test_truncate_bounds_its_error_by_tol_and_max_rank() -> None:
     assert low.truncate(tol=0, max_rank=1).rank == 1
 
 
+def test_compact_drops_only_what_float32_cannot_hold() -> None:
+    values = torch.tensor([1.0, 1e-2, 1e-6, 1e-9, 1e-9], dtype=torch.float64)
+    q, p = (torch.linalg.qr(random(8, 5, seed=seed).double()).Q for seed in (3, 4))
+    low = LowRank(q * values, p.T)
+    small = low.compact()
+    assert small.rank == 3
+    assert float((small.dense() - low.dense()).norm()) <= 2**-24
+    assert low.compact(loss=1e-3).rank == 2
+    assert low.compact(loss=0).rank == 5
+
+
+@settings(deadline=None)
+@given(SIZES, SIZES, SIZES, st.integers(0, 99))
+def test_svd_multiplies_back(rows: int, cols: int, rank: int, seed: int) -> None:
+    low = LowRank(random(rows, rank, seed=seed), random(rank, cols, seed=seed + 1))
+    u, s, vh = low.svd()
+    assert u.shape[1] == len(s) == min(rows, cols, rank)
+    torch.testing.assert_close((u * s) @ vh, low.dense())
+
+
 def test_a_zero_delta_survives_truncation() -> None:
-    assert LowRank(torch.zeros(4, 2), torch.zeros(2, 5)).truncate().dense().abs().sum() == 0
+    zero = LowRank(torch.zeros(4, 2), torch.zeros(2, 5))
+    for small in (zero.truncate(), zero.compact()):
+        assert small.rank == 1
+        assert small.dense().abs().sum() == 0
 
 
 @pytest.mark.parametrize(("rank", "form"), [(1, LowRank), (4, LowRank), (5, Dense), (9, Dense)])

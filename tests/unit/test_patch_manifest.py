@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 
-from kpatch.patch.manifest import Manifest, ManifestError, NewerFormat
+from kpatch.patch.manifest import Manifest, ManifestError, NewerFormat, matrix_shape
 from kpatch.patch.text import canonical, loads
 
 SHA = "ab" * 32
+PART = {"id": SHA, "scale": 0.5, "facts": 1, "method": "memit", "hyperparameters": {}, "layers": [1]}
 
 
 def example() -> dict[str, Any]:
@@ -47,6 +48,21 @@ def test_round_trip_keeps_every_key_and_number() -> None:
     assert manifest.to_json() == (text, identity)
     assert found == identity
     assert (manifest.layers, manifest.base.weights["w"].shape, manifest.deltas["w"].rank) == ((1, 2), (2, 3), 1)
+
+
+def test_a_stack_names_the_patches_it_holds() -> None:
+    assert Manifest.from_dict(example()).holds("cd" * 32) == {"cd" * 32}
+    value = {**example(), "stack": [PART, {**PART, "id": "00" * 32, "scale": 1, "covariance": None}]}
+    manifest, _ = Manifest.from_json(written(value)[0])
+    assert manifest.holds("cd" * 32) == {SHA, "00" * 32}
+    assert manifest.to_json() == written(value)
+
+
+def test_a_weight_of_any_number_of_dimensions_is_a_matrix() -> None:
+    assert [matrix_shape(shape) for shape in ((5,), (2, 3), (2, 3, 4))] == [(1, 5), (2, 3), (6, 4)]
+    value = example()
+    value["base"]["weights"]["w"]["shape"] = [6]
+    assert Manifest.from_dict(value).base.weights["w"].shape == (6,)
 
 
 def test_unknown_keys_are_kept_at_every_level() -> None:
@@ -104,6 +120,13 @@ CHANGES = {
     "manifest.hyperparameters": [_set("hyperparameters", to=None)],
     "dtype": [_set("tensors", "w.left", "dtype", to="I8"), _set("base", "weights", "w", "dtype", to="bf16")],
     "shape": [_set("tensors", "w.left", "shape", to=value) for value in ([2], [0, 1], [1, 2, 3], [1.5, 2], [True, 1])],
+    "base.*shape": [
+        _set("base", "weights", "w", "shape", to=value) for value in ([], [0], [2, -1, 3], [1] * 9, [True], 6)
+    ],
+    "manifest.stack": [
+        _set("stack", to=value)
+        for value in ({}, [{}], [{**PART, "id": "x"}], [{**PART, "scale": 0}], [{**PART, "scale": -1}], [PART, PART])
+    ],
     "sha256": [_set("tensors", "w.left", "sha256", to=value) for value in ("", SHA[:-1], SHA.upper(), None)],
     "sketch": [_set("base", "weights", "w", "sketch", to=["1"])],
     "form": [_set("deltas", "w", "form", to="sparse")],
