@@ -41,6 +41,7 @@ def _summary(out: Output, manifest: dict[str, Any], title: str) -> None:
         ("method", f"{manifest['method']}, layers {', '.join(str(layer) for layer in manifest['layers'])}"),
         ("settings", settings),
         ("covariance", "" if covariance is None else f"{covariance['corpus']}, {covariance['tokens']:,} tokens"),
+        ("holds", ", ".join(f"{part['id'][:12]} × {part['scale']:g}" for part in manifest.get("stack", ()))),
         ("on top of", ", ".join(parent[:12] for parent in manifest["parents"])),
         ("made by", manifest["tool"]),
     ]

@@ -63,14 +63,25 @@ def same_weights(expected: Sequence[float], tensor: Tensor, dtype: str = "F32") 
     equal, so a weight that was edited, however little, does not pass. Between float16 and bfloat16, of which neither
     holds the other's values, one rounding step is allowed.
     """
-    if len(expected) != SAMPLES + 1 or tensor.dtype not in NAMES or dtype not in DTYPES:
+    if tensor.dtype not in NAMES:
         return False
-    found = sketch(tensor)
+    return same_sketch(expected, dtype, sketch(tensor), NAMES[tensor.dtype])
+
+
+def same_sketch(expected: Sequence[float], expected_dtype: str, found: Sequence[float], found_dtype: str) -> bool:
+    """Whether two sketches are of the same weights, each stored in its dtype; as `same_weights` does."""
+    dtypes = {expected_dtype, found_dtype}
+    if {len(expected), len(found)} != {SAMPLES + 1} or not dtypes <= DTYPES.keys():
+        return False
     if not abs(found[0] - expected[0]) <= 2**-8 * expected[0]:
         return False
     a, b = (torch.tensor(values[1:], dtype=torch.float64) for values in (expected, found))
-    width = {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}
-    if {dtype, NAMES[tensor.dtype]} == {"F16", "BF16"}:
+    if dtypes == {"F16", "BF16"}:
         return bool(((a - b).abs() <= 2**-8 * a.abs() + 2**-24).all())
-    coarser = min(dtype, NAMES[tensor.dtype], key=lambda name: width[name])
-    return torch.equal(a.to(DTYPES[coarser]), b.to(DTYPES[coarser]))
+    least = DTYPES[coarser(expected_dtype, found_dtype)]
+    return torch.equal(a.to(least), b.to(least))
+
+
+def coarser(one: str, other: str) -> str:
+    """The dtype of the two with fewer significant bits."""
+    return min(one, other, key=lambda name: {"F64": 53, "F32": 24, "F16": 11, "BF16": 8}[name])

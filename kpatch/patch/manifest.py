@@ -206,6 +206,7 @@ def _manifest(top: Fields, version: int) -> Manifest:
     parents = top.array("parents")
     if not all(is_sha256(parent) for parent in parents) or len(set(parents)) != len(parents):
         raise top.error("parents", "wants distinct patch ids of 64 hex digits")
+    facts = tuple(_fact(fact, number) for number, fact in enumerate(top.array("facts")))
     stack = tuple(_stacked(part, number) for number, part in enumerate(_optional_list(top, "stack")))
     if len({part["id"] for part in stack}) != len(stack):
         raise top.error("stack", "wants distinct patches")
@@ -217,8 +218,8 @@ def _manifest(top: Fields, version: int) -> Manifest:
         hyperparameters=top.object("hyperparameters"),
         layers=tuple(layers),
         covariance=covariance,
-        facts=tuple(_fact(fact, number) for number, fact in enumerate(top.array("facts"))),
-        groups=tuple(_group(group, number) for number, group in enumerate(_optional_list(top, "groups"))),
+        facts=facts,
+        groups=tuple(_group(group, number, len(facts)) for number, group in enumerate(_optional_list(top, "groups"))),
         stack=stack,
         parents=tuple(parents),
         effect=top.optional_object("effect"),
@@ -272,11 +273,13 @@ def _stacked(value: Any, number: int) -> Mapping[str, Any]:
     return part.value
 
 
-def _group(value: Any, number: int) -> Mapping[str, Any]:
+def _group(value: Any, number: int, facts: int) -> Mapping[str, Any]:
     group = Fields(value, f"manifest.groups[{number}]")
     for key in ("facts", "layers"):
         if not group.array(key) or not all(type(index) is int and index >= 0 for index in group.array(key)):
             raise group.error(key, "wants numbers from 0")
+    if max(group.array("facts")) >= facts:
+        raise group.error("facts", f"wants positions among the {facts} facts")
     return group.value
 
 

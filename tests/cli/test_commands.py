@@ -13,7 +13,7 @@ from kpatch.cli.app import app
 from tests.support import checkpoints
 from tests.support.cli import run
 
-COMMANDS = ("make", "show", "verify", "apply", "revert", "status", "recover", "ask", "lint", "cov", "models")
+COMMANDS = ("make", "show", "verify", "apply", "revert", "status", "recover", "stack", "ask", "lint", "cov", "models")
 
 
 def sums(folder: Path) -> dict[str, str]:

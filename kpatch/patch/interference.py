@@ -1,0 +1,125 @@
+"""How much one patch's delta moves what another patch wrote: ‖Δ_a K_b‖ against ‖Δ_b K_b‖, layer by layer.
+
+K_b are the keys that patch b stores with its facts and R_b = Δ_b K_b is what it wrote there. A patch that leaves
+Δ_a K_b small leaves the facts of b alone; a ratio of 1 writes over them as much as b wrote.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch.patch.format import read_tensor
+from kpatch.patch.header import KEYS, PatchInfo
+from kpatch.patch.lowrank import Delta, LowRank
+from kpatch.patch.manifest import Manifest
+from kpatch.patch.union import text_of
+
+# Families whose checkpoints store W as [in, out] (Conv1D).
+_STORED_TRANSPOSED = frozenset({"gpt2"})
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Interference:
+    """What patch `by` does to the keys of patch `on` (positions among the patches) through one weight.
+
+    `moved` is ‖Δ_by K_on‖ and `own` ‖Δ_on K_on‖ (Frobenius), both with the patches' scales; `fact` is the text of the
+    fact whose key suffers most, `worst` that key's own ratio.
+    """
+
+    by: int
+    on: int
+    layer: int
+    weight: str
+    moved: float
+    own: float
+    fact: str
+    worst: float
+
+    @property
+    def ratio(self) -> float:
+        """moved / own; 0 where both are 0."""
+        return _ratio(self.moved, self.own)
+
+    def to_dict(self, ids: Sequence[str]) -> dict[str, Any]:
+        """The JSON object; `ids` are the patches' ids."""
+        return {
+            "by": ids[self.by],
+            "on": ids[self.on],
+            "layer": self.layer,
+            "weight": self.weight,
+            "moved": self.moved,
+            "own": self.own,
+            "ratio": self.ratio,
+            "worst": {"fact": self.fact, "ratio": self.worst},
+        }
+
+
+def layer_of(weight: str) -> int | None:
+    """The layer a weight's name says it is in, or None."""
+    found = _LAYER.search(weight)
+    return None if found is None else int(found[1])
+
+
+def stored_keys(info: PatchInfo, weight: str) -> Tensor | None:
+    """The keys [f, n] that a patch stores for a weight it changes, float64; None where it stores none."""
+    layer, shape = layer_of(weight), info.manifest.base.weights[weight].shape
+    name = f"{KEYS}{layer}"
+    if name not in info.manifest.tensors or len(shape) != 2:
+        return None
+    width = shape[0] if _transposed(info.manifest) else shape[1]
+    return read_tensor(info, name).double().T if info.manifest.tensors[name].shape[1] == width else None
+
+
+def interference(
+    patches: Sequence[PatchInfo], weight: str, deltas: Mapping[int, Delta], keys: Mapping[int, Tensor]
+) -> list[Interference]:
+    """Every ordered pair of patches on one weight; `deltas` and `keys` [f, n] are by position among the patches."""
+    found = []
+    for on, k in sorted(keys.items()):
+        written = apply_to(deltas[on], k, patches[on].manifest).norm(dim=0)  # [n]
+        facts = _facts_of_rows(patches[on].manifest, layer_of(weight) or 0)
+        for by, delta in sorted(deltas.items()):
+            if by == on:
+                continue
+            moved = apply_to(delta, k, patches[by].manifest).norm(dim=0)  # [n]
+            ratios = [_ratio(a, b) for a, b in zip(moved.tolist(), written.tolist(), strict=True)]
+            worst = max(range(len(ratios)), key=ratios.__getitem__)
+            found.append(
+                Interference(
+                    by, on, layer_of(weight) or 0, weight, float(moved.norm()), float(written.norm()),
+                    facts[worst], ratios[worst],
+                )
+            )  # fmt: skip
+    return found
+
+
+def apply_to(delta: Delta, keys: Tensor, manifest: Manifest) -> Tensor:
+    """Δ K [d, n] in float64 for keys [f, n], whichever way round W is stored."""
+    if isinstance(delta, LowRank):
+        left, right = delta.left.double(), delta.right.double()
+        return right.T @ (left.T @ keys) if _transposed(manifest) else left @ (right @ keys)
+    dense = delta.dense(torch.float64)
+    return (dense.T if _transposed(manifest) else dense) @ keys
+
+
+def _transposed(manifest: Manifest) -> bool:
+    return manifest.base.family in _STORED_TRANSPOSED
+
+
+def _facts_of_rows(manifest: Manifest, layer: int) -> list[str]:
+    """The text of the first fact that each row of a layer's keys stands for."""
+    if not manifest.groups:
+        return [text_of(fact) for fact in manifest.facts]
+    rows = [group["facts"][0] for group in manifest.groups if layer in group["layers"]]
+    return [text_of(manifest.facts[index]) if index < len(manifest.facts) else "" for index in rows]
+
+
+def _ratio(moved: float, own: float) -> float:
+    return moved / own if own else float("inf") if moved else 0.0

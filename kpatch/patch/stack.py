@@ -1,0 +1,209 @@
+"""Several patches as one: Δ = Σ s_i Δ_i per weight, with as few columns as float32 can tell from the sum."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpatch import __version__
+from kpatch.errors import BadInput
+from kpatch.patch.bases import common_base
+from kpatch.patch.format import describe, pack, read_delta, write_patch
+from kpatch.patch.gather import gather, outer_parents, parts_of, refuse_twice
+from kpatch.patch.header import PatchInfo, read_header
+from kpatch.patch.interference import Interference, interference, stored_keys
+from kpatch.patch.lowrank import Delta, Dense, LowRank, smaller, total
+from kpatch.patch.manifest import Manifest
+from kpatch.patch.text import printable
+from kpatch.patch.union import Repeated, Union, called, unite
+from kpatch.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class StackResult:
+    """What `stack` has to tell; `id`, `path` and `bytes` are None when nothing was written.
+
+    `weights` are {name, ranks (of each patch that changes it, None for a dense delta without), rank, form}; of the
+    result only when it was written.
+    """
+
+    patches: tuple[PatchInfo, ...]
+    scales: tuple[float, ...]
+    union: Union
+    interference: tuple[Interference, ...]
+    weights: tuple[dict[str, Any], ...]
+    seconds: float
+    id: str | None = None
+    path: Path | None = None
+    bytes: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `stack`."""
+        ids = [info.id for info in self.patches]
+        return {
+            "patch": None if self.path is None else {"id": self.id, "path": str(self.path), "bytes": self.bytes},
+            **about_patches(self.patches, self.scales, self.union, self.interference),
+            "weights": list(self.weights),
+            "seconds": self.seconds,
+            "parents": list(outer_parents(self.patches)),
+            "repeated": [
+                {"fact": fact.text, "target": fact.target, "patches": [ids[index] for index in fact.patches]}
+                for fact in self.union.repeated
+            ],
+        }
+
+
+def about_patches(
+    patches: Sequence[PatchInfo], scales: Sequence[float], union: Union, found: Sequence[Interference]
+) -> dict[str, Any]:
+    """The keys that every form of `stack` has in its JSON object."""
+    ids = [info.id for info in patches]
+    return {
+        "patches": [
+            {"id": info.id, "name": info.name, "scale": scale, "facts": len(info.manifest.facts)}
+            for info, scale in zip(patches, scales, strict=True)
+        ],
+        "facts": len(union.facts),
+        "interference": [one.to_dict(ids) for one in found],
+    }
+
+
+def stack(
+    patches: Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    scales: Sequence[float] | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> StackResult:
+    """Add patches up into one that does what applying each would do, and write it to `out` (None: only look).
+
+    `scales` are factors above 0 on the patches' deltas, one each. Sums are taken in float64 and stored in float32:
+    factors side by side, or fewer where the sum has a lower rank, or dense where that is smaller. Facts, values, keys
+    and groups are those of all patches; the result's parents are those of the patches that are not stacked too.
+
+    Raises BadInput for scales, Refused for facts that contradict, different bases, a patch given twice or `out`
+    that exists, Damaged for a patch that is not sound.
+    """
+    start = time.monotonic()
+    infos = tuple(read_header(path) for path in patches)
+    if not infos:
+        raise BadInput("No patch given")
+    factors = _scales(scales, infos)
+    refuse_twice(infos)
+    union = unite(infos)
+    base = common_base(infos, report)
+    _say(infos, factors, union, report)
+    deltas: dict[str, Delta] = {}
+    weights: list[dict[str, Any]] = []
+    found: list[Interference] = []
+    with report.task("Adding up", len(base.weights), "weight") as advance:
+        for name in base.weights:
+            parts = {
+                number: _scaled(read_delta(info, name), factors[number])
+                for number, info in enumerate(infos)
+                if name in info.manifest.deltas
+            }
+            keys = {number: k for number in parts if (k := stored_keys(infos[number], name)) is not None}
+            found += interference(infos, name, parts, keys)
+            weights.append({"name": name, "ranks": [part.rank for part in parts.values()]})
+            if out is not None:
+                deltas[name] = add_up(list(parts.values()))
+                form = "lowrank" if isinstance(deltas[name], LowRank) else "dense"
+                weights[-1] |= {"rank": deltas[name].rank, "form": form}
+            advance(1)
+    found.sort(key=lambda one: (one.by, one.on, one.layer, one.weight))
+    result = (infos, factors, union, tuple(found), tuple(weights))
+    if out is None:
+        return StackResult(*result, time.monotonic() - start)
+    groups, values, stored = gather(infos, union, report)
+    covariances = [info.manifest.covariance for info in infos]
+    manifest = Manifest(
+        base=base,
+        method="stack",
+        layers=tuple(sorted({layer for info in infos for layer in info.manifest.layers})),
+        deltas={name: describe(delta, _norm(base.weights[name].sketch)) for name, delta in deltas.items()},
+        facts=union.facts,
+        groups=groups,
+        covariance=covariances[0] if all(one == covariances[0] for one in covariances) else None,
+        parents=outer_parents(infos),
+        stack=parts_of(infos, factors),
+        tool=f"kpatch {__version__}",
+    )
+    identity = write_patch(out, manifest, pack(deltas, values, stored), force)
+    return StackResult(*result, time.monotonic() - start, identity, Path(out), Path(out).stat().st_size)
+
+
+def add_up(deltas: Sequence[Delta]) -> Delta:
+    """The sum in the smallest form that float32 cannot tell from it.
+
+    Factors are put side by side, which is exact, unless the sum has a lower rank; dense where that is smaller.
+    """
+    whole = total(deltas)
+    if isinstance(whole, Dense):
+        ranks = [delta.rank for delta in deltas]
+        known = None if None in ranks else min(sum(rank or 0 for rank in ranks), *whole.shape)
+        return Dense(whole.dense(torch.float32), known)
+    less = whole.compact() if len(deltas) > 1 else whole
+    return smaller(less if less.rank < whole.rank else whole)
+
+
+def _scaled(delta: Delta, factor: float) -> Delta:
+    if factor == 1:
+        return delta
+    if isinstance(delta, LowRank):
+        return LowRank(delta.left.double() * factor, delta.right)
+    return Dense(delta.delta.double() * factor, delta.known_rank)
+
+
+def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple[float, ...]:
+    if not scales:
+        return (1.0,) * len(infos)
+    if len(scales) != len(infos):
+        raise BadInput(
+            "There is not one --scale for each patch",
+            details=[f"expected {len(infos)}, in the order of the patches   found {len(scales)}"],
+            hint="give --scale 1 for a patch that shall stay as it is",
+        )
+    wrong = [scale for scale in scales if not (scale > 0 and math.isfinite(scale))]
+    if wrong:
+        raise BadInput(f"--scale {wrong[0]:g} is not a number above 0", hint="leave out a patch that shall not count")
+    return tuple(float(scale) for scale in scales)
+
+
+def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: Union, report: Reporter) -> None:
+    """What a sum does that one may not expect."""
+    for parent in outer_parents(infos):
+        report.note(f"the result still needs patch {parent[:12]}, which one of them was made on top of")
+    scale = {info.id: factor for info, factor in zip(infos, scales, strict=True)}
+    for info in infos:
+        for parent in info.manifest.parents:
+            if scale.get(parent, 1.0) != 1.0:
+                report.warn(
+                    f"{called(info)} was made on top of patch {parent[:12]} as it is, not at {scale[parent]:g}"
+                )
+    twice = [fact for fact in union.repeated if _lands(fact, infos, scales) > 1 + 1e-9]
+    if twice:
+        first = twice[0]
+        names = " and ".join(called(infos[index]) for index in first.patches)
+        others = "" if len(twice) == 1 else f" (and {len(twice) - 1} more such facts)"
+        report.warn(
+            f"{printable(first.text, 80)!r} is edited by {names}{others}: listed once, but its edit lands "
+            f"{_lands(first, infos, scales):g} times; --resolve or --scale mends that"
+        )
+
+
+def _lands(fact: Repeated, infos: Sequence[PatchInfo], scales: Sequence[float]) -> float:
+    """How often a fact's edit counts; a patch made on top of another that has the fact adds only what was missing."""
+    ids = {infos[index].id for index in fact.patches}
+    return sum(scales[index] for index in fact.patches if not ids & set(infos[index].manifest.parents))
+
+
+def _norm(sketch: Sequence[float]) -> float:
+    return float(sketch[0]) if sketch else 0.0
