@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["apply", "load_facts", "make", "patched", "read_patch", "revert"]
+__all__ = ["apply", "load_facts", "make", "patched", "read_patch", "revert", "stack"]
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.apply import apply
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from kpatch.evaluate.patched import patched
     from kpatch.facts.load import load_facts
     from kpatch.patch.format import read_patch
+    from kpatch.patch.stack import stack
 
 # Names are imported when they are first asked for, so that `import kpatch` costs nothing.
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "patched": "kpatch.evaluate.patched",
     "read_patch": "kpatch.patch.format",
     "revert": "kpatch.checkpoint.revert",
+    "stack": "kpatch.patch.stack",
 }
 
 

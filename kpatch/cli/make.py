@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli import parse
-from kpatch.cli.effect import rate, show_facts, show_metrics
-from kpatch.cli.output import Output, begin, percent, size
+from kpatch.cli.effect import rate
+from kpatch.cli.made import tell_made
+from kpatch.cli.output import begin, percent
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.patch.place import check_place
-
-if TYPE_CHECKING:
-    from kpatch.edit.pipeline import MakeResult
 
 EXAMPLES = opt.examples(
     "kpatch make facts.yaml -o news.patch --model smollm2",
@@ -98,31 +96,8 @@ def command(
         modules=names,
         report=say,
     )
-    _tell(say, result, method)
+    tell_made(say, result)
     _check_rates(result.effect["after"], least)
-
-
-def _tell(say: Output, result: MakeResult, method: str) -> None:
-    say.result(
-        {
-            "patch": {"id": result.patch_id, "path": str(result.path), "bytes": result.bytes},
-            "model": result.model,
-            "method": method,
-            "layers": list(result.layers),
-            "facts": result.facts,
-            "effect": {key: result.effect.get(key) for key in ("before", "after")},
-            "seconds": result.seconds,
-            "peak_memory_bytes": result.peak_memory_bytes,
-        }
-    )
-    show_facts(say, result.facts, limit=None if say.verbose else 25)
-    say.line()
-    show_metrics(say, result.effect)
-    say.line()
-    total = result.seconds.get("total", 0.0)
-    peak = "" if not result.peak_memory_bytes else f", {size(result.peak_memory_bytes)} of memory at most"
-    say.line(f"{result.path}  {result.patch_id[:12]}  {size(result.bytes)}, made in {total:.1f} s{peak}")
-    say.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
 
 
 def _check_rates(after: dict[str, Any], least: dict[str, float | None]) -> None:

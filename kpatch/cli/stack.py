@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kpatch.cli import options as opt
+from kpatch.cli import parse
 from kpatch.cli.interference import show_interference
+from kpatch.cli.made import tell_made
 from kpatch.cli.output import Output, begin, size
 from kpatch.errors import BadInput
+from kpatch.patch.place import check_place
 
 if TYPE_CHECKING:
     from kpatch.patch.stack import StackResult
@@ -31,7 +34,22 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Say how the patches go together, and write nothing.")
     ] = False,
+    resolve: Annotated[
+        bool,
+        typer.Option("--resolve", help="Solve all facts jointly again from the stored values, on the model itself."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="For --resolve: the unpatched model. Default: as the patches call it."),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(metavar="self|PATH|NAME", help="For --resolve: text for the covariance. Default: the patches'."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    device: opt.Device = "auto",
+    memory: opt.Memory = None,
+    modules: opt.Modules = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -45,10 +63,48 @@ def command(
         raise BadInput(
             "--check writes nothing; leave out -o" if check else "-o is missing", hint="-o PATCH, or --check"
         )
+    if resolve and (scale or check):
+        raise BadInput("--resolve goes with -o alone: it solves facts as they are, without --scale or --check")
+    if not resolve and (model or corpus or modules):
+        raise BadInput("--model, --corpus and --modules are for --resolve; deltas are added up without the model")
+    if resolve and out is not None:
+        _resolve(say, patches, out, model, corpus, device, memory, modules, force)
+        return
     from kpatch.patch.stack import stack
 
     result = stack(patches, out, scales=scale, force=force, report=say)
     _tell(say, result)
+
+
+def _resolve(
+    say: Output,
+    patches: list[Path],
+    out: Path,
+    model: str | None,
+    corpus: str | None,
+    device: str,
+    memory: str | None,
+    modules: str | None,
+    force: bool,
+) -> None:
+    check_place(out, force)
+    budget, names = parse.memory(memory), parse.modules(modules)
+    from kpatch.edit.again import solve_again
+    from kpatch.patch.stack import about_patches
+
+    result, infos, union = solve_again(
+        patches,
+        out,
+        model=model,
+        corpus=corpus,
+        device=device,
+        memory=budget,
+        modules=names,
+        force=force,
+        report=say,
+    )
+    say.result(about_patches(infos, (1.0,) * len(infos), union, ()))
+    tell_made(say, result)
 
 
 def _tell(say: Output, result: StackResult) -> None:

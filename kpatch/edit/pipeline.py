@@ -14,26 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import __version__
 from kpatch.checkpoint.index import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.checkpoint.verify import base_weights
 from kpatch.edit.batches import DEFAULT_BUDGET
+from kpatch.edit.carry import Origin, carried, save, touched
 from kpatch.edit.contexts import contexts_for
 from kpatch.edit.find import find_values
 from kpatch.edit.groups import group_facts
 from kpatch.edit.hyper import hyper_for
-from kpatch.edit.memit import add, restored, spread
-from kpatch.edit.parts import preserve, split
+from kpatch.edit.parts import split
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.prompts import check_lengths
 from kpatch.facts.schema import Fact, FactFile
 from kpatch.models.address import resolve
-from kpatch.models.load import Model, load_model, tokenizer_hash
-from kpatch.patch.format import describe, pack, read_patch, write_patch
-from kpatch.patch.lowrank import Dense, LowRank, total
-from kpatch.patch.manifest import Base, Manifest
+from kpatch.models.load import Model, load_model
+from kpatch.patch.format import read_patch
 from kpatch.patch.place import check_place
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.collect import collect
@@ -106,61 +103,31 @@ def make(
     with report.task("Sampling contexts"):
         contexts = contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed)
     parts = split(group_facts(edited, chosen, contexts), hyper)
-    touched = sorted({layer for part in parts for layer in part.hyper.layers})
-    base = base_weights(edited.path, [edited.weight_name(layer) for layer in touched], report)
-    parents, earlier = _earlier(edited.path, touched) if on is not None else ((), {})
+    layers = touched(parts)
+    base = base_weights(edited.path, [edited.weight_name(layer) for layer in layers], report)
+    parents, earlier = _earlier(edited.path, layers) if on is not None else ((), {})
     before = measure(edited, chosen, report=report)
 
     with _timed(clock, "covariance"):
-        covariance = collect(edited, touched, corpus=corpus, tokens=tokens, seed=seed, report=report)
+        covariance = collect(edited, layers, corpus=corpus, tokens=tokens, seed=seed, report=report)
     budget = DEFAULT_BUDGET if memory is None else memory
     with _timed(clock, "values"):
         z = [
             find_values(edited, part.groups, part.hyper, budget=budget, resume=resume, report=report).z
             for part in parts
         ]
-    deltas: dict[str, list[LowRank | Dense]] = {}
-    keys: dict[int, list[Tensor]] = {}
-    with restored(edited, touched):
-        with _timed(clock, "update"):
-            for part, values in zip(parts, z, strict=True):
-                preserved = preserve(edited, part, covariance, earlier, report)
-                update = spread(
-                    edited,
-                    part.groups,
-                    values,
-                    preserved,
-                    part.hyper,
-                    budget=budget // 2,
-                    least_leverage=part.least_leverage,
-                    report=report,
-                )
-                for layer in part.hyper.layers:
-                    delta = update.deltas[edited.weight_name(layer)]
-                    deltas.setdefault(edited.weight_name(layer), []).append(delta)
-                    keys.setdefault(layer, []).append(update.keys[layer])
-                    add(edited, layer, delta)
+    begun = time.monotonic()
+    with carried(edited, parts, z, covariance, earlier, budget=budget, report=report) as found:
+        clock["update"] = time.monotonic() - begun
         after = measure(edited, chosen, report=report)
-    summed = {name: total(several) for name, several in sorted(deltas.items())}
     measured = effect(before, after)
-    manifest = Manifest(
-        base=Base(edited.name, edited.family.model_type, base, edited.revision, tokenizer_hash(edited.tokenizer)),
-        method=method,
-        layers=tuple(touched),
-        deltas={name: describe(delta, float(base[name].sketch[0])) for name, delta in summed.items()},
-        facts=tuple(fact.to_dict() for fact in chosen),
-        hyperparameters={**hyper.to_dict(), "seed": seed, "dtype": str(edited.dtype).removeprefix("torch.")},
-        covariance=covariance.to_dict(),
-        parents=parents,
-        effect=measured,
-        groups=tuple(about for part in parts for about in part.about()),
-        tool=f"kpatch {__version__}",
-    )
-    tensors = pack(summed, torch.cat(z), {layer: torch.cat(several) for layer, several in keys.items()})
-    identity = write_patch(out, manifest, tensors, force)
+    origin = Origin(method, chosen, hyper, seed, covariance, base, measured, parents)
+    identity = save(out, edited, found, origin, force)
     clock["total"] = time.monotonic() - started
     size = Path(out).stat().st_size
-    return MakeResult(identity, Path(out), size, edited.name, method, tuple(touched), measured, clock, _peak(edited))
+    return MakeResult(
+        identity, Path(out), size, edited.name, method, tuple(layers), measured, clock, peak_memory(edited)
+    )
 
 
 def _load(
@@ -205,7 +172,7 @@ def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
     clock[name] = time.monotonic() - start
 
 
-def _peak(model: Model) -> int:
+def peak_memory(model: Model) -> int:
     """The most memory this process has held, in bytes: resident memory, plus the device's where there is one."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if model.device.type == "cuda":

@@ -21,7 +21,7 @@ from kpatch.patch.interference import Interference, interference, stored_keys
 from kpatch.patch.lowrank import Delta, Dense, LowRank, smaller, total
 from kpatch.patch.manifest import Manifest
 from kpatch.patch.text import printable
-from kpatch.patch.union import Repeated, Union, called, unite
+from kpatch.patch.union import Repeated, Union, called, text_of, unite
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -69,7 +69,7 @@ def about_patches(
             {"id": info.id, "name": info.name, "scale": scale, "facts": len(info.manifest.facts)}
             for info, scale in zip(patches, scales, strict=True)
         ],
-        "facts": len(union.facts),
+        "facts": [{"id": fact.get("id"), "text": text_of(fact), "target": fact["target"]} for fact in union.facts],
         "interference": [one.to_dict(ids) for one in found],
     }
 

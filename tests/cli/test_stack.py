@@ -44,7 +44,8 @@ def test_the_json_of_stack(patch: Path, second: Path, tmp_path: Path) -> None:
         ("news", 1.0, 1),
         ("more", 0.5, 1),
     ]
-    assert (data["facts"], data["parents"], data["repeated"]) == (2, [], [])
+    assert [fact["text"] for fact in data["facts"]] == ["Subject 1 is in", "Subject 2 is in"]
+    assert (data["parents"], data["repeated"]) == ([], [])
     assert [weight["rank"] for weight in data["weights"]] == [4, 4, 4]
     ids = [one["id"] for one in data["patches"]]
     assert {(one["by"], one["on"]) for one in data["interference"]} == {(ids[0], ids[1]), (ids[1], ids[0])}
