@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 _MUCH = 0.5
 
 
-def show_interference(out: Output, patches: Sequence[PatchInfo], found: Sequence[Interference]) -> None:
-    """Print ‖Δ_a K_b‖ / ‖Δ_b K_b‖, and warn of pairs where it is large."""
+def show_interference(
+    out: Output, patches: Sequence[PatchInfo], found: Sequence[Interference], warn: bool = False
+) -> None:
+    """Print ‖Δ_a K_b‖ / ‖Δ_b K_b‖; with `warn` also warn of pairs where it is large."""
     if not found:
         out.line("interference: no two patches change a weight for which one of them stores keys")
         return
@@ -32,7 +34,7 @@ def show_interference(out: Output, patches: Sequence[PatchInfo], found: Sequence
         )
     headers = ("Delta of", "moves keys of", *(f"layer {layer}" for layer in layers), "most")
     out.table(headers, rows, right=tuple(range(2, 2 + len(layers))))
-    much = {(one.by, one.on) for one in found if one.ratio > _MUCH}
+    much = {(one.by, one.on) for one in found if warn and one.ratio > _MUCH}
     for by, on in sorted(much):
         out.warn(
             f"{names[by]} moves keys of {names[on]} by more than {_MUCH:.0%} of what that wrote there; "

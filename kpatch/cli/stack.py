@@ -109,7 +109,7 @@ def _resolve(
 
 def _tell(say: Output, result: StackResult) -> None:
     say.result(result.to_dict())
-    show_interference(say, result.patches, result.interference)
+    show_interference(say, result.patches, result.interference, warn=True)
     facts = f"{len(result.union.facts)} facts of {len(result.patches)} patches"
     if result.path is None or result.id is None:
         say.line(f"{facts} go together; nothing was written")
