@@ -73,7 +73,7 @@ def stored_keys(info: PatchInfo, weight: str) -> Tensor | None:
     name = f"{KEYS}{layer}"
     if name not in info.manifest.tensors or len(shape) != 2:
         return None
-    width = shape[0] if _transposed(info.manifest) else shape[1]
+    width = shape[0] if stored_transposed(info.manifest) else shape[1]
     return read_tensor(info, name).double().T if info.manifest.tensors[name].shape[1] == width else None
 
 
@@ -104,12 +104,13 @@ def apply_to(delta: Delta, keys: Tensor, manifest: Manifest) -> Tensor:
     """Δ K [d, n] in float64 for keys [f, n], whichever way round W is stored."""
     if isinstance(delta, LowRank):
         left, right = delta.left.double(), delta.right.double()
-        return right.T @ (left.T @ keys) if _transposed(manifest) else left @ (right @ keys)
+        return right.T @ (left.T @ keys) if stored_transposed(manifest) else left @ (right @ keys)
     dense = delta.dense(torch.float64)
-    return (dense.T if _transposed(manifest) else dense) @ keys
+    return (dense.T if stored_transposed(manifest) else dense) @ keys
 
 
-def _transposed(manifest: Manifest) -> bool:
+def stored_transposed(manifest: Manifest) -> bool:
+    """Whether the checkpoint stores the edited W as [in, out]."""
     return manifest.base.family in _STORED_TRANSPOSED
 
 

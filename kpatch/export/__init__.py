@@ -1,0 +1,1 @@
+"""Patches for other programs: LoRA adapters for PEFT and llama.cpp."""

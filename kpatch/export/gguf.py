@@ -1,0 +1,98 @@
+"""The adapter as one GGUF file for llama.cpp (`--lora`): blk.N.ffn_down.weight.lora_a and .lora_b, and alpha.
+
+Source: llama.cpp's convert_lora_to_gguf.py and its reader: general.type adapter, adapter.type lora,
+adapter.lora.alpha; the scale is alpha over the tensor's rank, which is 1 here.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from kpatch.cache import atomic_write
+from kpatch.errors import BadInput, Refused
+from kpatch.export.adapter import Adapter, Module
+from kpatch.models.families import FAMILIES
+from kpatch.patch.text import printable
+
+# llama.cpp's names of the families it has; it has no GPT-J, and OPT only as something else.
+ARCHITECTURES = {
+    "llama": "LLAMA",
+    "mistral": "LLAMA",
+    "qwen2": "QWEN2",
+    "qwen3": "QWEN3",
+    "phi": "PHI2",
+    "gemma2": "GEMMA2",
+    "gemma3_text": "GEMMA3",
+    "olmo2": "OLMO2",
+    "gpt2": "GPT2",
+    "gpt_neox": "GPTNEOX",
+}
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+def write(found: Adapter, out: str | Path, force: bool = False) -> int:
+    """Write the GGUF file whole or not at all; gives its bytes.
+
+    Raises BadInput for a family llama.cpp lacks, for weights other than the MLP's output projection (llama.cpp
+    reorders some of those) and where the package gguf is missing; Refused where `out` exists.
+    """
+    path = Path(out)
+    if not force and (path.is_symlink() or path.exists()):
+        raise Refused(f"{printable(str(out))} exists", hint="choose another name, or give --force to replace it")
+    if find_spec("gguf") is None:
+        raise BadInput("Writing GGUF needs the package gguf", hint="pip install 'kpatch[demo]', or pip install gguf")
+    named = names(found)
+    atomic_write(path, lambda temporary: _write(found, named, temporary))
+    return path.stat().st_size
+
+
+def names(found: Adapter) -> dict[str, Module]:
+    """The modules by llama.cpp's name of their weight. Raises BadInput for what it does not have as it is."""
+    import gguf
+
+    family = found.patch.manifest.base.family
+    if family not in ARCHITECTURES:
+        raise BadInput(
+            f"llama.cpp has no architecture for the family {printable(family, 40)}",
+            details=[f"expected one of {', '.join(ARCHITECTURES)}"],
+        )
+    down = FAMILIES[family].down
+    layers = {module.name: _LAYER.search(module.name) for module in found.modules}
+    wrong = [name for name, layer in layers.items() if layer is None or not name.endswith(f".{layer[1]}.{down}")]
+    if wrong:
+        raise BadInput(
+            f"Only the MLP's output projection ({down}) is known to be stored in llama.cpp as it is here",
+            details=[printable(name, 120) for name in wrong[:10]],
+            hint="--to peft, and llama.cpp's convert_lora_to_gguf.py",
+        )
+    count = 1 + max(int(layer[1]) for layer in layers.values() if layer is not None)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], count)
+    result = {}
+    for module in found.modules:
+        name = table.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
+        if name is None:
+            raise BadInput(f"llama.cpp has no name for {printable(module.name, 120)} of this family")
+        result[str(name)] = module
+    return result
+
+
+def _write(found: Adapter, named: dict[str, Module], path: Path) -> None:
+    import gguf
+
+    manifest = found.patch.manifest
+    architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[manifest.base.family]]]
+    writer: Any = gguf.GGUFWriter(str(path), architecture)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(found.rank))
+    writer.add_name(f"kpatch {found.patch.id[:12]}")
+    for name, module in sorted(named.items()):
+        writer.add_tensor(f"{name}.lora_a", module.a.contiguous().numpy())  # [r, in]
+        writer.add_tensor(f"{name}.lora_b", module.b.contiguous().numpy())  # [out, r]
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

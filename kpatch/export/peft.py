@@ -1,0 +1,116 @@
+"""The adapter as PEFT stores one: a directory with adapter_config.json and adapter_model.safetensors.
+
+Source: PEFT's documentation, "PEFT checkpoint format". vLLM and llama.cpp's converter read the same directory.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from kpatch.cache import is_full, sync, write_error
+from kpatch.errors import BadInput, Refused
+from kpatch.export.adapter import Adapter
+from kpatch.patch.interference import stored_transposed
+from kpatch.patch.text import printable
+from kpatch.patch.union import text_of
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+_FACTS_IN_CARD = 50
+
+
+def config(found: Adapter) -> dict[str, Any]:
+    """What adapter_config.json says: every setting that decides the sum, so that no default has a say.
+
+    Modules are named in full: a bare "down_proj" would give every other layer an adapter of its own, empty.
+    """
+    base = found.patch.manifest.base
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
+        "inference_mode": True,
+        "r": found.rank,
+        "lora_alpha": found.rank,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": stored_transposed(found.patch.manifest),
+        "target_modules": [module.name for module in found.modules],
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "modules_to_save": None,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def write(found: Adapter, out: str | Path) -> int:
+    """Write the directory whole or not at all; gives its bytes.
+
+    Raises Refused where `out` exists, BadInput where its folder does not, KpatchError for a full disk.
+    """
+    path = Path(out)
+    shown = printable(str(out))
+    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
+        raise Refused(f"{shown} exists", hint="give -o a new directory")
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f"{shown} cannot be made: there is no folder {printable(str(path.parent))}")
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+        _fill(found, temporary)
+        for name in (WEIGHTS, CONFIG, CARD):
+            (temporary / name).chmod(0o644)
+            sync(temporary / name)
+        temporary.chmod(0o755)
+        os.replace(temporary, path.absolute())
+        sync(path.absolute().parent)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or is_full(error):
+            raise write_error(error, path) from error
+        raise
+    return sum((path / name).stat().st_size for name in (WEIGHTS, CONFIG, CARD))
+
+
+def _fill(found: Adapter, folder: Path) -> None:
+    tensors = {}
+    for module in found.modules:
+        tensors[f"base_model.model.{module.name}.lora_A.weight"] = module.a.contiguous()
+        tensors[f"base_model.model.{module.name}.lora_B.weight"] = module.b.contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(config(found), indent=2, ensure_ascii=False)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD).write_text(card(found), encoding="utf-8")
+
+
+def card(found: Adapter) -> str:
+    """README.md: which model, which patch, which facts."""
+    manifest = found.patch.manifest
+    about = {"base_model": manifest.base.name, "library_name": "peft", "tags": ["knowledge-edit", "kpatch", "lora"]}
+    lines = ["---", *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in about.items()), "---", ""]
+    lines += [f"LoRA adapter of kpatch patch `{found.patch.id}`, rank {found.rank}, scale 1.", ""]
+    worst = max(module.error for module in found.modules)
+    if worst:
+        lines += [f"Cut to this rank; largest relative error of a module's change {worst:.2g}.", ""]
+    lines += [f"- {_plain(text_of(fact))} → {_plain(fact['target'])}" for fact in manifest.facts[:_FACTS_IN_CARD]]
+    if len(manifest.facts) > _FACTS_IN_CARD:
+        lines.append(f"- … and {len(manifest.facts) - _FACTS_IN_CARD} more facts")
+    return "\n".join(lines) + "\n"
+
+
+def _plain(text: object) -> str:
+    """Text of a fact for one line of Markdown: nothing in it is markup."""
+    one_line = printable(" ".join(str(text).split()))
+    return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>#|!" else sign for sign in one_line)
