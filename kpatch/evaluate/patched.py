@@ -29,10 +29,11 @@ Deltas = Mapping[str, Delta]
 
 @dataclass(eq=False)
 class _Applied:
-    """One patch that is on now. `id` is empty for bare deltas."""
+    """One patch that is on now, and the patches it holds. `id` is empty for bare deltas."""
 
     id: str
     deltas: Deltas
+    holds: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -66,10 +67,13 @@ def patched(
     if isinstance(patch, str | Path):
         patch = read_patch(patch)
     state = _states.setdefault(net, _State())
-    new = _Applied(patch.id if isinstance(patch, Patch) else "", patch.deltas if isinstance(patch, Patch) else patch)
+    if isinstance(patch, Patch):
+        new = _Applied(patch.id, patch.deltas, patch.manifest.holds(patch.id))
+    else:
+        new = _Applied("", patch)
     weights = _fitting(net, new)
     if isinstance(patch, Patch):
-        _check_once(state, patch)
+        _check_once(state, new)
         _check_base(patch, {name: state.bases.get(name, weight.data) for name, weight in weights.items()})
         _check_company(state, patch, tokenizer or (model.tokenizer if isinstance(model, Model) else None), report)
     sums = {name: _summed(state, name, weight, new) for name, weight in weights.items()}
@@ -154,9 +158,9 @@ def _fitting(net: Any, new: _Applied) -> dict[str, nn.Parameter]:
     return found
 
 
-def _check_once(state: _State, patch: Patch) -> None:
-    if any(one.id == patch.id for one in state.applied):
-        raise Refused(f"{_called(patch.id)} is on this model already")
+def _check_once(state: _State, new: _Applied) -> None:
+    if any(one.id == new.id or one.holds & new.holds for one in state.applied):
+        raise Refused(f"{_called(new.id)} is on this model already, itself or in a stack")
 
 
 def _check_base(patch: Patch, bases: Mapping[str, Tensor]) -> None:

@@ -18,6 +18,7 @@ from kpatch.evaluate.patched import patched
 from kpatch.models.load import Model
 from kpatch.patch.format import read_patch
 from kpatch.patch.lowrank import Dense, LowRank
+from kpatch.patch.stack import stack
 from tests.support import checkpoints
 from tests.support.checkpoints import WEIGHTS, random
 from tests.support.models import tiny
@@ -234,8 +235,10 @@ def test_a_patch_is_on_once(saved: tuple[Model, Path], tmp_path: Path) -> None:
     before = everything(model)
     with patched(model, tmp_path / "a.patch"):
         inside = model.weight(0).clone()
-        with pytest.raises(Refused, match="already"), patched(model, tmp_path / "a.patch"):
-            pass
+        stack([tmp_path / "a.patch"], tmp_path / "half.patch", scales=[0.5])
+        for name in ("a", "half"):  # itself, and a stack that holds it
+            with pytest.raises(Refused, match="already"), patched(model, tmp_path / f"{name}.patch"):
+                pass
         assert torch.equal(model.weight(0), inside)
     assert_untouched(model, before)
 

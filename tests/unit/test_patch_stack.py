@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kpatch.checkpoint.apply import apply
 from kpatch.errors import BadInput, KpatchError, Refused
+from kpatch.patch.fingerprint import positions
 from kpatch.patch.format import pack, read_patch, verify, write_patch
 from kpatch.patch.lowrank import Delta, Dense, LowRank
 from kpatch.patch.stack import StackResult, add_up, stack
@@ -247,6 +248,12 @@ def test_patches_for_other_models_are_refused(model: Path, tmp_path: Path) -> No
     assert "sha256" in refused(lambda: stack([a, b]), Refused, r"a \(.*b \(.*different models").details[0]
     make_patch(c, other, seed=3, weights=WEIGHTS[1:2])
     assert stack([a, c]).patches  # nothing shows a difference; apply compares the weights themselves
+    tensors = weights(model)
+    tensors[WEIGHTS[0]].view(-1)[next(i for i in range(ROWS * COLS) if i not in positions(ROWS * COLS))] += 1e-3
+    (tmp_path / "nudged").mkdir()
+    save_file(tensors, tmp_path / "nudged" / "model.safetensors")
+    make_patch(tmp_path / "e.patch", tmp_path / "nudged", seed=3, weights=WEIGHTS[:1])  # where no sketch looks
+    refused(lambda: stack([a, tmp_path / "e.patch"]), Refused, "different models")
     made = read_patch(c)
     base = replace(made.manifest.base, name="another")
     write_patch(d, replace(made.manifest, base=base), pack(made.deltas))
