@@ -10,9 +10,9 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.interference import show_interference
-from kpatch.cli.made import check_out
 from kpatch.cli.output import Cell, Output, begin, clean, percent, size
 from kpatch.errors import BadInput
+from kpatch.patch.place import check_place
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.diff import CheckpointDiff
@@ -80,7 +80,7 @@ def _checkpoints(
     if out is None and (tolerance is not None or max_rank is not None):
         raise BadInput("--tolerance and --max-rank say how a patch is stored; name it with -o")
     if out is not None:
-        check_out(out, force)
+        check_place(out, force)
     from kpatch.checkpoint.diff import diff_checkpoints
 
     found = diff_checkpoints(a, b, out, tolerance=tolerance, max_rank=max_rank, seed=seed, force=force, report=say)
