@@ -65,6 +65,9 @@ class Prefix:
     def select(self, rows: Tensor) -> Prefix:
         return Prefix({layer: (k[rows], v[rows]) for layer, (k, v) in self.pairs.items()})
 
+    def only(self, layer: int) -> Prefix:
+        return Prefix({layer: self.pairs[layer]})
+
 
 @dataclass
 class Calls:
@@ -84,6 +87,18 @@ class Calls:
             out = self.model.layer(index)(hidden, *args, **kwargs)
             hidden = out[0] if isinstance(out, tuple) else out
         return hidden
+
+    def run_rows(self, hidden: Tensor, layer: int, rows: Tensor) -> Tensor:
+        """One layer on hidden [n, T, d], whose rows stand where the batch's `rows` [n] do; rows may repeat."""
+        size = self.start.shape[0]
+
+        def pick(value: Any) -> Any:
+            return _pick_rows(value.only(layer) if isinstance(value, Prefix) else value, rows, size, pick)
+
+        args, kwargs = self.arguments[layer]
+        out = self.model.layer(layer)(hidden, *(pick(a) for a in args), **{k: pick(v) for k, v in kwargs.items()})
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
     def run_with_key(self, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """One layer on hidden [B, T, d]: its output [B, T, d] and the key, the input of W^l [B, T, f]."""
@@ -179,19 +194,34 @@ def record_suffix(model: Model, batch: Batch, above: int) -> tuple[Calls, Tensor
         head = record(model, batch.cut(0, batch.column), cache)
         head.run(head.start, 0, model.n_layers)
         prefix = Prefix({i: (cache.layers[i].keys, cache.layers[i].values) for i in range(model.n_layers)})
-        calls = record(model, batch.cut(batch.column), cache)
-        memo: dict[int, Any] = {id(cache): prefix}
-        calls.arguments = [
-            (
-                tuple(prefix if isinstance(a, Cache) else a for a in args),
-                {k: memo.get(id(v), v) for k, v in kwargs.items()},
-            )
-            for args, kwargs in calls.arguments
-        ]
+        calls = _after(record(model, batch.cut(batch.column), cache), prefix)
         hidden = calls.run(calls.start, 0, above + 1)
         for index in range(above + 1):
             prefix.pairs.pop(index, None)  # only layers above are run again
         return calls, hidden
+
+
+def record_after(model: Model, batch: Batch, pairs: dict[int, tuple[Tensor, Tensor]]) -> Calls:
+    """The calls of columns that follow others whose keys and values are known, a pair [B, heads, P, ·] a layer.
+
+    `batch.mask` covers both.
+    """
+    cache = DynamicCache()
+    for layer, (keys, values) in sorted(pairs.items()):
+        cache.update(keys, values, layer)  # masks are made from what it holds
+    return _after(record(model, batch, cache), Prefix(pairs))
+
+
+def _after(calls: Calls, prefix: Prefix) -> Calls:
+    """The calls with `prefix` where the network's own cache stood."""
+
+    def swap(value: Any) -> Any:
+        return prefix if isinstance(value, Cache) else value
+
+    calls.arguments = [
+        (tuple(swap(a) for a in args), {k: swap(v) for k, v in kwargs.items()}) for args, kwargs in calls.arguments
+    ]
+    return calls
 
 
 @contextmanager
