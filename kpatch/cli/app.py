@@ -9,7 +9,23 @@ from typing import Annotated
 
 import typer
 
-from kpatch.cli import apply, ask, cov, diff, export, lint, make, models, recover, revert, show, stack, status, verify
+from kpatch.cli import (
+    apply,
+    ask,
+    cov,
+    diff,
+    export,
+    lint,
+    make,
+    models,
+    recover,
+    revert,
+    show,
+    stack,
+    status,
+    trace,
+    verify,
+)
 from kpatch.cli.errors import EXIT_CODES, guarded
 from kpatch.cli.output import begin, output
 
@@ -43,7 +59,8 @@ def _kpatch(
 ) -> None: ...
 
 
-for _module in (make, show, verify, apply, revert, status, recover, stack, diff, export, ask, lint, cov, models):
+_MODULES = (trace, make, show, verify, apply, revert, status, recover, stack, diff, export, ask, lint, cov, models)
+for _module in _MODULES:
     app.command(_module.__name__.rpartition(".")[2], epilog=_module.EXAMPLES)(_module.command)
 
 

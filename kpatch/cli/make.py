@@ -37,6 +37,9 @@ def command(
     ] = None,
     method: Annotated[str, typer.Option(metavar="memit", help="How the weights are found.")] = "memit",
     layers: opt.Layers = None,
+    layers_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take them from the trace.json of `kpatch trace -o`.")
+    ] = None,
     corpus: opt.Corpus = "self",
     tokens: opt.Tokens = None,
     set_: Annotated[
@@ -83,6 +86,7 @@ def command(
         out=path,
         method=method,
         layers=chosen,
+        layers_from=layers_from,
         settings=settings,
         corpus=corpus,
         tokens=tokens,

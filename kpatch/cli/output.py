@@ -18,6 +18,7 @@ from kpatch.reporter import Advance
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+    from rich.text import Text
 
 SCHEMA_VERSION = 1
 _WORTH_TELLING = 2.0  # seconds: a step that took longer leaves a line behind
@@ -78,6 +79,26 @@ class Output:
         for row in rows:
             table.add_row(*(Text("" if cell is None else clean(cell)) for cell in row))
         console.print(table)
+
+    def screen(self) -> tuple[bool, int]:
+        """Whether stdout shows colours, and how many columns it has."""
+        from rich.console import Console
+
+        if self.json:
+            return False, _UNWRAPPED
+        console = Console(file=sys.stdout)
+        wide = sys.stdout.isatty() or bool(os.environ.get("COLUMNS"))
+        return console.color_system is not None and not console.no_color, console.width if wide else _UNWRAPPED
+
+    def drawing(self, lines: Sequence[Text]) -> None:
+        """Coloured lines for people, never wrapped."""
+        if self.json:
+            return
+        from rich.console import Console
+
+        console = Console(file=sys.stdout, highlight=False, emoji=False)
+        for line in lines:
+            console.print(line, soft_wrap=True)
 
     def finish(self, error: Mapping[str, Any] | None = None) -> None:
         """Print the JSON object, with `error` where the command failed; the last thing that a run does."""

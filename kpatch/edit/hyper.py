@@ -97,11 +97,11 @@ def preset_for(model: Model) -> tuple[str, Preset]:
     raise BadInput(
         f"There is no preset for {model.name}, so the layers to edit are not known",
         details=[
-            f"expected --layers, or a model of a preset's shape: {', '.join(PRESETS)}",
+            f"expected --layers, --layers-from, or a model of a preset's shape: {', '.join(PRESETS)}",
             f"found family {shape[0]}, width {shape[1]}, {shape[2]} layers",
         ],
-        hint=f"facts sit in the lower middle: of {model.n_layers} layers try --layers"
-        f" {model.n_layers // 7}-{model.n_layers // 7 + 4}; `kpatch models` lists the presets",
+        hint="find them: `kpatch trace MODEL --quick -o trace/`, then `kpatch make … --layers-from trace/trace.json`;"
+        f" untraced, try --layers {model.n_layers // 7}-{model.n_layers // 7 + 4}",
     )
 
 

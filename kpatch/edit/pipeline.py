@@ -24,6 +24,7 @@ from kpatch.edit.find import find_values
 from kpatch.edit.groups import group_facts
 from kpatch.edit.hyper import hyper_for
 from kpatch.edit.parts import split
+from kpatch.edit.traced import traced_layers
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.prompts import check_lengths
@@ -65,6 +66,7 @@ def make(
     model: str | Model | None = None,
     method: str = "memit",
     layers: Sequence[int] | None = None,
+    layers_from: str | Path | None = None,
     corpus: str = "self",
     tokens: int | None = None,
     settings: dict[str, str] | None = None,
@@ -81,7 +83,8 @@ def make(
     """Make a patch with MEMIT and write it to `out`.
 
     `model` is an address or a loaded Model, `on` a checkpoint directory that already carries patches, `memory` the
-    bytes that activations may take. The same inputs, seed and machine give the same patch.
+    bytes that activations may take, `layers_from` a trace.json that names the layers. The same inputs, seed and
+    machine give the same patch.
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
     """
     started = time.monotonic()
@@ -98,6 +101,10 @@ def make(
             f"{edited.name} was not loaded from a checkpoint directory, so a patch cannot name its base",
             hint="give the model's address instead",
         )
+    if layers_from is not None:
+        if layers is not None:
+            raise BadInput("--layers and --layers-from exclude each other", hint="leave one of them out")
+        layers = traced_layers(layers_from, edited)
     hyper = hyper_for(edited, layers, settings or {}, report)
     check_lengths(edited.tokenizer, chosen)
     with report.task("Sampling contexts"):
