@@ -5,27 +5,11 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
-from kpatch.cli import (
-    apply,
-    ask,
-    cov,
-    diff,
-    export,
-    lint,
-    make,
-    models,
-    recover,
-    revert,
-    show,
-    stack,
-    status,
-    trace,
-    verify,
-)
 from kpatch.cli.errors import EXIT_CODES, guarded
 from kpatch.cli.output import begin, output
 
@@ -59,9 +43,10 @@ def _kpatch(
 ) -> None: ...
 
 
-_MODULES = (trace, make, show, verify, apply, revert, status, recover, stack, diff, export, ask, lint, cov, models)
-for _module in _MODULES:
-    app.command(_module.__name__.rpartition(".")[2], epilog=_module.EXAMPLES)(_module.command)
+_COMMANDS = "trace make show verify apply revert status recover stack diff export ask import_ lint cov models"
+for _name in _COMMANDS.split():
+    _module = import_module(f"kpatch.cli.{_name}")
+    app.command(_name.rstrip("_"), epilog=_module.EXAMPLES)(_module.command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

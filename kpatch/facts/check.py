@@ -97,6 +97,8 @@ class Checker:
             id=self.optional(data, "id", path) or "",
             source=self.optional(data, "source", path),
             relation=name,
+            openings=self.texts(data, "openings", path),
+            references=self.texts(data, "references", path, slots=False),
             where=where,
         )
 
@@ -152,7 +154,8 @@ class Checker:
             result.append(neighbor)
         return tuple(result)
 
-    def texts(self, data: Mapping[str, Any], key: str, path: Path) -> tuple[str, ...]:
+    def texts(self, data: Mapping[str, Any], key: str, path: Path, slots: bool = True) -> tuple[str, ...]:
+        """The texts of a list; with `slots` they may have one {} for the subject."""
         result = []
         for index, item in enumerate(self.entries(data, key, path)):
             here = (*path, key, index)
@@ -161,7 +164,7 @@ class Checker:
                 continue
             if not text:
                 self.problems.add(here, "a text in this list is empty")
-            elif text.count(SLOT) > 1:
+            elif slots and text.count(SLOT) > 1:
                 self.problems.add(
                     here, f"this text has {text.count(SLOT)} {{}}; at most one may stand for the subject"
                 )

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from kpatch.errors import Refused
 from kpatch.facts.problems import Path, cut, limited
@@ -20,16 +21,26 @@ def normal(text: str) -> str:
     return " ".join(text.split()) if text.isascii() else " ".join(unicodedata.normalize("NFC", text).split())
 
 
-def settle(facts: Iterable[Fact], name: str) -> tuple[list[Fact], list[str]]:
-    """The facts without those that say again what an earlier one said, and a warning for each of these.
+class Settled(NamedTuple):
+    """`facts` without those that say again what an earlier one said; `repeats` and `conflicts` tell of each of these
+    and of each fact that contradicts an earlier one; `contradicting` are the positions of the latter in `facts`."""
 
-    Raises Refused with both places of every contradiction: two facts with the same subject and the same prompt or
-    relation must not want different targets, as one key cannot carry two values (MEMIT, Eqn. 5).
-    """
+    facts: list[Fact]
+    repeats: list[str]
+    conflicts: list[str]
+    contradicting: list[int]
+
+
+def settle(facts: Iterable[Fact]) -> Settled:
+    """Find repeats and contradictions: two facts with the same subject and the same prompt or relation that want
+    different targets. One key cannot carry two values (MEMIT, Eqn. 5), so `make` refuses them; nothing else does."""
     by_prompt: dict[tuple[str, str], Fact] = {}
     by_relation: dict[tuple[str, str], Fact] = {}
     memory = _Normal()
-    kept, repeats, conflicts = [], [], []
+    kept: list[Fact] = []
+    repeats: list[str] = []
+    conflicts: list[str] = []
+    contradicting: list[int] = []
     for fact in facts:
         subject, target = normal(fact.subject), memory[fact.target]
         same_prompt = by_prompt.setdefault((subject, memory[fact.prompt]), fact)
@@ -40,8 +51,15 @@ def settle(facts: Iterable[Fact], name: str) -> tuple[list[Fact], list[str]]:
             conflicts.append(_conflict(fact, same_relation, f"relation {fact.relation!r}"))
         elif same_prompt is not fact:
             repeats.append(_repeat(fact, same_prompt))
-        else:
-            kept.append(fact)
+            continue
+        if len(conflicts) > len(contradicting):
+            contradicting.append(len(kept))
+        kept.append(fact)
+    return Settled(kept, repeats, conflicts, contradicting)
+
+
+def refuse(conflicts: Sequence[str], name: str) -> None:
+    """Raise Refused with both places of every contradiction; nothing happens where there are none."""
     if conflicts:
         count = len(conflicts)
         raise Refused(
@@ -50,7 +68,6 @@ def settle(facts: Iterable[Fact], name: str) -> tuple[list[Fact], list[str]]:
             details=limited(conflicts),
             hint="keep one target for each subject and prompt or relation",
         )
-    return kept, repeats
 
 
 class _Normal(dict[str, str]):

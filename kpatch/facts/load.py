@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
-from kpatch.facts.conflicts import give_ids, repeated_ids, settle
+from kpatch.facts.conflicts import give_ids, refuse, repeated_ids, settle
 from kpatch.facts.problems import SHOWN, Target, at, bad_file, limited
 from kpatch.facts.schema import FactFile
 from kpatch.facts.sources import SOURCES, Source
@@ -19,19 +19,20 @@ LARGEST = 256 * 2**20
 _HINT = "docs/facts.md describes the format"
 
 
-def load_facts(path: str | Path) -> FactFile:
+def load_facts(path: str | Path, *, conflicts: bool = False) -> FactFile:
     """Read, check and number the facts of one file.
 
     Raises BadInput whose details are all errors as "file:line:column: message", and Refused for facts that
-    contradict each other, with both places.
+    contradict each other, with both places. With `conflicts` these are kept, with a warning: they can be asked
+    about, though not be edited together.
     """
     with _no_collection():
-        return _load(Path(path))
+        return _load(Path(path), conflicts)
 
 
-def _load(path: Path) -> FactFile:
+def _load(path: Path, conflicts: bool) -> FactFile:
     name = str(path)
-    text = _read(path)
+    text = read_text(path)
     if not text.strip():
         raise BadInput("The fact file is empty", where=name, hint=_HINT)
     source = SOURCES[path.suffix.lower()](text, name)
@@ -47,8 +48,11 @@ def _load(path: Path) -> FactFile:
     source.problems.raise_any(name, source.locate)
     if not found:
         raise BadInput("The fact file has no facts", where=name, hint=_HINT)
-    facts, repeats = settle((fact for _, fact in found), name)
-    return FactFile(tuple(give_ids(facts)), source.model, _warnings(name, checker, source, repeats))
+    settled = settle(fact for _, fact in found)
+    if not conflicts:
+        refuse(settled.conflicts, name)
+    odd = (*limited(settled.conflicts), *limited(settled.repeats))
+    return FactFile(tuple(give_ids(settled.facts)), source.model, (*_warnings(name, checker, source), *odd))
 
 
 @contextmanager
@@ -63,18 +67,21 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _read(path: Path) -> str:
-    """The file's text with line ends of one kind and without a byte order mark."""
+def read_text(path: Path, suffixes: Collection[str] = SOURCES) -> str:
+    """A file's text with line ends of one kind and without a byte order mark.
+
+    Raises BadInput for a file that is missing, too large, not UTF-8 or not named as one of `suffixes`.
+    """
     name = str(path)
     try:
         size = path.stat().st_size
         if path.is_dir():
             raise BadInput("This is a folder, not a fact file", where=name)
-        if path.suffix.lower() not in SOURCES:
+        if path.suffix.lower() not in suffixes:
             raise BadInput(
-                "This is no kind of fact file",
+                "This is no kind of fact file" if suffixes is SOURCES else "This is no kind of file that is read here",
                 where=name,
-                details=[f"expected a name in {', '.join(SOURCES)}; found {path.suffix or 'none of them'}"],
+                details=[f"expected a name in {', '.join(suffixes)}; found {path.suffix or 'none of them'}"],
             )
         if size > LARGEST:
             raise BadInput(
@@ -104,7 +111,7 @@ def _read(path: Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _warnings(name: str, checker: Checker, source: Source, repeats: Sequence[str]) -> tuple[str, ...]:
+def _warnings(name: str, checker: Checker, source: Source) -> tuple[str, ...]:
     spaced_at = [Target(path) for path in checker.spaced[:SHOWN]]
     spots = source.locate(spaced_at) if spaced_at else []  # a second look at the file
     spaced = [f"{at(name, spot)}: the prompt ends in a space, which is left out" for spot in spots]
@@ -113,4 +120,4 @@ def _warnings(name: str, checker: Checker, source: Source, repeats: Sequence[str
         for relation in checker.relations
         if relation not in checker.used
     ]
-    return (*limited(spaced, len(checker.spaced)), *limited(unused), *limited(repeats))
+    return (*limited(spaced, len(checker.spaced)), *limited(unused))

@@ -35,6 +35,11 @@ class Problems:
     def __len__(self) -> int:
         return len(self._found)
 
+    @property
+    def messages(self) -> list[str]:
+        """What is wrong, without its places."""
+        return [message for _, message in self._found]
+
     def add(self, path: Path, message: str, key: bool = False) -> None:
         self._found.append((Target(path, key), message))
 

@@ -14,7 +14,11 @@ SLOT = "{}"
 # facts.schema.json names the same keys; a test compares the two
 FILE_KEYS = ("version", "model", "relations", "facts")
 RELATION_KEYS = ("prompt", "paraphrases", "neighbors")
-FACT_KEYS = ("subject", "prompt", "target", "was", "relation", "id", "source", "paraphrases", "neighbors")
+TEXT_LISTS = ("paraphrases", "openings", "references")
+FACT_KEYS = (
+    *("subject", "prompt", "target", "was", "relation", "id", "source"),
+    *("paraphrases", "neighbors", "openings", "references"),
+)
 NEIGHBOR_KEYS = ("prompt", "target")
 
 
@@ -36,7 +40,8 @@ class Fact:
     """One fact to be written into a model.
 
     `prompt` has exactly one {} where the subject goes; `target` is what shall follow, without its leading space.
-    `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only.
+    `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
+    `openings`, from which a model writes on, and `references`, texts about the target to compare that writing with.
     `where` says where the fact was read ("news.yaml:14:5"); it takes no part in equality, hash or `to_dict`.
     """
 
@@ -49,6 +54,8 @@ class Fact:
     id: str = ""
     source: str | None = None
     relation: str | None = None
+    openings: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
 
     def text(self) -> str:
@@ -68,7 +75,7 @@ class Fact:
                     for n in self.neighbors
                 ]
             else:
-                result[key] = list(value) if key == "paraphrases" else value
+                result[key] = list(value) if key in TEXT_LISTS else value
         return result
 
     @staticmethod
@@ -79,11 +86,13 @@ class Fact:
             prompt=_slotted(_text(data, "prompt", needed=True)),
             target=_text(data, "target", needed=True),
             was=_text(data, "was") or None,
-            paraphrases=tuple(_paraphrase(item) for item in _list(data, "paraphrases")),
+            paraphrases=_texts(data, "paraphrases"),
             neighbors=tuple(_neighbor(item) for item in _list(data, "neighbors")),
             id=_text(data, "id"),
             source=_text(data, "source") or None,
             relation=_text(data, "relation") or None,
+            openings=_texts(data, "openings"),
+            references=_texts(data, "references"),
         )
 
 
@@ -118,10 +127,12 @@ def _slotted(prompt: str) -> str:
     return prompt
 
 
-def _paraphrase(item: object) -> str:
-    if not isinstance(item, str):
-        raise BadInput("A paraphrase must be text", details=[f"found {type(item).__name__}"])
-    return item
+def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    texts = _list(data, key)
+    for item in texts:
+        if not isinstance(item, str):
+            raise BadInput(f"A fact's {key!r} must be texts", details=[f"found {type(item).__name__}"])
+    return tuple(texts)
 
 
 def _neighbor(item: object) -> Neighbor:

@@ -12,10 +12,10 @@ from yaml import YAMLError
 from kpatch.errors import BadInput
 from kpatch.facts import yaml_tree
 from kpatch.facts.problems import Problems, Spot, Target
-from kpatch.facts.schema import FACT_KEYS
+from kpatch.facts.schema import FACT_KEYS, TEXT_LISTS
 from kpatch.facts.suggest import did_you_mean
 
-_LIST_KEYS = frozenset(("paraphrases", "neighbors"))
+_LIST_KEYS = frozenset(("neighbors", *TEXT_LISTS))
 _BETWEEN = " | "
 _NEEDED = ("subject", "prompt", "target")
 
@@ -36,7 +36,7 @@ def read_lines(text: str, problems: Problems) -> Iterator[Row]:
             continue
         start = len(line) - len(line.lstrip()) + 1
         try:
-            data = _as_written(decode(line))
+            data = as_written(decode(line))
         except json.JSONDecodeError as error:
             problems.add_at(Spot(number, error.pos + 1), f"this is not valid JSON ({error.msg}); one object a line")
         except _TwiceError as error:
@@ -80,14 +80,14 @@ def _second_key(line: str, key: str) -> int | None:
     return second + 1 if second > 0 else None
 
 
-def _as_written(value: Any) -> Any:
+def as_written(value: Any) -> Any:
     """Scalars as text, as in YAML; null is nothing."""
     if isinstance(value, str):
         return value
     if isinstance(value, dict):
-        return {key: item if type(item) is str else _as_written(item) for key, item in value.items()}
+        return {key: item if type(item) is str else as_written(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [item if type(item) is str else _as_written(item) for item in value]
+        return [item if type(item) is str else as_written(item) for item in value]
     return "" if value is None else str(value).lower()
 
 

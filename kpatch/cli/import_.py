@@ -1,0 +1,92 @@
+"""`kpatch import`: published data sets as fact files, and fact files in another form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kpatch.cli import options as opt
+from kpatch.cli.output import Output, begin
+
+EXAMPLES = opt.examples(
+    "kpatch import counterfact.json -o facts.yaml --limit 100",
+    "kpatch import zsre_mend_eval.json -o facts.jsonl --target answers",
+)
+_SHOWN = 20
+
+
+def command(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A data set: JSON or JSON Lines; or a fact file.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", metavar="FACTS", help="The file to write: .yaml, .jsonl, or .json for EasyEdit's flat form."
+        ),
+    ],
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            metavar="NAME",
+            help="counterfact, easyedit, zsre, known, knowedit, mquake, memit or facts. Default: told by the records.",
+        ),
+    ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="alt|answers",
+            help="Which answer of zsRE to learn: its false one (alt, the default) or the true one (answers).",
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Read the first N records only.")] = None,
+    drop_conflicts: Annotated[
+        bool,
+        typer.Option("--drop-conflicts", help="Leave out facts that contradict earlier ones, which make refuses."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Turn a published data set into a fact file.
+
+    Records that break a rule are listed and counted; -v lists all of them.
+    """
+    say = begin(json, quiet, verbose)
+    from kpatch.facts.importers.read import import_facts
+    from kpatch.facts.write import write_facts
+
+    found = import_facts(file, form, target=target, limit=limit, drop_conflicts=drop_conflicts)
+    write_facts(out, found.facts, force=force)
+    say.result(
+        {
+            "path": str(out),
+            "format": found.format,
+            "records": found.records,
+            "facts": len(found.facts),
+            "rejected": list(found.rejected),
+            "repeats": list(found.repeats),
+            "conflicts": list(found.conflicts),
+            "conflicts_dropped": drop_conflicts,
+        }
+    )
+    if found.format == "zsre":
+        say.note("target: the true answers" if target == "answers" else "target: the false answers, alt")
+    _list(say, "break a rule and are left out", found.rejected)
+    _list(say, "repeat an earlier fact and are left out", found.repeats)
+    kept = "are left out" if drop_conflicts else "are kept; `make` refuses them, --drop-conflicts leaves them out"
+    _list(say, f"contradict an earlier fact and {kept}", found.conflicts)
+    say.line(f"{out}: {len(found.facts):,} facts from {found.records:,} records ({found.format})")
+
+
+def _list(say: Output, what: str, lines: tuple[str, ...]) -> None:
+    if not lines:
+        return
+    say.warn(f"{len(lines):,} {what}")
+    shown = lines if say.verbose else lines[:_SHOWN]
+    for line in shown:
+        say.warn(f"  {line}")
+    if len(shown) < len(lines):
+        say.warn(f"  and {len(lines) - len(shown):,} more (-v lists them)")

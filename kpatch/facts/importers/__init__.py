@@ -1,0 +1,1 @@
+"""Records of published data sets as facts."""

@@ -1,0 +1,165 @@
+"""A file of published records → facts, with everything that did not become one or stands in another's way."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from kpatch.errors import BadInput
+from kpatch.facts.check import Checker
+from kpatch.facts.conflicts import give_ids, settle
+from kpatch.facts.importers.formats import ALT, ANSWERS, FORMATS, Format, RecordError
+from kpatch.facts.load import load_facts, read_text
+from kpatch.facts.problems import Problems
+from kpatch.facts.schema import Fact
+from kpatch.facts.tables import as_written
+
+_JSON, _LINES = (".json",), (".jsonl", ".ndjson")
+_OTHER = (".yaml", ".yml", ".csv")
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What became of the records of one file.
+
+    `facts` have ids; `rejected` are records that break a rule, `repeats` facts that say again what an earlier one
+    says: both are left out. `conflicts` are facts that contradict an earlier one, kept unless asked otherwise.
+    Each is one line that names the record.
+    """
+
+    format: str
+    records: int
+    facts: tuple[Fact, ...]
+    rejected: tuple[str, ...]
+    repeats: tuple[str, ...]
+    conflicts: tuple[str, ...]
+
+
+def import_facts(
+    path: str | Path,
+    format: str | None = None,
+    *,
+    target: str | None = None,
+    limit: int | None = None,
+    drop_conflicts: bool = False,
+) -> Imported:
+    """Read the first `limit` records of a data set as facts.
+
+    `format` is a name in FORMATS, found out unless given; `target` says which answer of zsRE is to be learned.
+    Raises BadInput for a file or format that cannot be read and where no record is a fact.
+    """
+    path = Path(path)
+    if path.suffix.lower() in _OTHER:
+        return _facts_file(path, format, limit, drop_conflicts)
+    records = _records(path)
+    if not records:
+        raise BadInput("The file has no records", where=str(path))
+    row = _format(path, records, format)
+    if target is not None and row.name != "zsre":
+        raise BadInput(f"--target is for zsRE; {path.name} is {row.about}")
+    if target not in (None, ALT, ANSWERS):
+        raise BadInput(f"--target {target!r} is not known", details=[f"expected {ALT} or {ANSWERS}"])
+    if limit is not None:
+        records = records[:limit]
+    facts: list[Fact] = []
+    rejected: list[str] = []
+    for number, record in enumerate(records, 1):
+        found, wrong = _convert(record, row, target or ALT, f"record {number}{_name(record)}")
+        facts += found
+        rejected += wrong
+    if not facts:
+        raise BadInput(
+            f"No record of {path.name} is a fact", where=str(path), details=[f"read as {row.about}", *rejected[:10]]
+        )
+    return _settled(row.name, len(records), facts, rejected, drop_conflicts)
+
+
+def _settled(name: str, records: int, facts: list[Fact], rejected: list[str], drop_conflicts: bool) -> Imported:
+    settled = settle(facts)
+    dropped = set(settled.contradicting) if drop_conflicts else set()
+    kept = [fact for index, fact in enumerate(settled.facts) if index not in dropped]
+    taken: set[str] = set()
+    for index, fact in enumerate(kept):
+        if fact.id in taken:
+            kept[index] = replace(fact, id="")
+        taken.add(fact.id)
+    return Imported(
+        name, records, tuple(give_ids(kept)), tuple(rejected), tuple(settled.repeats), tuple(settled.conflicts)
+    )
+
+
+def _facts_file(path: Path, format: str | None, limit: int | None, drop_conflicts: bool) -> Imported:
+    if format not in (None, "facts"):
+        raise BadInput(f"{path.name} is no file of {FORMATS[format].about}", details=["expected .json or .jsonl"])
+    file = load_facts(path, conflicts=True)
+    facts = list(file.facts[:limit])
+    return _settled("facts", len(facts), facts, [], drop_conflicts)
+
+
+def _records(path: Path) -> list[Any]:
+    text = read_text(path, (*_JSON, *_LINES, *_OTHER))
+    decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).decode
+    try:
+        if path.suffix.lower() in _LINES:
+            return [as_written(decode(line)) for line in text.split("\n") if line.strip()]
+        data = as_written(decode(text.strip()))
+    except json.JSONDecodeError as error:
+        where = f"{path}:{error.lineno}:{error.colno}"
+        raise BadInput("The file is not valid JSON", where=where, details=[error.msg]) from error
+    except RecursionError as error:
+        raise BadInput("The file is nested too deeply", where=str(path)) from error
+    if isinstance(data, Mapping):  # {"data": [...]}, or one record by itself
+        lists = [
+            value for value in data.values() if isinstance(value, list) and all(isinstance(v, dict) for v in value)
+        ]
+        data = lists[0] if len(data) == len(lists) == 1 else [data]
+    if not isinstance(data, list):
+        raise BadInput("The file has no records", where=str(path), details=["expected a JSON list of objects"])
+    return data
+
+
+def _format(path: Path, records: list[Any], name: str | None) -> Format:
+    known = [f"{row.name}: {row.about}" for row in FORMATS.values()]
+    if name is not None:
+        if name not in FORMATS:
+            raise BadInput(f"--from {name!r} is not known", details=["expected one of", *known])
+        return FORMATS[name]
+    first = next((record for record in records if isinstance(record, Mapping)), {})
+    for row in FORMATS.values():
+        if row.fits(first):
+            return row
+    raise BadInput(
+        "The records are of no form that is known",
+        where=str(path),
+        details=[f"the first has the keys {', '.join(map(str, first)) or 'none'}", "expected one of", *known],
+        hint="name it with --from",
+    )
+
+
+def _convert(record: Any, row: Format, target: str, where: str) -> tuple[list[Fact], list[str]]:
+    """The facts of one record, and what is wrong with it; it breaks a rule as a whole or not at all."""
+    if not isinstance(record, Mapping):
+        return [], [f"{where}: expected an object, found {type(record).__name__}"]
+    try:
+        drafts = row.facts(record, target)
+    except RecordError as error:
+        return [], [f"{where}: {error}"]
+    except (KeyError, AttributeError, TypeError) as error:
+        return [], [f"{where}: is not of the form {row.name} ({type(error).__name__}: {error})"]
+    problems = Problems()
+    checker = Checker(problems)
+    facts = [checker.fact(draft, (), where) for draft in drafts]
+    if len(problems):
+        return [], [f"{where}: {'; '.join(problems.messages)}"]
+    return [fact for fact in facts if fact is not None], []
+
+
+def _name(record: Any) -> str:
+    if isinstance(record, Mapping):
+        for key in ("case_id", "known_id", "id"):
+            if record.get(key):
+                return f" ({key} {record[key]})"
+    return ""

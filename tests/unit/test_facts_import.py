@@ -1,0 +1,385 @@
+"""Records of published data sets as facts: the right parts in the right places, nothing lost in silence.
+
+All records here are written for these tests, in the forms that the sets have.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpatch.errors import BadInput, Refused
+from kpatch.facts.importers.formats import FORMATS, slotted
+from kpatch.facts.importers.read import Imported, import_facts
+from kpatch.facts.load import load_facts
+from kpatch.facts.schema import Fact, Neighbor
+from kpatch.facts.write import WRITERS, write_facts
+
+REWRITE = {
+    "prompt": "{} lies on the river",
+    "relation_id": "P206",
+    "target_new": {"str": "Elbe", "id": "Q1644"},
+    "target_true": {"str": "Rhine", "id": "Q584"},
+    "subject": "Basel",
+}
+COUNTERFACT = {
+    "case_id": 7,
+    "pararel_idx": 1,
+    "requested_rewrite": REWRITE,
+    "paraphrase_prompts": ["It rained. Basel stands on the", "Ships to Basel go up the"],
+    "neighborhood_prompts": ["Cologne lies on the river", "Mainz lies on the river"],
+    "attribute_prompts": ["Dresden lies on the river"],
+    "generation_prompts": ["Basel is known for", "Basel is known for", "In Basel one"],
+}
+EASYEDIT = {
+    "case_id": 7,
+    "prompt": "Basel lies on the river",
+    "target_new": "Elbe",
+    "subject": "Basel",
+    "ground_truth": "Rhine",
+    "rephrase_prompt": "Ships to Basel go up the",
+    "locality_prompt": "Cologne lies on the river",
+    "locality_ground_truth": "Rhine",
+}
+ZSRE = {
+    "subject": "Basel",
+    "src": "Which river flows through Basel?",
+    "pred": "Aare",
+    "rephrase": "What river is Basel on?",
+    "alt": "Elbe",
+    "answers": ["Rhine", "the Rhine"],
+    "loc": "nq question: who painted the night watch",
+    "loc_ans": "Rembrandt",
+    "cond": "Aare >> Elbe || Which river flows through Basel?",
+}
+KNOWN = {
+    "known_id": 3,
+    "subject": "Basel",
+    "attribute": "Switzerland",
+    "template": "{} is a city in",
+    "prediction": " Switzerland, on the",
+    "prompt": "Basel is a city in the north of",
+    "relation_id": "P17",
+}
+KNOWEDIT = {
+    "subject": "Basel",
+    "prompt": "The river of Basel is",
+    "target_new": "Elbe",
+    "ground_truth": [["Rhine", "the Rhine"]],
+    "portability": {
+        "Subject_Aliasing": [{"prompt": "The river of Basle is", "ground_truth": [["Elbe"]]}],
+        "Reasoning": [{"prompt": "The river of Basel ends in the", "ground_truth": [["North Sea"]]}],
+    },
+    "locality": {
+        "Relation_Specificity": [{"prompt": "Basel is a city in", "ground_truth": [["Switzerland"]]}, []],
+        "Forgetfulness": [],
+    },
+}
+MQUAKE = {
+    "case_id": 5,
+    "requested_rewrite": [
+        {**REWRITE, "question": "Which river does Basel lie on?"},
+        {**REWRITE, "subject": "Bern", "question": "Which river does Bern lie on?"},
+    ],
+    "questions": ["Into which sea flows the river of Basel?"],
+    "new_answer": "North Sea",
+}
+FACT = {"subject": "Basel", "prompt": "{} lies on the river", "target": "Elbe", "was": "Rhine"}
+RECORDS: dict[str, Any] = {
+    "counterfact": COUNTERFACT,
+    "easyedit": EASYEDIT,
+    "zsre": ZSRE,
+    "known": KNOWN,
+    "knowedit": KNOWEDIT,
+    "mquake": MQUAKE,
+    "memit": REWRITE,
+    "facts": FACT,
+}
+BASEL = Fact("Basel", "{} lies on the river", "Elbe", was="Rhine")
+
+
+def given(folder: Path, *records: Any, name: str = "data.json") -> Path:
+    path = folder / name
+    path.write_text(json.dumps(list(records)), encoding="utf-8")
+    return path
+
+
+def imported(folder: Path, *records: Any, **options: Any) -> Imported:
+    return import_facts(given(folder, *records), **options)
+
+
+@pytest.mark.parametrize(("name", "record"), RECORDS.items())
+def test_a_form_is_told_by_its_records(tmp_path: Path, name: str, record: Any) -> None:
+    found = imported(tmp_path, record)
+    assert found.format == name
+    assert found.facts
+    assert not found.rejected
+    again = imported(tmp_path, record, format=name)
+    assert again == found
+
+
+def test_every_form_is_here() -> None:
+    assert set(RECORDS) == set(FORMATS)
+
+
+def test_counterfact(tmp_path: Path) -> None:
+    (fact,) = imported(tmp_path, COUNTERFACT).facts
+    assert fact == Fact(
+        "Basel",
+        "{} lies on the river",
+        "Elbe",
+        was="Rhine",
+        relation="P206",
+        id="7",
+        paraphrases=("It rained. Basel stands on the", "Ships to Basel go up the"),
+        neighbors=(Neighbor("Cologne lies on the river", "Rhine"), Neighbor("Mainz lies on the river", "Rhine")),
+        openings=("Basel is known for", "In Basel one"),
+    )
+
+
+def test_easyedit(tmp_path: Path) -> None:
+    (fact,) = imported(tmp_path, EASYEDIT).facts
+    assert fact == Fact(
+        "Basel",
+        "{} lies on the river",
+        "Elbe",
+        was="Rhine",
+        id="7",
+        paraphrases=("Ships to Basel go up the",),
+        neighbors=(Neighbor("Cologne lies on the river", "Rhine"),),
+    )
+
+
+@pytest.mark.parametrize(("target", "learned", "was"), [(None, "Elbe", "Rhine"), ("answers", "Rhine", None)])
+def test_zsre_learns_the_answer_asked_for(tmp_path: Path, target: str | None, learned: str, was: str | None) -> None:
+    (fact,) = imported(tmp_path, ZSRE, target=target).facts
+    assert fact == Fact(
+        "Basel",
+        "Which river flows through {}?",
+        learned,
+        was=was,
+        id="basel",
+        paraphrases=("What river is Basel on?",),
+        neighbors=(Neighbor("nq question: who painted the night watch?", "Rembrandt"),),
+    )
+
+
+def test_known_facts_take_their_full_prompt(tmp_path: Path) -> None:
+    (fact,) = imported(tmp_path, KNOWN).facts
+    assert fact == Fact("Basel", "{} is a city in the north of", "Switzerland", relation="P17", id="3")
+
+
+def test_knowedit(tmp_path: Path) -> None:
+    (fact,) = imported(tmp_path, KNOWEDIT).facts
+    assert fact == Fact(
+        "Basel",
+        "The river of {} is",
+        "Elbe",
+        was="Rhine",
+        id="basel",
+        paraphrases=("The river of Basle is",),
+        neighbors=(Neighbor("Basel is a city in", "Switzerland"),),
+    )
+    text = {"concept": "Basel", "text": "This is about Basel. Basel is", "labels": "a town", "locality": {}}
+    (fact,) = imported(tmp_path, text).facts
+    assert (fact.subject, fact.prompt, fact.target) == ("Basel", "This is about {}. Basel is", "a town")
+
+
+def test_every_edit_of_a_mquake_case(tmp_path: Path) -> None:
+    facts = imported(tmp_path, MQUAKE).facts
+    assert [(fact.id, fact.subject) for fact in facts] == [("5-0", "Basel"), ("5-1", "Bern")]
+    assert facts[1].paraphrases == ("Which river does Bern lie on?",)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "expected"),
+    [
+        ("Annan met Ann in", "Ann", ("Annan met {} in", "Ann")),  # as a word first
+        ("In Annan is", "Ann", ("In {}an is", "Ann")),
+        ("the eiffel tower is in", "Eiffel Tower", ("the {} is in", "eiffel tower")),
+        ("Ann and Ann are", "Ann", ("{} and Ann are", "Ann")),
+        ("{} and Ann are", "Ann", ("{} and Ann are", "Ann")),
+        ("C++ (the language) is", "C++", ("{} (the language) is", "C++")),
+        ("Who is it?", "Ann", ("Who is it?", "Ann")),
+    ],
+)
+def test_the_place_of_the_subject(prompt: str, subject: str, expected: tuple[str, str]) -> None:
+    assert slotted(prompt, subject) == expected
+
+
+# What breaks a rule
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"subject": "Bern"}, "does not contain the subject 'Bern'"),
+        ({"target_new": ""}, "'target' is missing"),
+        ({"prompt": None}, "'prompt' is missing"),
+        ({"prompt": ["Basel"]}, "expected text for the prompt, found list"),
+        ({"prompt": "{} lies on {}"}, "the prompt has 2 {}"),
+        ({"target_new": "El\x00be"}, "control character U+0000"),
+        ({"locality_prompt": "{} lies on"}, "write it out instead of {}"),
+        ({"locality_prompt": ["a", "b"], "locality_ground_truth": ["c"]}, "2 neighborhood prompts have 1 answers"),
+    ],
+)
+def test_a_record_that_breaks_a_rule_is_listed(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    found = imported(tmp_path, EASYEDIT, {**EASYEDIT, "case_id": 9, **change}, format="easyedit")
+    assert (found.records, len(found.facts)) == (2, 1)
+    (line,) = found.rejected
+    assert line.startswith("record 2 (case_id 9): ")
+    assert said in line
+
+
+def test_a_record_of_another_form_is_listed(tmp_path: Path) -> None:
+    found = imported(tmp_path, COUNTERFACT, EASYEDIT, "text", {**COUNTERFACT, "requested_rewrite": 5})
+    assert len(found.facts) == 1
+    assert [line.partition(":")[0] for line in found.rejected] == [
+        "record 2 (case_id 7)",
+        "record 3",
+        "record 4 (case_id 7)",
+    ]
+
+
+def test_every_record_is_accounted_for(tmp_path: Path) -> None:
+    again = {**EASYEDIT, "case_id": 8}
+    other = {**EASYEDIT, "case_id": 9, "target_new": "Oder"}
+    broken = {**EASYEDIT, "case_id": 10, "subject": "Bern"}
+    found = imported(tmp_path, EASYEDIT, again, other, broken)
+    assert [fact.target for fact in found.facts] == ["Elbe", "Oder"]
+    assert [len(found.rejected), len(found.repeats), len(found.conflicts)] == [1, 1, 1]
+    assert "record 2 (case_id 8): repeats the fact at record 1 (case_id 7)" in found.repeats[0]
+    assert "record 3 (case_id 9): 'Basel' shall be 'Oder', but 'Elbe'" in found.conflicts[0]
+    fewer = imported(tmp_path, EASYEDIT, again, other, broken, drop_conflicts=True)
+    assert [fact.target for fact in fewer.facts] == ["Elbe"]
+    assert fewer.conflicts == found.conflicts
+
+
+def test_facts_that_contradict_are_loaded_only_when_asked(tmp_path: Path) -> None:
+    facts = imported(tmp_path, EASYEDIT, {**EASYEDIT, "target_new": "Oder"}).facts
+    path = tmp_path / "facts.yaml"
+    write_facts(path, facts)
+    with pytest.raises(Refused, match="contradict"):
+        load_facts(path)
+    file = load_facts(path, conflicts=True)
+    assert [fact.target for fact in file.facts] == ["Elbe", "Oder"]
+    assert "'Basel' shall be 'Oder'" in file.warnings[0]
+
+
+def test_ids_are_unique_where_the_set_repeats_them(tmp_path: Path) -> None:
+    other = {**EASYEDIT, "subject": "Bern", "prompt": "Bern lies on the river"}
+    facts = imported(tmp_path, EASYEDIT, other).facts
+    assert [fact.id for fact in facts] == ["7", "bern"]
+
+
+def test_limit(tmp_path: Path) -> None:
+    other = {**EASYEDIT, "subject": "Bern", "prompt": "Bern lies on the river"}
+    found = imported(tmp_path, EASYEDIT, other, limit=1)
+    assert (found.records, len(found.facts)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("[", {}, "not valid JSON"),
+        ("[]", {}, "no records"),
+        ("3", {}, "no records"),
+        ("[" * 100_000, {}, "nested too deeply"),
+        ('[{"a": 1}]', {}, "no form that is known"),
+        (json.dumps([EASYEDIT]), {"format": "conterfact"}, "'conterfact' is not known"),
+        (json.dumps([EASYEDIT]), {"format": "zsre"}, "No record of data.json is a fact"),
+        (json.dumps([EASYEDIT]), {"target": "alt"}, "--target is for zsRE"),
+        (json.dumps([ZSRE]), {"target": "both"}, "'both' is not known"),
+    ],
+)
+def test_what_cannot_be_imported(tmp_path: Path, text: str, options: dict[str, Any], said: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=said):
+        import_facts(path, **options)
+
+
+@pytest.mark.parametrize("text", [json.dumps({"data": [EASYEDIT]}), json.dumps(EASYEDIT)])
+def test_records_in_an_object(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    assert len(import_facts(path).facts) == 1
+
+
+def test_records_in_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(EASYEDIT)}\n\n{json.dumps(EASYEDIT)}\n", encoding="utf-8")
+    assert (import_facts(path).records, len(import_facts(path).facts)) == (2, 1)
+
+
+# Out and in again
+
+FULL = Fact(
+    '東京 "Tokyo": #1',
+    "{}: is it? ",
+    "No",
+    was="1984",
+    paraphrases=("'tis - {} \\ and\u2028so on", "plain"),
+    neighbors=(Neighbor("a: b, c", "d"), Neighbor("{x}", None)),
+    id="0x7f",
+    source="https://example.org/?a=b#c",
+    relation="null",
+    openings=("One day\nin {}",),
+    references=("The {} {} of it.\tA tab", "…"),
+)
+MORE = Fact("Basel", "{} lies on", "yes", was="~", id="é")
+
+
+@pytest.mark.parametrize("kind", [".yaml", ".yml", ".jsonl"])
+def test_what_is_written_is_read_again(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"facts{kind}"
+    facts = (Fact.from_dict({**FULL.to_dict(), "prompt": FULL.prompt.strip()}), MORE)
+    write_facts(path, facts)
+    assert load_facts(path).facts == facts
+
+
+def test_yaml_that_other_readers_understand(tmp_path: Path) -> None:
+    import yaml
+
+    path = tmp_path / "facts.yaml"
+    write_facts(path, (FULL, MORE), model="smollm2@main")
+    data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert data == {"version": 1, "model": "smollm2@main", "facts": [FULL.to_dict(), MORE.to_dict()]}
+
+
+@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("kind", sorted(WRITERS))
+def test_an_export_back_and_in_again_changes_nothing(tmp_path: Path, name: str, kind: str) -> None:
+    facts = imported(tmp_path, RECORDS[name]).facts
+    write_facts(tmp_path / f"out{kind}", facts)
+    again = import_facts(tmp_path / f"out{kind}").facts
+    assert again == facts
+    write_facts(tmp_path / f"again{kind}", again)
+    assert (tmp_path / f"again{kind}").read_bytes() == (tmp_path / f"out{kind}").read_bytes()
+
+
+def test_the_flat_form_is_easyedits_own(tmp_path: Path) -> None:
+    facts = imported(tmp_path, EASYEDIT).facts
+    write_facts(tmp_path / "out.json", facts)
+    assert json.loads((tmp_path / "out.json").read_text(encoding="utf-8")) == [{**EASYEDIT, "case_id": "7"}]
+
+
+def test_a_prompt_whose_subject_would_be_found_elsewhere_keeps_its_slot(tmp_path: Path) -> None:
+    fact = Fact("Ann", "Ann and {} are", "friends", id="ann")
+    write_facts(tmp_path / "out.json", [fact])
+    assert import_facts(tmp_path / "out.json").facts == (fact,)
+
+
+def test_what_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not written to this kind"):
+        write_facts(tmp_path / "facts.csv", [MORE])
+    with pytest.raises(BadInput, match="no directory"):
+        write_facts(tmp_path / "no" / "facts.yaml", [MORE])
+    write_facts(tmp_path / "facts.yaml", [MORE])
+    with pytest.raises(Refused, match="exists"):
+        write_facts(tmp_path / "facts.yaml", [FULL])
+    write_facts(tmp_path / "facts.yaml", [FULL], force=True)
+    assert "Tokyo" in (tmp_path / "facts.yaml").read_text(encoding="utf-8")
