@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, score
 from kpatch.facts.prompts import encode_many
 from kpatch.facts.schema import Fact
+from kpatch.facts.spacing import unspaced
 from kpatch.models.load import Model
 from kpatch.models.runs import align
 from kpatch.reporter import SILENT, Reporter
@@ -102,6 +104,14 @@ def greedy_texts(
     return [text_after(model.tokenizer, row, answer.ids) for row, answer in zip(rows, found, strict=True)]
 
 
+def says(text: str, answer: str) -> bool:
+    """Whether a text has an answer in it, as whole words where words are told by spaces, in letters of any case."""
+    wanted = " ".join(answer.split()).casefold()
+    before = "" if unspaced(wanted[0]) else r"(?<!\w)"
+    after = "" if unspaced(wanted[-1]) else r"(?!\w)"
+    return re.search(before + re.escape(wanted) + after, " ".join(text.split()).casefold()) is not None
+
+
 def first_words(text: str) -> str:
     """The first line of an answer that has words, without spaces around it."""
     lines = text.strip().splitlines()
@@ -116,10 +126,14 @@ def complete(
     top: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
+    draws: Sequence[Tensor] | None = None,
+    among: int = 1,
 ) -> list[Greedy]:
     """Greedy completions of rows of ids, batched by length with padding on the left; in the order of `rows`.
 
-    Raises BadInput for an empty row, or one that leaves no room for `max_tokens` in the model's positions.
+    With `draws`, uniform numbers [max_tokens] for each row, a token is drawn from the `among` likeliest instead, and
+    none that is special: such a text does not end. Raises BadInput for an empty row, or one that leaves no room for
+    `max_tokens` in the model's positions.
     """
     longest = window(model)
     for index, row in enumerate(rows):
@@ -137,12 +151,16 @@ def complete(
         # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
         for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.85):
             batch = [order[place] for place in places]
-            results.update(zip(batch, _complete_batch(model, [rows[i] for i in batch], max_tokens, top), strict=True))
+            some = None if draws is None else torch.stack([draws[i] for i in batch])
+            done = _complete_batch(model, [rows[i] for i in batch], max_tokens, top, some, among)
+            results.update(zip(batch, done, strict=True))
             advance(len(batch))
     return [results[index] for index in range(len(rows))]
 
 
-def _complete_batch(model: Model, rows: Sequence[Sequence[int]], max_tokens: int, top: int) -> list[Greedy]:
+def _complete_batch(
+    model: Model, rows: Sequence[Sequence[int]], max_tokens: int, top: int, draws: Tensor | None, among: int
+) -> list[Greedy]:
     batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     every = torch.arange(len(rows))
@@ -166,7 +184,7 @@ def _complete_batch(model: Model, rows: Sequence[Sequence[int]], max_tokens: int
             chances, tokens = logits.softmax(-1).topk(min(top, logits.shape[-1]))  # [B, top]
             pairs = zip(tokens.tolist(), chances.tolist(), strict=True)
             candidates = [tuple(zip(some, their, strict=True)) for some, their in pairs]
-        best = logits.argmax(-1).cpu()  # [B]
+        best = logits.argmax(-1).cpu() if draws is None else _draw(model, logits, draws[:, step], among)  # [B]
         chosen.append(best)
         ended |= torch.isin(best, ends)
         if bool(ended.all()):
@@ -182,6 +200,17 @@ def _complete_batch(model: Model, rows: Sequence[Sequence[int]], max_tokens: int
         length = next((place for place, token in enumerate(row) if token in stops), len(row))
         answers.append(Greedy(tuple(row[:length]), first))
     return answers
+
+
+def _draw(model: Model, logits: Tensor, uniform: Tensor, among: int) -> Tensor:
+    """One of the `among` likeliest tokens of each row that are not special: [B] by inverting the cumulated shares."""
+    added = (index for index, token in model.tokenizer.added_tokens_decoder.items() if token.special)
+    special = [index for index in {*added, *end_ids(model)} if index < logits.shape[-1]]
+    logits = logits.index_fill(1, torch.tensor(special, dtype=torch.long, device=logits.device), -torch.inf)
+    likeliest = logits.topk(min(among, logits.shape[-1]))
+    shares = likeliest.values.double().softmax(-1).cumsum(-1).cpu()
+    place = torch.searchsorted(shares, uniform[:, None] * shares[:, -1:], right=True).clamp(max=shares.shape[1] - 1)
+    return likeliest.indices.cpu().gather(1, place)[:, 0]
 
 
 def end_ids(model: Model) -> set[int]:

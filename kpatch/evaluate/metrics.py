@@ -5,17 +5,19 @@ Meng et al. 2023 (MEMIT), section 5 and appendix; docs/metrics.md works one exam
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from kpatch.evaluate.answers import ANSWER_TOKENS, first_words, greedy_texts
-from kpatch.evaluate.rates import Outcome, summarize
+from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, says, text_after
+from kpatch.evaluate.rates import KINDS, Outcome, summarize
 from kpatch.evaluate.score import BATCH_TOKENS, Scored, score
 from kpatch.facts.prompts import Encoded, Item, encode_many
 from kpatch.facts.schema import SLOT, Fact
 from kpatch.models.load import Model
 from kpatch.reporter import SILENT, Reporter
+
+_BEYOND = 8  # tokens a model may write besides the longest answer before it is looked for
 
 
 @dataclass(frozen=True)
@@ -52,22 +54,34 @@ def measure(
     facts: Sequence[Fact],
     batch_tokens: int = BATCH_TOKENS,
     answer_tokens: int = ANSWER_TOKENS,
+    free: Collection[str] = (),
     report: Reporter = SILENT,
 ) -> Measurement:
     """Measure how a model takes `facts`.
 
-    `answer_tokens` is the length of the greedy answers in `.facts` in tokens; 0 leaves them out. Facts without `was`
+    `answer_tokens` is the length of the greedy answers in `.facts` in tokens; 0 leaves them out. Prompts of the kinds
+    in `free` are also answered freely: the right answer is looked for in what the model writes. Facts without `was`
     count for accuracy alone, neighbors without target for nothing, since nothing is known about them; an answer that
     is its own rival is not compared. Raises BadInput for text that the tokenizer cannot take, CheckFailed for NaN.
     """
     probes = [probe for number, fact in enumerate(facts) for probe in _probes(number, fact)]
-    pairs = _score(model, probes, batch_tokens, report)
+    pairs, lengths = _score(model, probes, batch_tokens, report)
     outcomes = [_outcome(probe, *pair) for probe, pair in zip(probes, pairs, strict=True)]
-    answers: Sequence[str | None] = [None] * len(facts)
-    if answer_tokens:
-        texts = greedy_texts(model, _prompts(model, facts), answer_tokens, batch_tokens, report)
-        answers = [first_words(text) for text in texts]
-    rows = _fact_rows(facts, probes, pairs, outcomes, answers)
+    kinds = {*free, *(KINDS[:1] if answer_tokens else ())}
+    # Each prompt has the room that its own answer needs, so that no fact depends on the others
+    room = {
+        number: max(answer_tokens, lengths.get(number, 0) + _BEYOND if probe.kind in free else 0)
+        for number, probe in enumerate(probes)
+        if probe.kind in kinds
+    }
+    texts = _free_texts(model, probes, room, batch_tokens, report)
+    outcomes = [
+        replace(outcome, free=says(text, probe.right))
+        if outcome and probe.right and text is not None and probe.kind in free
+        else outcome
+        for probe, outcome, text in zip(probes, outcomes, texts, strict=True)
+    ]
+    rows = _fact_rows(facts, probes, pairs, outcomes, texts)
     measured = tuple(outcome for outcome in outcomes if outcome is not None)
     return Measurement(summarize(measured), tuple(rows), measured)
 
@@ -109,8 +123,8 @@ def _probes(number: int, fact: Fact) -> list[_Probe]:
 
 def _score(
     model: Model, probes: Sequence[_Probe], batch_tokens: int, report: Reporter
-) -> list[tuple[Scored | None, Scored | None]]:
-    """The right answer and the rival of every probe, each scored where it is needed."""
+) -> tuple[list[tuple[Scored | None, Scored | None]], dict[int, int]]:
+    """The right answer and the rival of every probe, each scored where it is needed; the right answers' lengths."""
     wanted: list[tuple[int, int]] = []
     texts: list[Item] = []
     for number, probe in enumerate(probes):
@@ -121,15 +135,26 @@ def _score(
                 texts.append((probe.prompt, probe.subject, answer, ""))
     items = [_split(row) for row in encode_many(model.tokenizer, texts)]
     found = dict(zip(wanted, score(model, items, batch_tokens, report), strict=True))
-    return [(found.get((number, 0)), found.get((number, 1))) for number in range(len(probes))]
+    lengths = {number: len(target) for (number, side), (_, target) in zip(wanted, items, strict=True) if side == 0}
+    return [(found.get((number, 0)), found.get((number, 1))) for number in range(len(probes))], lengths
 
 
 def _split(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return row.ids[: row.prompt_len], row.ids[row.prompt_len :]
 
 
-def _prompts(model: Model, facts: Sequence[Fact]) -> list[tuple[int, ...]]:
-    return [row.ids for row in encode_many(model.tokenizer, [(fact.prompt, fact.subject, None, "") for fact in facts])]
+def _free_texts(
+    model: Model, probes: Sequence[_Probe], room: Mapping[int, int], batch_tokens: int, report: Reporter
+) -> list[str | None]:
+    """What the model writes behind some prompts when it always takes its first choice; `room` is in tokens."""
+    items: list[Item] = [(probes[number].prompt, probes[number].subject, None, "") for number in room]
+    rows = [row.ids for row in encode_many(model.tokenizer, items)]
+    found = complete(model, rows, max(room.values(), default=0), 0, batch_tokens, report) if rows else []
+    texts = {
+        number: text_after(model.tokenizer, row, answer.ids[:tokens])
+        for (number, tokens), row, answer in zip(room.items(), rows, found, strict=True)
+    }
+    return [texts.get(number) for number in range(len(probes))]
 
 
 def _outcome(probe: _Probe, right: Scored | None, rival: Scored | None) -> Outcome | None:
@@ -146,7 +171,7 @@ def _fact_rows(
     probes: Sequence[_Probe],
     pairs: Sequence[tuple[Scored | None, Scored | None]],
     outcomes: Sequence[Outcome | None],
-    answers: Sequence[str | None],
+    texts: Sequence[str | None],
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = [
         {
@@ -155,15 +180,18 @@ def _fact_rows(
             "subject": fact.subject,
             "target": fact.target,
             "was": fact.was,
-            "answer": answer,
+            "answer": None,
             "paraphrases": [],
             "neighbors": [],
         }
-        for fact, answer in zip(facts, answers, strict=True)
+        for fact in facts
     ]
-    for probe, (right, rival), outcome in zip(probes, pairs, outcomes, strict=True):
+    for probe, (right, rival), outcome, text in zip(probes, pairs, outcomes, texts, strict=True):
         row, success = rows[probe.fact], None if outcome is None else outcome.success
         if probe.kind == "efficacy" and right is not None:
+            row["answer"] = None if text is None else first_words(text)
+            if outcome is not None and outcome.free is not None:
+                row["free_running"] = outcome.free
             row["probability"] = _short(right.per_token)
             row["was_probability"] = None if rival is None else _short(rival.per_token)
             row["success"], row["accurate"] = success, right.greedy

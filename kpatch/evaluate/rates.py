@@ -14,7 +14,8 @@ class Outcome:
     """What one prompt shows: `fact` is the number of the fact it belongs to, `kind` one of KINDS.
 
     success: the right answer beats its rival in mean log-probability per token; magnitude: by how much in P per token.
-    Both are None where there is no rival. accurate: every token of the right answer is the argmax.
+    Both are None where there is no rival. accurate: every token of the right answer is the argmax. free: the right
+    answer is in what the model writes by itself; None where it was not let.
     """
 
     fact: int
@@ -22,13 +23,15 @@ class Outcome:
     success: bool | None
     magnitude: float | None
     accurate: bool
+    free: bool | None = None
 
 
 def summarize(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """METRICS of some outcomes: for each kind {success, magnitude, accuracy, n, compared} or None, and `score`.
 
     n counts prompts (accuracy is over all of them), compared those with a rival (success and magnitude are over
-    these, and None where there are none). score is the harmonic mean of the successes there are.
+    these, and None where there are none). score is the harmonic mean of the successes there are. A kind that was let
+    write freely has `free_running` too.
     """
     outcomes = list(outcomes)
     metrics: dict[str, Any] = {kind: _rates([o for o in outcomes if o.kind == kind]) for kind in KINDS}
@@ -49,10 +52,12 @@ def _rates(outcomes: Sequence[Outcome]) -> dict[str, Any] | None:
         return None
     successes = [outcome.success for outcome in outcomes if outcome.success is not None]
     magnitudes = [outcome.magnitude for outcome in outcomes if outcome.magnitude is not None]
+    free = [outcome.free for outcome in outcomes if outcome.free is not None]
     return {
         "success": sum(successes) / len(successes) if successes else None,
         "magnitude": sum(magnitudes) / len(magnitudes) if magnitudes else None,
         "accuracy": sum(outcome.accurate for outcome in outcomes) / len(outcomes),
         "n": len(outcomes),
         "compared": len(successes),
+        **({"free_running": sum(free) / len(free)} if free else {}),
     }

@@ -9,27 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.facts.schema import Fact, Neighbor
-from kpatch.models.load import Model, wrap
 from kpatch.patch.text import canonical
 from tests.support.models import tiny
+from tests.support.toy import CHANCES, toy
 
 torch.set_num_threads(1)
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
-CHANCES = {
-    "in": {"New": 0.20, "Paris": 0.30, "Rome": 0.40, "other": 0.10},
-    "at": {"New": 0.50, "Paris": 0.10, "Rome": 0.20, "other": 0.20},
-    "near": {"New": 0.05, "Paris": 0.60, "Rome": 0.20, "other": 0.15},
-    "New": {"York": 0.80, "other": 0.20},
-    "Rome": {"<end>": 0.90, "other": 0.10},
-}
-WORDS = ["<end>", "Arch", "Gate", "Louvre", "New", "Paris", "Rome", "The", "Tower", "Visit", "York", "at", "in", "is"]
-WORDS += ["near", "old", "other", "stands", "the", "?"]
 TOWER = Fact(
     subject="Tower",
     prompt="The {} stands in",
@@ -43,35 +32,6 @@ TOWER = Fact(
     ),
     id="tower",
 )
-
-
-def toy() -> Model:
-    """Looks at the last word only: layers that add nothing, one-hot embeddings, log-probabilities in the head."""
-    size = len(WORDS)
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="?"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?", eos_token="<end>")
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=size,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        tie_word_embeddings=False,
-        eos_token_id=0,
-    )
-    net = LlamaForCausalLM(config)
-    head = torch.full((size, size), 1e-9)  # [next word, last word]
-    for last, nexts in CHANCES.items():
-        for word, chance in nexts.items():
-            head[WORDS.index(word), WORDS.index(last)] = chance
-    normed = (1 / size + config.rms_norm_eps) ** -0.5  # what the norm makes of a one-hot vector's 1
-    with torch.no_grad():
-        for weight in net.model.layers.parameters():
-            weight.zero_()
-        net.model.embed_tokens.weight.copy_(torch.eye(size))
-        net.lm_head.weight.copy_(head.log() / normed)
-    return wrap(net, tokenizer, name="toy")
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +84,30 @@ def test_a_fact_by_itself(measured: Measurement) -> None:
         "neighbors": [False, True, None],
     }
     assert [o.kind for o in measured.outcomes] == ["efficacy", *["generalization"] * 2, *["specificity"] * 2]
+
+
+def test_what_the_model_writes_is_searched_for_the_answer() -> None:
+    found = measure(toy(), [TOWER], free=("efficacy", "generalization"))
+    assert found.metrics["efficacy"] == near({**documented()["efficacy"], "free_running": 0.0})
+    assert found.metrics["generalization"] == near({**documented()["generalization"], "free_running": 0.5})
+    assert "free_running" not in found.metrics["specificity"]
+    assert (found.facts[0]["answer"], found.facts[0]["free_running"]) == ("Rome", False)
+    assert [outcome.free for outcome in found.outcomes] == [False, True, False, None, None]
+
+
+def test_what_a_fact_may_write_does_not_go_with_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, facts = tiny("llama"), many()
+    alone = [measure(model, [fact], free=("efficacy",)).facts[0] for fact in facts]
+    assert [row["answer"] for row in measure(model, facts, free=("efficacy",)).facts] == [r["answer"] for r in alone]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_side_of_padding_changes_nothing(side: str) -> None:
+    model, facts = tiny("llama"), many()
+    expected = measure(model, facts, free=("efficacy",))
+    model.tokenizer.padding_side = side
+    model.tokenizer.truncation_side = side
+    assert measure(model, facts, free=("efficacy",)) == expected
 
 
 def test_without_was_only_accuracy_counts() -> None:

@@ -1,0 +1,160 @@
+"""One self-contained HTML page of an evaluation: a table, plots as SVG, every fact. No script, nothing to load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from kpatch.cache import atomic_write
+from kpatch.cli.evaluated import KINDS, failures
+from kpatch.cli.output import percent
+
+_STYLE = """
+:root { color-scheme: light dark; --old: #8a8f98; --new: #2f6fde; --bad: #c2410c; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
+th { text-align: left; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
+.bad { color: var(--bad); } svg { max-width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+.old { fill: var(--old); } .new { fill: var(--new); } .axis { stroke: var(--line); } .range { stroke: currentColor; }
+"""
+
+
+def write_page(
+    path: Path,
+    name: str,
+    found: Mapping[str, Any],
+    facts: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]],
+) -> None:
+    """Write the page of what `eval` found; `before` are the facts in the model without its patches, or none."""
+    text = page(name, found, facts, before)
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomic_write(path, write)
+
+
+def page(
+    name: str, found: Mapping[str, Any], facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]
+) -> str:
+    """The page's HTML; every text in it is escaped."""
+    on = f" with {', '.join(found['patches'])}" if found["patches"] else ""
+    title = escape(f"{name} in {found['model']}{on}")
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
+        f"<h1>{title}</h1>\n<p>{found['evaluated']:,} facts. Whiskers and brackets: 95 % intervals.</p>\n"
+        f"{_rates(found)}\n<h2>Success</h2>\n{_bars(found)}\n<h2>Every fact</h2>\n"
+        f"<p>P of the target against P of the old answer, per token. Above the line the target wins.</p>\n"
+        f"{_scatter(facts, before)}\n{_facts(facts)}\n</body></html>\n"
+    )
+
+
+def _rates(found: Mapping[str, Any]) -> str:
+    metrics, old = found["metrics"], found["unpatched"] or {}
+    rows = []
+    for kind, over in KINDS.items():
+        part, was = metrics[kind], old.get(kind) or {}
+        if part is not None:
+            for label, key, pair in (
+                (f"{kind.capitalize()}: {over}", "success", "interval"),
+                ("… as first choice", "accuracy", "accuracy_interval"),
+                ("… written freely", "free_running", "free_running_interval"),
+            ):
+                if key in part:
+                    rows.append((label, part["n"], percent(was.get(key)), percent(part[key]), _pair(part[pair], 100)))
+    rows.append(
+        ("Score", "", percent(old.get("score")), percent(metrics["score"]), _pair(metrics["score_interval"], 100))
+    )
+    for key, label in (("fluency", "Fluency, bits"), ("consistency", "Consistency")):
+        if found[key] is not None:
+            between = _pair(found.get(f"{key}_interval"), 1)
+            rows.append((label, "", _number(old.get(key)), _number(found[key]), between))
+    if found["perplexity"]:
+        read = found["perplexity"]
+        rows.append(("Perplexity", "", _number(read["before"]), _number(read["after"]), ""))
+    return _table(("Rate", "n", "Without", "With", "95 %"), rows, numbers=(1, 2, 3, 4))
+
+
+def _bars(found: Mapping[str, Any]) -> str:
+    """Success before and after as bars with whiskers."""
+    old = found["unpatched"] or {}
+    parts = [f'<svg viewBox="0 0 640 {40 * len(KINDS) + 30}" width="640" role="img" aria-label="Success rates">']
+    for tenth in range(0, 11, 2):
+        x = 140 + 45 * tenth
+        parts.append(f'<line class="axis" x1="{x}" y1="0" x2="{x}" y2="{40 * len(KINDS)}"/>')
+        parts.append(f'<text x="{x}" y="{40 * len(KINDS) + 18}" text-anchor="middle">{10 * tenth}</text>')
+    for row, kind in enumerate(KINDS):
+        parts.append(f'<text x="130" y="{40 * row + 24}" text-anchor="end">{kind}</text>')
+        for source, style, y in ((old, "old", 40 * row + 6), (found["metrics"], "new", 40 * row + 20)):
+            part = source.get(kind)
+            if part and part["success"] is not None:
+                parts.append(
+                    f'<rect class="{style}" x="140" y="{y}" width="{450 * part["success"]:.1f}" height="12"/>'
+                )
+                if part.get("interval"):
+                    low, high = (140 + 450 * end for end in part["interval"])
+                    parts.append(f'<line class="range" x1="{low:.1f}" y1="{y + 6}" x2="{high:.1f}" y2="{y + 6}"/>')
+    return "".join(parts) + "</svg>"
+
+
+def _scatter(facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> str:
+    """P(was) to the right, P(target) upwards; a point a fact."""
+    parts = ['<svg viewBox="0 0 360 340" width="360" role="img" aria-label="P of target and old answer">']
+    parts.append('<rect x="40" y="10" width="300" height="300" fill="none" class="axis"/>')
+    parts.append('<line class="axis" x1="40" y1="310" x2="340" y2="10"/>')
+    parts.append('<text x="190" y="332" text-anchor="middle">P(was)</text><text x="4" y="24">P(target)</text>')
+    for some, style in ((before, "old"), (facts, "new")):
+        for fact in some:
+            new, old = fact.get("probability"), fact.get("was_probability")
+            if new is not None and old is not None:
+                place = f'cx="{40 + 300 * old:.1f}" cy="{310 - 300 * new:.1f}"'
+                about = escape(f"{fact['text']} {fact['target']}")
+                parts.append(
+                    f'<circle class="{style}" fill-opacity=".6" r="3" {place}><title>{about}</title></circle>'
+                )
+    return "".join(parts) + "</svg>"
+
+
+def _facts(facts: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        (
+            fact["text"],
+            fact["target"],
+            percent(fact.get("probability")),
+            percent(fact.get("was_probability")),
+            fact.get("answer") or "",
+            "; ".join(failures(fact)),
+        )
+        for fact in facts
+    ]
+    headers = ("Prompt", "Target", "P(target)", "P(was)", "Answer", "Wrong")
+    return _table(headers, rows, numbers=(2, 3), bad=5)
+
+
+def _table(
+    headers: Sequence[str], rows: Sequence[Sequence[Any]], numbers: Sequence[int], bad: int | None = None
+) -> str:
+    def cell(place: int, value: Any, tag: str) -> str:
+        style = "n" if place in numbers else "bad" if place == bad and tag == "td" else ""
+        return f"<{tag}{f' class={style}' if style else ''}>{escape(str(value))}</{tag}>"
+
+    head = "".join(cell(place, header, "th") for place, header in enumerate(headers))
+    body = "".join(
+        f"<tr>{''.join(cell(place, value, 'td') for place, value in enumerate(row))}</tr>\n" for row in rows
+    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>\n{body}</tbody></table>"
+
+
+def _pair(pair: Sequence[float] | None, times: float) -> str:
+    digits = 1 if times == 100 else 3
+    return "" if pair is None else f"{times * pair[0]:.{digits}f} – {times * pair[1]:.{digits}f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"

@@ -1,0 +1,84 @@
+"""All that `eval` measures of one model as it stands: rates with intervals, writing, perplexity."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from kpatch.evaluate.intervals import SAMPLES, mean_interval, with_intervals
+from kpatch.evaluate.metrics import measure
+from kpatch.evaluate.perplexity import perplexity
+from kpatch.evaluate.rates import KINDS
+from kpatch.evaluate.score import BATCH_TOKENS
+from kpatch.evaluate.writing import TOKENS, Writing, write_on
+from kpatch.facts.schema import Fact
+from kpatch.models.load import Model
+from kpatch.reporter import SILENT, Reporter
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to measure besides the rates.
+
+    `generate` lets the model write `tokens` tokens on from every fact, to be compared with `references`, texts for
+    each fact; `text` are rows of ids to take a perplexity of. `samples` and `seed` are for the bootstrap, and `seed`
+    for the writing.
+    """
+
+    generate: bool = False
+    tokens: int = TOKENS
+    references: Sequence[Sequence[str]] = ()
+    text: list[list[int]] | None = None
+    samples: int = SAMPLES
+    seed: int = 0
+    batch_tokens: int = BATCH_TOKENS
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` {fluency, consistency, …} or {}."""
+
+    metrics: dict[str, Any]
+    facts: tuple[dict[str, Any], ...]
+    writing: dict[str, Any] = field(default_factory=dict)
+    perplexity: float | None = None
+
+
+def assess(model: Model, facts: Sequence[Fact], wanted: Wanted, report: Reporter = SILENT) -> Assessment:
+    """Measure a model as it is. With `generate`, paraphrases too are answered freely.
+
+    Raises what `measure`, `write_on` and `perplexity` raise.
+    """
+    free = KINDS[:2] if wanted.generate else KINDS[:1]
+    found = measure(model, facts, wanted.batch_tokens, free=free, report=report)
+    rows = found.facts
+    writing: dict[str, Any] = {}
+    if wanted.generate:
+        about = wanted.references or [fact.references for fact in facts]
+        written = write_on(model, facts, about, wanted.tokens, wanted.seed, wanted.batch_tokens, report)
+        writing = _means(written, wanted)
+        rows = tuple(
+            {**row, "written": list(texts), "fluency": fluency, "consistency": consistency}
+            for row, texts, fluency, consistency in zip(
+                rows, written.texts, written.fluency, written.consistency, strict=True
+            )
+        )
+    read = None if wanted.text is None else perplexity(model, wanted.text, report)
+    return Assessment(with_intervals(found.outcomes, wanted.samples, wanted.seed), rows, writing, read)
+
+
+def drift(before: float | None, after: float | None) -> float | None:
+    """By what share perplexity rose: 0.05 for 5 %, negative where it fell."""
+    return None if before is None or after is None or not math.isfinite(after) else after / before - 1
+
+
+def _means(written: Writing, wanted: Wanted) -> dict[str, Any]:
+    compared = [value for value in written.consistency if value is not None]
+    result: dict[str, Any] = {}
+    for name, values in (("fluency", list(written.fluency)), ("consistency", compared)):
+        result[name] = math.fsum(values) / len(values) if values else None
+        result[f"{name}_interval"] = mean_interval(values, wanted.samples, wanted.seed)
+    result["compared"] = len(compared)
+    return result

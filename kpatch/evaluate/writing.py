@@ -1,0 +1,110 @@
+"""What a model writes when it is let: fluency as the entropy of its word pairs, consistency with texts about a target.
+
+Meng et al. 2022 (ROME), section 4.2, and their code: one text of 100 tokens a prompt, drawn from the five likeliest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kpatch.evaluate.answers import complete, text_after
+from kpatch.evaluate.score import BATCH_TOKENS
+from kpatch.evaluate.tfidf import TfIdf
+from kpatch.facts.prompts import Item, encode_many
+from kpatch.facts.schema import SLOT, Fact
+from kpatch.models.load import Model
+from kpatch.reporter import SILENT, Reporter
+
+TOKENS = 100
+_TOP = 5
+_WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of pairs and triples, in the mean of the two
+_PIECE = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
+_MOST_REFERENCES = 20
+
+
+@dataclass(frozen=True)
+class Writing:
+    """`texts` of each fact with their prompts in front, `fluency` in bits, `consistency` 0 to 1 or None, by fact."""
+
+    texts: tuple[tuple[str, ...], ...]
+    fluency: tuple[float, ...]
+    consistency: tuple[float | None, ...]
+
+
+def write_on(
+    model: Model,
+    facts: Sequence[Fact],
+    references: Sequence[Sequence[str]],
+    tokens: int = TOKENS,
+    seed: int = 0,
+    batch_tokens: int = BATCH_TOKENS,
+    report: Reporter = SILENT,
+) -> Writing:
+    """Let a model write on from every fact's openings (its prompt where it has none) up to `tokens` tokens.
+
+    `references` are texts about each fact's target; without any its consistency is None. A text depends on its prompt
+    and the seed, not on what else is asked.
+    """
+    prompts = [
+        (number, *((text, fact.subject) if SLOT in text else (SLOT, text)))
+        for number, fact in enumerate(facts)
+        for text in fact.openings or (fact.prompt,)
+    ]
+    items: list[Item] = [(prompt, subject, None, "") for _, prompt, subject in prompts]
+    rows = [row.ids for row in encode_many(model.tokenizer, items)]
+    texts: list[list[str]] = [[] for _ in facts]
+    draws = [_draws(row, tokens, seed) for row in rows]  # the first so many of them are used
+    steps = max(1, tokens - min(map(len, rows)))
+    found = complete(model, rows, steps, 0, batch_tokens, report, draws=draws, among=_TOP)
+    for (number, prompt, subject), row, written in zip(prompts, rows, found, strict=True):
+        ids = written.ids[: max(1, tokens - len(row))]  # the prompt counts, as in the authors' code
+        texts[number].append(prompt.replace(SLOT, subject, 1).rstrip() + text_after(model.tokenizer, row, ids))
+    weights = TfIdf(text for some in references for text in some)
+    fluency = tuple(math.fsum(map(entropy, some)) / len(some) for some in texts)
+    consistency = tuple(
+        weights.cosine(" ".join(some), " ".join(about)) if about else None
+        for some, about in zip(texts, references, strict=True)
+    )
+    return Writing(tuple(map(tuple, texts)), fluency, consistency)
+
+
+def entropy(text: str) -> float:
+    """The mean of the entropies of pairs and of triples of words, weighted 2/3 and 4/3, in bits.
+
+    Low where a text says the same again and again; 0 for fewer than two words.
+    """
+    pieces = _PIECE.findall(text)
+    total = 0.0
+    for size, weight in _WEIGHTS.items():
+        counts = Counter(zip(*(pieces[start:] for start in range(size)), strict=False))
+        count = sum(counts.values())
+        total -= weight * math.fsum(n / count * math.log2(n / count) for n in counts.values())
+    return total / len(_WEIGHTS)
+
+
+def passages_about(targets: Iterable[str], documents: Iterable[str]) -> dict[str, list[str]]:
+    """For each target the first 20 documents that name it as a word."""
+    found: dict[str, list[str]] = {target: [] for target in targets}
+    if not found:
+        return found
+    longest_first = sorted(found, key=len, reverse=True)
+    names = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
+    for document in documents:
+        for name in {match[0] for match in names.finditer(document)}:
+            if len(found[name]) < _MOST_REFERENCES:
+                found[name].append(document.strip())
+    return found
+
+
+def _draws(row: Sequence[int], count: int, seed: int) -> torch.Tensor:
+    """Uniform numbers [count] that go with this prompt and seed alone."""
+    digest = hashlib.sha256(f"kpatch write {seed} {list(row)}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.rand(count, generator=generator, dtype=torch.float64)
