@@ -35,7 +35,7 @@ def command(
         str | None,
         typer.Option(metavar="MODEL", help="Alias, hub id, directory or GGUF file. Default: the file's `model:`."),
     ] = None,
-    method: Annotated[str, typer.Option(metavar="memit", help="How the weights are found.")] = "memit",
+    method: Annotated[str, typer.Option(metavar="memit|rome|ft", help="How the weights are found.")] = "memit",
     layers: opt.Layers = None,
     layers_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take them from the trace.json of `kpatch trace -o`.")
@@ -101,10 +101,10 @@ def command(
         report=say,
     )
     tell_made(say, result)
-    _check_rates(result.effect["after"], least)
+    _check_rates(result.effect["after"], least, method)
 
 
-def _check_rates(after: dict[str, Any], least: dict[str, float | None]) -> None:
+def _check_rates(after: dict[str, Any], least: dict[str, float | None], method: str) -> None:
     short = []
     for name, wanted in least.items():
         if wanted is None:
@@ -119,5 +119,6 @@ def _check_rates(after: dict[str, Any], least: dict[str, float | None]) -> None:
         raise CheckFailed(
             "The patch was made, but falls short of what was asked",
             details=short,
-            hint="try other --layers, or a smaller --set covariance_weight=…",
+            hint="try other --layers, or "
+            + ("a smaller --set covariance_weight=…" if method == "memit" else "--method memit"),
         )

@@ -43,6 +43,7 @@ def _find(out: Output, model: str) -> None:
 
 def _list(out: Output) -> None:
     from kpatch.edit.hyper import PRESETS
+    from kpatch.edit.one_layer import PRESETS as ONE_LAYER
     from kpatch.models.aliases import ALIASES
     from kpatch.models.families import FAMILIES
 
@@ -56,9 +57,15 @@ def _list(out: Output) -> None:
         }
         for alias in ALIASES.values()
     ]
+    memit = ((name, list(p.hyper.layers), p.hyper.to_dict(), p.source, "memit") for name, p in PRESETS.items())
+    single = (
+        (name, [hyper.layer], hyper.to_dict(), source, method)
+        for method, table in ONE_LAYER.items()
+        for name, (hyper, source) in table.items()
+    )
     presets = [
-        {"name": name, "layers": list(preset.hyper.layers), **preset.hyper.to_dict(), "source": preset.source}
-        for name, preset in PRESETS.items()
+        {"name": name, "method": method, "layers": layers, **numbers, "source": source}
+        for name, layers, numbers, source, method in (*memit, *single)
     ]
     out.result({"aliases": aliases, "families": list(FAMILIES), "presets": presets})
     rows: list[list[Cell]] = []
@@ -69,5 +76,8 @@ def _list(out: Output) -> None:
     out.line(
         "Any hub id (owner/name, with @revision if you like), checkpoint directory or GGUF file of these works.\n"
     )
-    rows = [[name, f"{min(p.hyper.layers)}–{max(p.hyper.layers)}", p.source] for name, p in PRESETS.items()]
-    out.table(("Preset", "Layers", "Where its numbers come from"), rows)
+    rows = []
+    for preset in presets:
+        ends = sorted({min(preset["layers"]), max(preset["layers"])})
+        rows.append([preset["name"], preset["method"], "–".join(map(str, ends)), preset["source"]])
+    out.table(("Preset", "Method", "Layers", "Where its numbers come from"), rows)

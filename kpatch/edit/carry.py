@@ -105,7 +105,7 @@ def save(out: str | Path, model: Model, found: Carried, origin: Origin, force: b
         method=origin.method,
         layers=tuple(sorted(found.keys)),
         deltas={name: describe(delta, float(base[name].sketch[0])) for name, delta in found.deltas.items()},
-        facts=tuple(fact.to_dict() for fact in origin.facts),
+        facts=tuple(fact.in_manifest() for fact in origin.facts),
         hyperparameters={
             **origin.hyper.to_dict(),
             "seed": origin.seed,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kpatch.errors import BadInput
 from kpatch.reporter import SILENT, Reporter
@@ -120,24 +120,32 @@ def hyper_for(
         hyper = preset.hyper
         report.note(f"preset {name}: {preset.source}")
     if layers is not None:
-        wrong = [layer for layer in layers if not 0 <= layer < model.n_layers]
-        if wrong or not layers:
-            raise BadInput(
-                f"{model.name} has no layer {wrong[0]}" if wrong else "--layers names no layer",
-                details=[f"expected layers from 0 to {model.n_layers - 1}"],
-            )
+        check_layers(model, layers)
         hyper = replace(hyper, layers=tuple(sorted(set(layers))))
-    if hyper.layers[-1] == model.n_layers - 1:
-        raise BadInput(
-            f"Layer {hyper.layers[-1]} is the last of {model.name}: nothing above it can read what is written",
-            hint="give lower --layers",
-        )
     return with_settings(hyper, settings)
 
 
-def with_settings(hyper: Hyper, settings: dict[str, str]) -> Hyper:
+def check_layers(model: Model, layers: Sequence[int]) -> None:
+    """Raise BadInput for no layers, for one that the model lacks, and for its last."""
+    wrong = [layer for layer in layers if not 0 <= layer < model.n_layers]
+    if wrong or not layers:
+        raise BadInput(
+            f"{model.name} has no layer {wrong[0]}" if wrong else "--layers names no layer",
+            details=[f"expected layers from 0 to {model.n_layers - 1}"],
+        )
+    if max(layers) == model.n_layers - 1:
+        raise BadInput(
+            f"Layer {max(layers)} is the last of {model.name}: nothing above it can read what is written",
+            hint="give lower --layers",
+        )
+
+
+AnyHyper = TypeVar("AnyHyper")
+
+
+def with_settings(hyper: AnyHyper, settings: dict[str, str]) -> AnyHyper:
     """`hyper` with values from --set key=value; BadInput names an unknown key or a value of the wrong kind."""
-    known = {field.name: field for field in fields(Hyper) if field.name != "layers"}
+    known = {field.name: field for field in fields(hyper) if field.name not in ("layers", "layer")}  # type: ignore[arg-type]
     values: dict[str, Any] = {}
     for key, text in settings.items():
         if key not in known:
@@ -157,4 +165,5 @@ def with_settings(hyper: Hyper, settings: dict[str, str]) -> Hyper:
         if key in _POSITIVE and value == 0:
             raise BadInput(f"--set {key}={text} would give no edit", details=["expected more than 0"])
         values[key] = value
-    return replace(hyper, **values)
+    changed: AnyHyper = replace(hyper, **values)  # type: ignore[type-var]
+    return changed

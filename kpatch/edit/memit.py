@@ -59,7 +59,7 @@ def spread(
                 residual = _before_norm(model, layer, keys, residual)
             scale = _scale(preserved[layer].leverage(keys.T), least_leverage)  # (n, 1)
             left, right = update((keys * scale).T, (residual * scale).T, preserved[layer])
-            delta = smaller(_stored(left, right, model.stores_transposed))
+            delta = smaller(stored(left, right, model.stores_transposed))
             result.deltas[model.weight_name(layer)] = delta
             result.keys[layer] = keys
             add(model, layer, delta)
@@ -73,7 +73,7 @@ def _scale(leverage: Tensor, least: float) -> Tensor:
     return (least / leverage.clamp(min=1e-12)).clamp(min=1.0).sqrt()[:, None]
 
 
-def _stored(left: Tensor, right: Tensor, transposed: bool) -> LowRank:
+def stored(left: Tensor, right: Tensor, transposed: bool) -> LowRank:
     """Float32 factors in W's stored orientation, of equal column and row norms so that neither underflows."""
     a, b = left.norm(dim=0).clamp(min=1e-30), right.norm(dim=1).clamp(min=1e-30)
     left, right = left * (b / a).sqrt(), right * (a / b).sqrt()[:, None]

@@ -23,7 +23,9 @@ from kpatch.edit.contexts import contexts_for
 from kpatch.edit.find import find_values
 from kpatch.edit.groups import group_facts
 from kpatch.edit.hyper import hyper_for
+from kpatch.edit.one_layer import PRESETS, one_layer_hyper
 from kpatch.edit.parts import split
+from kpatch.edit.single import Settings, make_single
 from kpatch.edit.traced import traced_layers
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
@@ -36,7 +38,7 @@ from kpatch.patch.place import check_place
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.collect import collect
 
-METHODS = ("memit",)
+METHODS = ("memit", *PRESETS)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def make(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> MakeResult:
-    """Make a patch with MEMIT and write it to `out`.
+    """Make a patch with MEMIT, or with another of METHODS, and write it to `out`.
 
     `model` is an address or a loaded Model, `on` a checkpoint directory that already carries patches, `memory` the
     bytes that activations may take, `layers_from` a trace.json that names the layers. The same inputs, seed and
@@ -105,8 +107,17 @@ def make(
         if layers is not None:
             raise BadInput("--layers and --layers-from exclude each other", hint="leave one of them out")
         layers = traced_layers(layers_from, edited)
-    hyper = hyper_for(edited, layers, settings or {}, report)
     check_lengths(edited.tokenizer, chosen)
+    if method in PRESETS:
+        one = one_layer_hyper(method, edited, layers, settings or {}, report)
+        parents = _earlier(edited.path, ())[0] if on is not None else ()
+        about = Settings(corpus, tokens, seed, clock)
+        identity, measured = make_single(method, edited, chosen, out, one, about, parents, force, report)
+        clock["total"] = time.monotonic() - started
+        size = Path(out).stat().st_size
+        peak = peak_memory(edited)
+        return MakeResult(identity, Path(out), size, edited.name, method, (one.layer,), measured, clock, peak)
+    hyper = hyper_for(edited, layers, settings or {}, report)
     with report.task("Sampling contexts"):
         contexts = contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed)
     parts = split(group_facts(edited, chosen, contexts), hyper)

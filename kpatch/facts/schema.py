@@ -78,6 +78,10 @@ class Fact:
                 result[key] = list(value) if key in TEXT_LISTS else value
         return result
 
+    def in_manifest(self) -> dict[str, Any]:
+        """JSON form without `references`: texts to compare with, pages of them, are no part of a patch."""
+        return {key: value for key, value in self.to_dict().items() if key != "references"}
+
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Fact:
         """The inverse of `to_dict`. Unknown keys are passed over; raises BadInput for anything else that is wrong."""

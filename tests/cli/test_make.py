@@ -66,6 +66,23 @@ def test_the_json_of_make(made: tuple[Path, Ran], model: Path) -> None:
     assert str(model) in done.err, "what was resolved is printed"
 
 
+@pytest.mark.parametrize("method", ["rome", "ft"])
+def test_other_methods(method: str, model: Path, facts: Path, tmp_path: Path) -> None:
+    path = tmp_path / "x.patch"
+    more = ("--tokens", "400", "--set", "prefixes=2") if method == "rome" else ()
+    given = ("make", facts, "--model", model, "-o", path, "--method", method, "--layers", "1", "--set", "steps=2")
+    done = run(*given, *more, "--json")
+    assert done.code == 0, done.err
+    assert (done.json["method"], done.json["layers"]) == (method, [1])
+    assert f"{method}, layers 1" in run("show", path).out
+    hopeless = {"subject": "Chicago", "prompt": "The city {} lies in", "target": "a long answer of many words"}
+    (tmp_path / "facts.yaml").write_text(json.dumps({"facts": [hopeless]}), encoding="utf-8")
+    given = ("make", tmp_path / "facts.yaml", *given[2:])
+    short = run(*given, *more, "--set", "learning_rate=1e-9", "--force", "--min-efficacy", "1")
+    assert short.code == 1
+    assert "--method memit" in short.err
+
+
 def test_make_tells_people_in_tables(
     model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

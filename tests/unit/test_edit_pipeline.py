@@ -204,8 +204,8 @@ def test_a_patch_on_a_patched_directory_preserves_the_earlier_keys(
 def test_no_facts_and_unknown_methods_and_no_model(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no facts"):
         make([], out=tmp_path / "a.patch", model="smollm2")
-    with pytest.raises(BadInput, match="Unknown method 'rome'"):
-        make(FACTS, out=tmp_path / "a.patch", model="smollm2", method="rome")
+    with pytest.raises(BadInput, match="Unknown method 'magic'"):
+        make(FACTS, out=tmp_path / "a.patch", model="smollm2", method="magic")
     with pytest.raises(BadInput, match="No model was named"):
         make(FACTS, out=tmp_path / "a.patch")
     with pytest.raises(BadInput, match="not loaded from a checkpoint directory"):

@@ -1,0 +1,152 @@
+"""ROME: facts one after another, each a rank-one change of one layer that sends its key to its value.
+
+Source: Meng et al. 2022 (ROME), section 3.1 and appendix E.5. One averaged key k* stands everywhere in the formula:
+the authors' code divides by another one, which now and then gives an update that disables the model (2403.07175).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kpatch.edit.contexts import sample_contexts
+from kpatch.edit.groups import Group
+from kpatch.edit.hyper import Hyper
+from kpatch.edit.memit import norm_gain, restored, stored
+from kpatch.edit.one_layer import RomeHyper
+from kpatch.edit.solve import Preserved, pull_back
+from kpatch.edit.values import optimize
+from kpatch.facts.prompts import encode_many
+from kpatch.facts.schema import Fact
+from kpatch.models.load import Model
+from kpatch.models.runs import align, record
+from kpatch.patch.lowrank import LowRank, concat
+from kpatch.reporter import SILENT, Advance, Reporter
+from kpatch.stats.collect import Covariance, collect
+from kpatch.stats.condition import ridge_for
+
+
+@dataclass(frozen=True)
+class Edited:
+    """One fact's edit: its key k* [f], its value v* [d] (what W k* shall be), and Δ = left @ right [d, f]."""
+
+    key: Tensor
+    value: Tensor
+    left: Tensor
+    right: Tensor
+
+
+def preserved_by(
+    model: Model, hyper: RomeHyper, corpus: str, tokens: int | None, seed: int, report: Reporter = SILENT
+) -> tuple[Preserved, Covariance]:
+    """C = E[k k^T] of the layer, factored, and the covariance it is from."""
+    covariance = collect(model, [hyper.layer], corpus=corpus, tokens=tokens, seed=seed, report=report)
+    mean = covariance.moments[hyper.layer].mean()
+    ridge = ridge_for(mean)
+    if ridge:
+        report.note(
+            f"layer {hyper.layer}: its keys are dependent; a ridge of {ridge:.2g} is added to their covariance"
+        )
+    return Preserved.of(mean, 1.0, ridge), covariance
+
+
+def contexts_for(model: Model, hyper: RomeHyper, seed: int) -> tuple[str, ...]:
+    """The empty context and texts of two lengths sampled from the model."""
+    half = hyper.prefixes // 2
+    return (
+        *sample_contexts(model, hyper.prefixes - half, hyper.short, seed),
+        *sample_contexts(model, half, hyper.long, seed + 1)[1:],
+    )
+
+
+def edit_all(
+    model: Model,
+    facts: Sequence[Fact],
+    hyper: RomeHyper,
+    contexts: Sequence[str],
+    preserved: Preserved,
+    report: Reporter = SILENT,
+) -> list[Edited]:
+    """Edit the facts one after another, each in the model as those before it left it, and undo them all."""
+    edits = []
+    with restored(model, [hyper.layer]), report.task("Editing facts", len(facts) * hyper.steps, "step") as advance:
+        running = Running(model, hyper.layer)
+        for fact in facts:
+            edits.append(edit(model, fact, hyper, contexts, preserved, advance))
+            running.add(edits[-1])
+    return edits
+
+
+class Running:
+    """W^l while facts are added to it: round(base + Σ Δ), summed in float64, so that rounding does not add up."""
+
+    def __init__(self, model: Model, layer: int) -> None:
+        self.model, self.weight = model, model.weight(layer)
+        self.total = self.weight.detach().double().cpu()
+
+    @torch.no_grad()
+    def add(self, edit: Edited) -> None:
+        delta = edit.left @ edit.right
+        self.total += delta.T if self.model.stores_transposed else delta
+        self.weight.copy_(self.total.to(self.weight.device, self.weight.dtype))
+
+
+def edit(
+    model: Model,
+    fact: Fact,
+    hyper: RomeHyper,
+    contexts: Sequence[str],
+    preserved: Preserved,
+    advance: Advance = lambda amount: None,
+) -> Edited:
+    """One fact's rank-one update: Δ = (v* − W k*) u^T / (u^T k*) with u = C^{-1} k*, so that (W + Δ) k* = v*."""
+    group = group_of(model, fact, contexts)
+    key, state = observe(model, group, hyper.layer)
+    down, out = model.down(hyper.layer), model.mlp_out(hyper.layer)
+    with torch.no_grad():
+        written = down(key.to(model.device, model.dtype)[None])  # (1, d)
+        size, length = float(out(written).norm() if model.family.post_norm else written.norm()), float(state.norm())
+    # δ joins the residual stream wherever it is added to what the MLP puts out, so values are found as for MEMIT;
+    # but its decay and its bound are measured by m, not by h.
+    scaled = Hyper(
+        layers=(hyper.layer,),
+        steps=hyper.steps,
+        learning_rate=hyper.learning_rate,
+        stop_loss=hyper.stop_loss,
+        clamp=hyper.clamp * size / length,
+        weight_decay=hyper.weight_decay * (length / size) ** 2,
+        kl=hyper.kl,
+    )
+    shift = (optimize(model, [group], scaled, advance).z[0] - state).double()[None]  # (1, d)
+    written = written.cpu().double()
+    if model.family.post_norm:
+        gain, eps = norm_gain(out, model.width, model.device)
+        shift = pull_back(written, shift, gain.cpu(), eps)
+    direction = preserved.inverse_times(key[:, None])[:, 0]  # (f,)
+    right = direction / (direction @ key)
+    return Edited(key, (written + shift)[0], shift.T, right[None])
+
+
+def group_of(model: Model, fact: Fact, contexts: Sequence[str]) -> Group:
+    """One fact in every context, and its drift row."""
+    items = [(fact.prompt, fact.subject, fact.target, context and context + " ") for context in contexts]
+    *rows, drift = encode_many(model.tokenizer, [*items, ("{} is a", fact.subject, None, "")])
+    return Group(fact.subject, (0,), tuple(rows), tuple(range(len(rows))), drift)
+
+
+@torch.no_grad()
+def observe(model: Model, group: Group, layer: int) -> tuple[Tensor, Tensor]:
+    """k* [f] float64, the mean over contexts of what enters W^l at the subject, and h^l [d] of the bare prompt."""
+    ids = [row.ids[: row.subject_last + 1] for row in group.rows]
+    calls = record(model, align(ids, [len(row) - 1 for row in ids], model.pad_id, model.device))
+    hidden = calls.run(calls.start, 0, layer)
+    out, keys = calls.run_with_key(hidden, layer)
+    return keys[:, -1].double().mean(0).cpu(), out[group.bare, -1].float().cpu()
+
+
+def together(model: Model, edits: Sequence[Edited]) -> LowRank:
+    """Σ Δ of all edits in the orientation in which W is stored: rank n."""
+    return concat([stored(edit.left, edit.right, model.stores_transposed) for edit in edits])
