@@ -1,15 +1,51 @@
-"""The model without its patches: what `eval` shows beside the model with them."""
+"""A model without and with patches: what `eval` and `probe` show side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from kpatch.cli.output import Output
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from kpatch.models.load import Model
+
+
+Answer = TypeVar("Answer")
+
+
+def without_and_with(
+    say: Output, model: Model, patches: Sequence[Path], ask: Callable[[], Answer]
+) -> tuple[Answer | None, Answer, list[str]]:
+    """What `ask` answers about the model without its patches (None where it has none) and with them, and their names.
+
+    The patches are `patches`, tried in memory, or those that the model's directory carries.
+    """
+    from kpatch import patched
+
+    if patches:
+        with say.task("Measuring without patches"):
+            before = ask()
+        with ExitStack() as stack, say.task("Measuring with patches"):
+            for path in patches:
+                stack.enter_context(patched(model, path, report=say))
+            return before, ask(), [path.stem for path in patches]
+    kept = kept_weights(model)
+    with say.task("Measuring"):
+        after = ask()
+    if not kept:
+        return None, after, []
+    from kpatch.checkpoint.store import Store
+
+    assert model.path is not None
+    on = [one.name for one in Store(model.path).applied().patches]
+    say.note(f"{model.name} carries {', '.join(on)}")
+    with without_patches(model, kept), say.task("Measuring without patches"):
+        return ask(), after, on
 
 
 def kept_weights(model: Model) -> dict[str, Tensor]:

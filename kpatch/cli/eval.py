@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +10,13 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli import parse
+from kpatch.cli.before import without_and_with
 from kpatch.cli.effect import rate
 from kpatch.cli.load import load
-from kpatch.cli.output import Output, begin, percent
+from kpatch.cli.output import begin, percent
 from kpatch.errors import BadInput, CheckFailed, Refused
 
 if TYPE_CHECKING:
-    from kpatch.evaluate.assess import Assessment, Wanted
     from kpatch.facts.schema import Fact
     from kpatch.models.load import Model
 
@@ -116,7 +115,7 @@ def command(
         read_header(path)  # a wrong file is told before a model is loaded
     loaded = load(say, model, device, dtype, names)
 
-    from kpatch.evaluate.assess import Wanted, drift
+    from kpatch.evaluate.assess import Wanted, assess, drift
 
     wanted = Wanted(
         generate=generate,
@@ -126,7 +125,7 @@ def command(
         samples=samples,
         seed=seed,
     )
-    before, after, on = _both(say, loaded, chosen, wanted, patch or [])
+    before, after, on = without_and_with(say, loaded, patch or [], lambda: assess(loaded, chosen, wanted, say))
     read = {"before": None if before is None else before.perplexity, "after": after.perplexity}
     found: dict[str, Any] = {
         "model": loaded.name,
@@ -170,35 +169,6 @@ def _check_options(
         raise Refused(f"{html} exists", hint="give another name, or --force to write over it")
     if html is not None and not html.parent.is_dir():
         raise BadInput(f"There is no directory {html.parent}", where=str(html))
-
-
-def _both(
-    say: Output, loaded: Model, facts: tuple[Fact, ...], wanted: Wanted, patches: list[Path]
-) -> tuple[Assessment | None, Assessment, list[str]]:
-    """The model without its patches (None where there are none), the model with them, and which these are."""
-    from kpatch import patched
-    from kpatch.cli.before import kept_weights, without_patches
-    from kpatch.evaluate.assess import assess
-
-    if patches:
-        with say.task("Measuring without patches"):
-            before = assess(loaded, facts, wanted, say)
-        with ExitStack() as stack, say.task("Measuring with patches"):
-            for path in patches:
-                stack.enter_context(patched(loaded, path, report=say))
-            return before, assess(loaded, facts, wanted, say), [path.stem for path in patches]
-    kept = kept_weights(loaded)
-    with say.task("Measuring"):
-        after = assess(loaded, facts, wanted, say)
-    if not kept:
-        return None, after, []
-    from kpatch.checkpoint.store import Store
-
-    assert loaded.path is not None
-    on = [one.name for one in Store(loaded.path).applied().patches]
-    say.note(f"{loaded.name} carries {', '.join(on)}")
-    with without_patches(loaded, kept), say.task("Measuring without patches"):
-        return assess(loaded, facts, wanted, say), after, on
 
 
 def _references(facts: tuple[Fact, ...], path: str | None) -> list[tuple[str, ...]]:

@@ -1,0 +1,169 @@
+"""What a model knows before anyone edits it: the rank of each fact's object among all objects that come into question.
+
+Petroni et al. 2019 (LAMA), with objects of several tokens: they are ranked by the probability of the whole object. Per
+token, as `metrics` compares two answers, would not do among hundreds: a long name whose end follows from its beginning
+has a high mean behind any prompt ("F", "IF", "A").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch.evaluate.batches import batches
+from kpatch.evaluate.continuations import Prompts
+from kpatch.evaluate.forward import vocabulary
+from kpatch.evaluate.score import HEAD_NUMBERS
+from kpatch.facts.prompts import encode_many
+from kpatch.facts.schema import SLOT, Fact
+from kpatch.models.load import Model
+from kpatch.reporter import SILENT, Reporter
+
+AT = (1, 10, 100)
+BATCH_TOKENS = 2048
+UNRELATED = "(none)"
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """Where a fact's object came: 1 + how many other objects are likelier; `best` is the likeliest of all.
+
+    `logprob` is the natural logarithm of the object's probability, `tokens` how many it has.
+    """
+
+    rank: int
+    best: str
+    logprob: float
+    tokens: int
+
+
+def rank_objects(
+    model: Model,
+    facts: Sequence[Fact],
+    objects: Sequence[Sequence[str]],
+    batch_tokens: int = BATCH_TOKENS,
+    report: Reporter = SILENT,
+) -> list[Ranked]:
+    """Rank every fact's target among `objects`, a list for each fact that has the target in it.
+
+    Exact, but most objects are never run: log-probabilities only fall with every token, so one whose first tokens are
+    already less likely than the whole target is out. Raises BadInput for text that the tokenizer cannot take.
+    """
+    prompts = [row.ids for row in encode_many(model.tokenizer, [(f.prompt, f.subject, None, "") for f in facts])]
+    choices = _choices(model, facts, objects)
+    results: dict[int, Ranked] = {}
+    lengths = [len(prompt) for prompt in prompts]
+    with report.task("Ranking objects", len(facts), "facts") as advance:
+        for places in batches(lengths, [1] * len(facts), batch_tokens, HEAD_NUMBERS // vocabulary(model)):
+            kept = Prompts(model, [prompts[place] for place in places])
+            races = [
+                _Race(choices[place], facts[place].target, row) for place, row in zip(places, kept.first, strict=True)
+            ]
+            _run_truths(kept, races)
+            _run_rivals(kept, races)
+            results.update((place, race.result()) for place, race in zip(places, races, strict=True))
+            advance(len(places))
+    return [results[place] for place in range(len(facts))]
+
+
+def rates(ranked: Sequence[Ranked]) -> dict[str, Any]:
+    """n, the share of ranks within 1, 10 and 100 (`p_at_1` …), and `mrr`, the mean of 1 / rank."""
+    count = len(ranked)
+    found: dict[str, Any] = {"n": count}
+    for most in AT:
+        found[f"p_at_{most}"] = sum(one.rank <= most for one in ranked) / count if count else None
+    found["mrr"] = math.fsum(1 / one.rank for one in ranked) / count if count else None
+    return found
+
+
+def by_relation(facts: Sequence[Fact], ranked: Sequence[Ranked]) -> dict[str, dict[str, Any]]:
+    """`rates` of each relation, in the order of their first facts; facts without one are under "(none)"."""
+    groups: dict[str, list[Ranked]] = {}
+    for fact, one in zip(facts, ranked, strict=True):
+        groups.setdefault(fact.relation or UNRELATED, []).append(one)
+    return {name: rates(members) for name, members in groups.items()}
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """Objects and their ids behind a prompt, with the first ids [C] and the lengths [C] of all."""
+
+    names: tuple[str, ...]
+    ids: tuple[tuple[int, ...], ...]
+    firsts: Tensor
+    lengths: Tensor
+
+
+def _choices(model: Model, facts: Sequence[Fact], objects: Sequence[Sequence[str]]) -> list[_Choice]:
+    """Each fact's objects as tokens. These depend on a prompt's end alone, so they are found once for every end."""
+    keys = [(_end(fact.text()), tuple(names)) for fact, names in zip(facts, objects, strict=True)]
+    wanted = dict.fromkeys((end, name) for end, names in dict.fromkeys(keys) for name in names)
+    rows = encode_many(model.tokenizer, [(SLOT, end, name, "") for end, name in wanted])
+    ids = {key: row.ids[row.prompt_len :] for key, row in zip(wanted, rows, strict=True)}
+    made = {}
+    for end, names in dict.fromkeys(keys):
+        some = tuple(ids[end, name] for name in names)
+        firsts = torch.tensor([one[0] for one in some])
+        made[end, names] = _Choice(names, some, firsts, torch.tensor([len(one) for one in some]))
+    return [made[key] for key in keys]
+
+
+def _end(text: str) -> str:
+    """A prompt's last word, or its last signs where words are not told by spaces."""
+    return text.split()[-1][-20:]
+
+
+class _Race:
+    """One fact's objects: sums of log-probabilities as far as they are known, and who is still to be run."""
+
+    def __init__(self, choice: _Choice, target: str, first: Tensor) -> None:
+        self.choice = choice
+        self.truth = choice.names.index(target)
+        self.sums: list[float] = first[choice.firsts].double().tolist()
+        self.score = -math.inf
+
+    def nodes(self, depth: int) -> dict[tuple[int, ...], list[int]]:
+        """Beginnings of `depth` tokens with the objects behind them that may still beat the truth."""
+        found: dict[tuple[int, ...], list[int]] = {}
+        for index in (self.choice.lengths > depth).nonzero().flatten().tolist():
+            if index != self.truth and self.sums[index] > self.score:
+                found.setdefault(self.choice.ids[index][:depth], []).append(index)
+        return found
+
+    def result(self) -> Ranked:
+        ahead = [index for index, total in enumerate(self.sums) if index != self.truth and total > self.score]
+        best = max(ahead, key=lambda index: self.sums[index], default=self.truth)
+        return Ranked(1 + len(ahead), self.choice.names[best], self.score, len(self.choice.ids[self.truth]))
+
+
+def _run_truths(kept: Prompts, races: Sequence[_Race]) -> None:
+    """The whole of every target, which all others are held against."""
+    asked = [
+        (number, race.choice.ids[race.truth][:depth], race.choice.ids[race.truth][depth])
+        for number, race in enumerate(races)
+        for depth in range(1, len(race.choice.ids[race.truth]))
+    ]
+    asked.sort(key=lambda one: len(one[1]))
+    found = kept.after([(number, path) for number, path, _ in asked], [[token] for _, _, token in asked])
+    for (number, _, _), (value,) in zip(asked, found, strict=True):
+        races[number].sums[races[number].truth] += value
+    for race in races:
+        race.score = race.sums[race.truth]
+
+
+def _run_rivals(kept: Prompts, races: Sequence[_Race]) -> None:
+    """Token after token, the objects that may still beat the target; they share the beginnings that they have."""
+    for depth in range(1, max(int(race.choice.lengths.max()) for race in races)):
+        asked = [
+            (number, path, members) for number, race in enumerate(races) for path, members in race.nodes(depth).items()
+        ]
+        wanted = [[races[number].choice.ids[index][depth] for index in members] for number, _, members in asked]
+        found = kept.after([(number, path) for number, path, _ in asked], wanted)
+        for (number, _, members), values in zip(asked, found, strict=True):
+            for index, value in zip(members, values, strict=True):
+                races[number].sums[index] += value

@@ -1,0 +1,105 @@
+"""probe from the outside, on a tiny random model that is a checkpoint directory like any other."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from kpatch.checkpoint.apply import apply
+from tests.support import checkpoints
+from tests.support.cli import run
+from tests.support.models import tiny
+
+FACTS = [
+    {"subject": "Eiffel Tower", "prompt": "The {} is in", "target": "Paris", "relation": "P17"},
+    {"subject": "Chicago", "prompt": "The city {} lies in", "target": "the United States", "relation": "P17"},
+    {"subject": "Mona Lisa", "prompt": "The painter of the {} was", "target": "Leonardo", "relation": "P170"},
+    {"subject": "Brazil", "prompt": "People in {} speak", "target": "Portuguese"},
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    made = tiny("llama")
+    folder = tmp_path_factory.mktemp("tiny")
+    made.net.save_pretrained(folder)
+    made.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> Path:
+    path = tmp_path / "facts.yaml"
+    path.write_text(json.dumps({"facts": FACTS}), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def patch(tmp_path: Path, model: Path) -> Path:
+    path = tmp_path / "news.patch"
+    weights = [tiny("llama").weight_name(layer) for layer in (0, 1, 2)]
+    checkpoints.make_patch(path, model, weights=weights, scale=2.0, keys=False)
+    return path
+
+
+def test_the_json_of_probe(model: Path, facts: Path) -> None:
+    done = run("probe", model, facts, "--per-fact", "--json")
+    assert done.code == 0, done.err
+    data = done.json
+    assert (data["model"], data["patches"], data["objects"], data["unpatched"]) == (model.name, [], 4, None)
+    assert [(row["relation"], row["n"]) for row in data["relations"]] == [("P17", 2), ("P170", 1), ("(none)", 1)]
+    assert data["all"]["n"] == 4
+    assert data["all"]["p_at_10"] == 1.0
+    assert [row["target"] for row in data["facts"]] == [fact["target"] for fact in FACTS]
+    ranks = [row["rank"] for row in data["facts"]]
+    assert data["all"]["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 4)
+    assert all(1 <= rank <= 4 for rank in ranks)
+    assert "facts" not in run("probe", model, facts, "--json").json
+
+
+def test_a_patch_before_and_after(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None:
+    tried = run("probe", model, facts, "--patch", patch, "--json", "--per-fact").json
+    alone = run("probe", model, facts, "--json").json
+    assert tried["unpatched"] == {"all": alone["all"], "relations": alone["relations"]}
+    assert tried["all"] != alone["all"]
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    apply([patch], folder)
+    carried = run("probe", folder, facts, "--json", "--per-fact").json
+    for key in ("patches", "all", "relations", "unpatched", "facts"):
+        assert carried[key] == tried[key]
+
+
+def test_probe_tells_people_in_a_table(model: Path, facts: Path, patch: Path) -> None:
+    done = run("probe", model, facts, "--patch", patch, "--per-fact")
+    for said in ("P@1", "P@100", "MRR", "P170", "all", "→", "Leonardo", "among 4 objects"):
+        assert said in done.out, said
+    assert "→" not in run("probe", model, facts).out
+
+
+def test_objects(model: Path, facts: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("Rome\n\n Italy \nParis\n", encoding="utf-8")
+    assert run("probe", model, facts, "--objects", names, "--json").json["objects"] == 6
+    by_relation = run("probe", model, facts, "--objects", "relation", "--per-fact", "--json").json
+    assert [row["rank"] for row in by_relation["facts"][2:]] == [1, 1], "the only one of its relation"
+    limited = run("probe", model, facts, "--limit", "1", "--json").json
+    assert (limited["all"]["n"], limited["objects"]) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--objects", "nowhere.txt"), "no such file"),
+        (("--patch", "nowhere.patch"), "nowhere.patch"),
+        (("--limit", "0"), "--limit"),
+    ],
+)
+def test_what_probe_refuses(arguments: tuple[str, ...], said: str, model: Path, facts: Path) -> None:
+    done = run("probe", model, facts, *arguments)
+    assert done.code == 2
+    assert said in done.err
