@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.contexts import sample_contexts
+from kpatch.edit.contexts import contexts_for
 from kpatch.edit.groups import Group
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import norm_gain, restored, stored
@@ -53,12 +53,12 @@ def preserved_by(
     return Preserved.of(mean, 1.0, ridge), covariance
 
 
-def contexts_for(model: Model, hyper: RomeHyper, seed: int) -> tuple[str, ...]:
+def rome_contexts(model: Model, hyper: RomeHyper, seed: int) -> tuple[str, ...]:
     """The empty context and texts of two lengths sampled from the model."""
     half = hyper.prefixes // 2
     return (
-        *sample_contexts(model, hyper.prefixes - half, hyper.short, seed),
-        *sample_contexts(model, half, hyper.long, seed + 1)[1:],
+        *contexts_for(model, 0, hyper.prefixes - half, hyper.short, seed),
+        *contexts_for(model, 0, half, hyper.long, seed + 1)[1:],
     )
 
 

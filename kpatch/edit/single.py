@@ -17,7 +17,7 @@ from kpatch.checkpoint.verify import base_weights
 from kpatch.edit.ft import stored_small, tune
 from kpatch.edit.memit import add, restored
 from kpatch.edit.one_layer import FtHyper, OneLayer, RomeHyper
-from kpatch.edit.rome import contexts_for, edit_all, preserved_by, together
+from kpatch.edit.rome import edit_all, preserved_by, rome_contexts, together
 from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.schema import Fact
 from kpatch.models.load import Model, tokenizer_hash
@@ -66,7 +66,7 @@ def _rome(model: Model, facts: Sequence[Fact], hyper: RomeHyper, settings: Setti
     with settings.timed("covariance"):
         preserved, covariance = preserved_by(model, hyper, settings.corpus, settings.tokens, settings.seed, report)
     with report.task("Sampling contexts"):
-        contexts = contexts_for(model, hyper, settings.seed)
+        contexts = rome_contexts(model, hyper, settings.seed)
     with settings.timed("values"):
         edits = edit_all(model, facts, hyper, contexts, preserved, report)
     keys, values = torch.stack([edit.key for edit in edits]), torch.stack([edit.value for edit in edits])

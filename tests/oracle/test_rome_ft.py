@@ -13,7 +13,7 @@ from torch import Tensor
 from kpatch.edit import rome
 from kpatch.edit.ft import stored_small, tune
 from kpatch.edit.one_layer import FtHyper, RomeHyper
-from kpatch.edit.rome import Edited, contexts_for, edit_all, together
+from kpatch.edit.rome import Edited, edit_all, rome_contexts, together
 from kpatch.edit.solve import Preserved
 from kpatch.facts.schema import Fact
 from kpatch.models.families import FAMILIES
@@ -149,12 +149,12 @@ def test_an_edit_ends_when_its_loss_is_low() -> None:
 
 
 def test_contexts_of_two_lengths() -> None:
-    found = contexts_for(build("llama"), RomeHyper(1, prefixes=5, short=3, long=9), seed=0)
+    found = rome_contexts(build("llama"), RomeHyper(1, prefixes=5, short=3, long=9), seed=0)
     assert found[0] == ""
     assert len(found) == 6
     count = [len(build("llama").tokenizer(text).input_ids) for text in found[1:]]
     assert max(count[:3]) < min(count[3:])
-    assert contexts_for(build("llama"), RomeHyper(1, prefixes=0), seed=0) == ("",)
+    assert rome_contexts(build("llama"), RomeHyper(1, prefixes=0), seed=0) == ("",)
 
 
 # Fine-tuning
