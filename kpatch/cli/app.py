@@ -43,7 +43,9 @@ def _kpatch(
 ) -> None: ...
 
 
-_COMMANDS = "trace make show verify apply revert status recover stack diff export ask eval probe import_ lint cov models"
+_COMMANDS = (
+    "trace make show verify apply revert status recover stack diff export ask eval probe import_ lint cov models"
+)
 for _name in _COMMANDS.split():
     _module = import_module(f"kpatch.cli.{_name}")
     app.command(_name.rstrip("_"), epilog=_module.EXAMPLES)(_module.command)

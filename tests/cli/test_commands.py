@@ -13,7 +13,10 @@ from kpatch.cli.app import app
 from tests.support import checkpoints
 from tests.support.cli import run
 
-COMMANDS = tuple("trace make show verify apply revert status recover stack diff export ask eval probe import lint cov models".split())
+COMMANDS = (
+    *"trace make show verify apply revert status recover stack diff export".split(),
+    *"ask eval probe import lint cov models".split(),
+)
 
 
 def sums(folder: Path) -> dict[str, str]:
