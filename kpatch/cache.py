@@ -101,12 +101,12 @@ def lock(path: Path, *, wait: bool = True, report: Reporter = SILENT) -> Iterato
     """
     from filelock import FileLock, Timeout
 
-    holder = path.with_name(path.name + ".holder")
+    note = holder(path)
     held = FileLock(path)
     try:
         held.acquire(timeout=0)
     except Timeout:
-        who = _read_holder(holder)
+        who = _read_holder(note)
         if not wait:
             raise Refused(
                 "Another kpatch is at work here",
@@ -120,12 +120,17 @@ def lock(path: Path, *, wait: bool = True, report: Reporter = SILENT) -> Iterato
         raise write_error(error, path) from error
     try:
         with suppress(OSError):
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            note.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
         with suppress(OSError):
-            holder.unlink()
+            note.unlink()
         held.release()
+
+
+def holder(path: Path) -> Path:
+    """Where the holder of the lock file `path` says who it is; a killed one leaves it behind."""
+    return path.with_name(path.name + ".holder")
 
 
 def _read_holder(path: Path) -> str:

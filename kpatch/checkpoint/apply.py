@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kpatch.checkpoint import files
-from kpatch.checkpoint.commit import begin, commit, system_errors, undo, unfinished, writing
+from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
 from kpatch.checkpoint.copy import place_for, write_copy
 from kpatch.checkpoint.index import open_checkpoint, real_directory
 from kpatch.checkpoint.plan import Plan, plan_apply
@@ -16,7 +16,7 @@ from kpatch.checkpoint.recover import settle
 from kpatch.checkpoint.remember import remember
 from kpatch.checkpoint.report import ApplyReport, WeightReport
 from kpatch.checkpoint.splice import Outcome, stage_files
-from kpatch.checkpoint.store import Applied, Journal, Store
+from kpatch.checkpoint.store import Applied, Journal, Staged, Store
 from kpatch.errors import Damaged, KpatchError
 from kpatch.patch.format import verify
 from kpatch.patch.text import printable
@@ -48,7 +48,7 @@ def apply(
     store = ready(model_dir, write=not check and out is None, report=report)
     if out is not None:
         place_for(Path(out), store.model)  # before the hashing, which can take a while
-    with system_errors(store.model):
+    with undisturbed(store), system_errors(store.model):
         checkpoint = open_checkpoint(model_dir)
         plan = plan_apply(patches, checkpoint, store, copy=out is not None, force=force, report=report)
     for note in plan.notes:
@@ -95,8 +95,7 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
             outcomes = stage_files(plan, store, targets, report)
             applied = after(plan, outcomes)
             store.write_readme()
-            sizes = {file: plan.stamps[file].size for file in plan.files}
-            journal = Journal(plan.action, tuple(patch.id for patch in plan.moved), sizes, applied)
+            journal = Journal(plan.action, tuple(patch.id for patch in plan.moved), staged(plan, outcomes), applied)
             plan.require_current(store)
             commit(store, journal, report)
         except BaseException:
@@ -122,6 +121,17 @@ def after(plan: Plan, outcomes: dict[str, Outcome]) -> Applied:
         else:
             weights.pop(weight.name, None)
     return Applied(plan.base, plan.stack, weights)
+
+
+def staged(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Staged]:
+    """What the journal says of each new file."""
+    return {
+        file: Staged(
+            plan.stamps[file].size,
+            {weight.name: outcomes[weight.name][0].after for weight in plan.weights if weight.ref.file == file},
+        )
+        for file in plan.files
+    }
 
 
 def require_space(plan: Plan, folder: Path) -> None:

@@ -7,41 +7,59 @@ state; after it, every step can be repeated, so the next kpatch carries on where
 from __future__ import annotations
 
 import errno
+import os
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 
-from kpatch.cache import lock, write_error
+from kpatch.cache import holder, lock, write_error
 from kpatch.checkpoint import files
+from kpatch.checkpoint.closed import close, reopen
 from kpatch.checkpoint.store import Journal, Store
-from kpatch.errors import Damaged, Refused
+from kpatch.errors import Damaged, KpatchError, Refused
 from kpatch.patch.container import ContainerError
 from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
 
+if sys.platform != "win32":
+    import fcntl
+
+# Seconds between attempts at the lock: `status` takes it for an instant to see whether somebody has it.
+_PATIENCE = (0.02, 0.05, 0.1)
+
 
 @contextmanager
-def writing(store: Store) -> Iterator[None]:
-    """Hold the checkpoint's lock; the .kpatch folder goes with the lock when nothing else is left in it.
+def writing(store: Store, *, tidy: bool = True) -> Iterator[None]:
+    """Hold the checkpoint's lock; when `tidy`, the .kpatch folder goes with it if nothing else is left in it.
 
     Raises Refused when another kpatch holds it.
     """
     store.check()
     with system_errors(store.model):
         files.mkdir(store.root)
-    try:
-        with lock(store.lock, wait=False):
+    with ExitStack() as stack:
+        for wait in (*_PATIENCE, None):
             try:
-                yield
-            finally:
+                stack.enter_context(lock(store.lock, wait=False))
+                break
+            except Refused as error:
+                if wait is None:
+                    raise _busy(store, error) from None
+                time.sleep(wait)
+        try:
+            yield
+        finally:
+            if tidy:
                 with suppress(OSError):
                     store.remove_if_empty()
-    except Refused as error:
-        if error.where != str(store.lock):
-            raise
-        raise Refused(
-            f"Another kpatch is working on {printable(str(store.model))}", details=error.details, hint=error.hint
-        ) from None
+
+
+def _busy(store: Store, error: Refused) -> Refused:
+    shown = printable(str(store.model))
+    return Refused(f"Another kpatch is working on {shown}", details=error.details, hint=error.hint)
 
 
 @contextmanager
@@ -60,15 +78,55 @@ def system_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+@contextmanager
+def undisturbed(store: Store) -> Iterator[None]:
+    """For work on a checkpoint without the lock: a failure that another kpatch caused is told as such (Refused)."""
+    before = _record(store)
+    try:
+        yield
+    except KpatchError as error:
+        shown = printable(str(store.model))
+        if held(store.lock):
+            raise Refused(f"Another kpatch is working on {shown}", hint="wait for it to end") from error
+        if _record(store) != before:
+            raise Refused(f"{shown} changed while it was being checked", hint="run the command again") from error
+        raise
+
+
+def _record(store: Store) -> bytes | None:
+    try:
+        return store.applied_file.read_bytes()
+    except OSError:
+        return None
+
+
+def held(lock: Path) -> bool:
+    """Whether another process holds the lock file; asks for it shared and for an instant."""
+    if sys.platform == "win32" or lock.is_symlink() or not lock.is_file():
+        return False
+    try:
+        with FileIO(lock, "rb") as handle:
+            fcntl.flock(handle.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def begin(store: Store) -> None:
     """Make the folders of an apply; `stage` comes first, for it is the sign that one is under way."""
     for folder in (store.stage, store.bases, store.copies):
         files.mkdir(folder)
     files.fsync_dir(store.root)
+    files.fsync_dir(store.model)
 
 
 def commit(store: Store, journal: Journal, report: Reporter = SILENT) -> None:
-    """Decide and carry out. Everything staged must be synced by now."""
+    """Decide and carry out. Everything staged must be synced by now.
+
+    Raises Damaged when the system fails after the decision; the checkpoint is then interrupted.
+    """
     files.fsync_dir(store.stage)
     files.fsync_dir(store.bases)
     files.fsync_dir(store.copies)
@@ -80,26 +138,53 @@ def commit(store: Store, journal: Journal, report: Reporter = SILENT) -> None:
             roll_forward(store, journal)
             report.note(f"The {journal.action} was already decided when it was interrupted; it has been completed")
         raise
+    except OSError as error:
+        if store.journal_file.exists():
+            raise _stopped(store, journal, error) from error
+        raise
+
+
+def _stopped(store: Store, journal: Journal, error: OSError) -> Damaged:
+    shown = printable(str(store.model))
+    return Damaged(
+        f"The {journal.action} was decided, but {shown} could not be changed in full",
+        details=[error.strerror or str(error)],
+        hint=f"`kpatch recover {shown}` completes it, once the disk can be written again",
+    )
 
 
 def roll_forward(store: Store, journal: Journal) -> None:
     """Carry out a commit, from wherever an earlier attempt stopped.
 
-    Raises Damaged when a staged file is not what was staged.
+    Every step can be repeated, and is lasting before another builds on it. Raises Damaged when a staged file is not
+    what was staged.
     """
-    for name, size in sorted(journal.files.items()):
-        staged = store.staged(name)
-        if not staged.exists():  # renamed by the attempt before
-            continue
-        if staged.is_symlink() or staged.stat().st_size != size:
-            raise Damaged(f"The staged {printable(name)} is not what was staged", where=printable(str(staged)))
-        files.replace(staged, store.model / name)
+    names = sorted(journal.files)
+    left = [name for name in names if _is_staged(store, journal, name)]
+    if left and len(names) > 1:
+        close(store.model, left)
+    for name in left:
+        files.replace(store.staged(name), store.model / name)
     files.fsync_dir(store.model)
+    if len(names) > 1:
+        reopen(store.model, names)
     store.write_applied(journal.applied)
     store.keep_only(journal.applied)
     files.remove_tree(store.stage)
+    files.fsync_dir(store.root)
     files.unlink(store.journal_file)
     files.fsync_dir(store.root)
+
+
+def _is_staged(store: Store, journal: Journal, name: str) -> bool:
+    """Whether a file still waits to take its place; if not, it must be there already."""
+    staged, placed = store.staged(name), store.model / name
+    waiting = os.path.lexists(staged)
+    found = staged if waiting else placed
+    if found.is_symlink() or not found.is_file() or found.stat().st_size != journal.files[name].size:
+        what = "staged" if waiting else "new"
+        raise Damaged(f"The {what} {printable(name)} is not what was staged", where=printable(str(found)))
+    return waiting
 
 
 def undo(store: Store) -> None:
@@ -107,6 +192,7 @@ def undo(store: Store) -> None:
     if store.journal_file.exists():
         return
     store.keep_only(store.applied())
+    files.fsync_dir(store.root)
     files.remove_tree(store.stage)
 
 
@@ -116,5 +202,5 @@ def unfinished(store: Store) -> bool:
 
 
 def abandoned(store: Store) -> bool:
-    """Whether a folder is left in which nothing is applied: its maker died before or after all that matters."""
-    return store.root.exists() and not store.applied_file.exists()
+    """Whether the maker of a folder died before or after all that matters: nothing is applied, or its note is left."""
+    return store.root.exists() and (not store.applied_file.exists() or holder(store.lock).exists())

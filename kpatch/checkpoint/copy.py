@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 import stat
-from contextlib import suppress
 from pathlib import Path
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.commit import system_errors
+from kpatch.checkpoint.partial import name_it, workplace
 from kpatch.checkpoint.plan import Plan
 from kpatch.checkpoint.splice import Outcome, stage_files
 from kpatch.checkpoint.store import Applied, Store
@@ -26,17 +25,10 @@ def write_copy(plan: Plan, source: Store, out: Path, report: Reporter) -> tuple[
     Raises Refused or BadInput as `place_for`.
     """
     target = place_for(out, plan.checkpoint.path)
-    temporary = target.with_name(f".{target.name[:100]}.kpatch-{secrets.token_hex(4)}")
-    with system_errors(target):
-        try:
-            outcomes = _build(plan, source, temporary, report)
-            plan.require_current(source)
-            files.rename_dir(temporary, target)
-            files.fsync_dir(target.parent)
-        except BaseException:
-            with suppress(OSError):
-                files.remove_tree(temporary)
-            raise
+    with system_errors(target), workplace(target) as folder:
+        outcomes = _build(plan, source, folder, report)
+        plan.require_current(source)
+        name_it(folder, target)
     return printable(str(out)), outcomes
 
 
@@ -57,25 +49,24 @@ def place_for(out: Path, model: Path) -> Path:
     return target
 
 
-def _build(plan: Plan, source: Store, temporary: Path, report: Reporter) -> dict[str, Outcome]:
-    files.mkdir(temporary)
-    _copy_tree(plan.checkpoint.path, temporary, {*plan.files, source.root.name}, report)
-    store = Store(temporary)
-    for folder in (store.root, store.bases, store.copies):
-        files.mkdir(folder)
+def _build(plan: Plan, source: Store, folder: Path, report: Reporter) -> dict[str, Outcome]:
+    _copy_tree(plan.checkpoint.path, folder, {*plan.files, source.root.name}, report)
+    store = Store(folder)
+    for inner in (store.bases, store.copies):
+        files.mkdir(inner)
     for sha256 in {weight.base for weight in plan.before.weights.values()}:
         files.copy_file(source.base(sha256), store.base(sha256))
     for patch in plan.stack:
         files.copy_file(plan.patches[patch.id].path, store.copy(patch.id), keep_mode=False)
         if verify(store.copy(patch.id)).id != patch.id:
             raise Damaged(f"{printable(patch.name)} changed while it was being read")
-    outcomes = stage_files(plan, store, {file: temporary / file for file in plan.files}, report, keep_owner=False)
+    outcomes = stage_files(plan, store, {file: folder / file for file in plan.files}, report, keep_owner=False)
     weights = {**plan.before.weights, **{name: record for name, (record, _) in outcomes.items()}}
     store.write_readme()
     store.write_applied(Applied(plan.base, plan.stack, weights))
-    for folder in (store.bases, store.copies, store.root, temporary):
-        files.fsync_dir(folder)
-    files.set_mode(temporary, os.stat(plan.checkpoint.path).st_mode)
+    files.set_mode(folder, os.stat(plan.checkpoint.path).st_mode)
+    for inner in (store.bases, store.copies, store.root, folder):
+        files.fsync_dir(inner)
     return outcomes
 
 
@@ -94,7 +85,7 @@ def _copy_tree(source: Path, target: Path, skip: set[str], report: Reporter) -> 
         elif stat.S_ISDIR(mode) and not path.is_symlink():
             files.mkdir(target / name)
             _copy_tree(path, target / name, set(), report)
-            files.fsync_dir(target / name)
             files.set_mode(target / name, mode)
+            files.fsync_dir(target / name)
         else:
             report.warn(f"{printable(str(path))} is a link to a folder, or no plain file, and is not in the copy")

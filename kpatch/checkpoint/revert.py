@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kpatch.checkpoint.apply import carry_out, ready, report_of
-from kpatch.checkpoint.commit import system_errors
+from kpatch.checkpoint.commit import system_errors, undisturbed
 from kpatch.checkpoint.index import open_checkpoint
 from kpatch.checkpoint.plan import plan_revert
 from kpatch.checkpoint.remember import forget
@@ -40,7 +40,7 @@ def revert(
     """
     start = time.monotonic()
     store = ready(model_dir, write=not check, report=report)
-    with system_errors(store.model):
+    with undisturbed(store), system_errors(store.model):
         checkpoint = open_checkpoint(model_dir)
         applied = store.applied()
         if not applied.patches:

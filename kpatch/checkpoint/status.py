@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from kpatch.checkpoint.commit import unfinished
+from kpatch.checkpoint.commit import held, unfinished
 from kpatch.checkpoint.index import open_checkpoint, real_directory
 from kpatch.checkpoint.integrity import changed_weights
 from kpatch.checkpoint.store import Applied, Store
+from kpatch.errors import KpatchError
 from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
-
-if sys.platform != "win32":
-    import fcntl
 
 
 @dataclass(frozen=True)
@@ -61,12 +57,16 @@ def status(model_dir: str | Path, report: Reporter = SILENT) -> Status:
     store = Store(path)
     applied = store.applied()
     quoted = shlex.quote(given)
-    busy = _is_held(store.lock)
-    if unfinished(store) and not busy:
-        return _status(store, given, "interrupted", applied, f"kpatch recover {quoted}")
-    if busy:
+    if held(store.lock):
         return _status(store, given, "clean", applied, None, busy=True)
-    odd = [*changed_weights(open_checkpoint(path), applied, report), *store.missing(applied)]
+    if unfinished(store):
+        return _status(store, given, "interrupted", applied, f"kpatch recover {quoted}")
+    try:
+        odd = [*changed_weights(open_checkpoint(path), applied, report), *store.missing(applied)]
+    except KpatchError:
+        if held(store.lock) or unfinished(store):  # by an apply that began meanwhile
+            return _status(store, given, "clean", applied, None, busy=True)
+        raise
     changed = tuple(printable(name, 200) for name in odd)
     if changed:
         return _status(store, given, "modified", applied, None, changed)
@@ -86,17 +86,3 @@ def _status(
     patches = tuple({"id": p.id, "name": printable(p.name, 80), "facts": p.facts} for p in applied.patches)
     base = None if applied.base is None else printable(applied.base, 200)
     return Status(given, state, base, patches, store.kept_bytes(), following, changed, busy)
-
-
-def _is_held(lock: Path) -> bool:
-    """Whether another process holds the lock file; asks for it shared and for an instant."""
-    if sys.platform == "win32" or lock.is_symlink() or not lock.is_file():
-        return False
-    try:
-        with FileIO(lock, "rb") as handle:
-            fcntl.flock(handle.fileno(), fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kpatch.cache import holder
 from kpatch.checkpoint import files
 from kpatch.checkpoint.index import read_json
 from kpatch.errors import Damaged, Refused
@@ -84,12 +85,23 @@ class Applied:
 
 
 @dataclass(frozen=True)
+class Staged:
+    """The successor of a weight file: its size in bytes, and the SHA-256 of every weight that was written anew."""
+
+    size: int
+    weights: Mapping[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"size": self.size, "weights": dict(self.weights)}
+
+
+@dataclass(frozen=True)
 class Journal:
-    """journal.json: what is being committed. `files` maps a weight file to the size of its staged successor."""
+    """journal.json: what is being committed. `files` maps a weight file to what is staged for it."""
 
     action: str
     patches: tuple[str, ...]
-    files: Mapping[str, int]
+    files: Mapping[str, Staged]
     applied: Applied
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +109,7 @@ class Journal:
             "version": VERSION,
             "action": self.action,
             "patches": list(self.patches),
-            "files": dict(self.files),
+            "files": {name: staged.to_dict() for name, staged in self.files.items()},
             "applied": self.applied.to_dict(),
         }
 
@@ -142,13 +154,10 @@ class Store:
         if value is None:
             return None
         try:
-            names, sizes = list(value["files"]), list(value["files"].values())
-            if not all(_is_plain(name) for name in names) or not all(type(size) is int for size in sizes):
-                raise ValueError("files")
             return Journal(
                 str(value["action"]),
                 tuple(str(patch) for patch in value["patches"]),
-                value["files"],
+                {_weight_file(name): _staged(staged) for name, staged in value["files"].items()},
                 self._applied(value["applied"], self.journal_file),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -180,6 +189,7 @@ class Store:
             files.write_file(self.applied_file, canonical(applied.to_dict()).encode())
         else:
             files.unlink(self.applied_file)
+            files.fsync_dir(self.root)
 
     def write_readme(self) -> None:
         """Say in the folder what it is."""
@@ -202,18 +212,20 @@ class Store:
     def remove_if_empty(self) -> None:
         """Remove the folder itself when only the lock is left in it. For the holder of the lock alone."""
         left = set(files.names(self.root))
-        if left <= {self.lock.name, self.lock.name + ".holder"}:
+        if left <= {self.lock.name, holder(self.lock).name}:
             for name in sorted(left):
                 files.unlink(self.root / name)
             files.rmdir(self.root)
 
     def _prune(self, folder: Path, keep: Iterable[str]) -> None:
         kept = set(keep)
-        for name in files.names(folder):
-            if name not in kept:
-                files.unlink(folder / name)
+        surplus = [name for name in files.names(folder) if name not in kept]
+        for name in surplus:
+            files.unlink(folder / name)
         if not kept:
             files.rmdir(folder)
+        elif surplus:
+            files.fsync_dir(folder)
 
     def _read(self, path: Path) -> Any:
         return read_json(path, printable(str(path))) if path.is_symlink() or path.exists() else None
@@ -251,8 +263,16 @@ class Store:
             raise self._damaged(path, error) from None
 
 
-def _is_plain(name: object) -> bool:
-    return isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\:\0")
+def _weight_file(name: str) -> str:
+    if not name.endswith(".safetensors") or set(name) & set("/\\:\0"):
+        raise ValueError("not a weight file")
+    return name
+
+
+def _staged(value: Any) -> Staged:
+    if type(value["size"]) is not int:
+        raise ValueError("not a size")
+    return Staged(value["size"], {str(name): _sha(sha256) for name, sha256 in value["weights"].items()})
 
 
 def _sha(value: object) -> str:

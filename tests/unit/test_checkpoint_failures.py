@@ -1,6 +1,6 @@
-"""The N-th file operation fails, is interrupted, or is the last one ever, for N = 1, 2, … until the run completes.
+"""What is said and done when a disk is full, a lock is held or a run was broken off.
 
-After each, at most one further command must give exactly the old or exactly the new bytes, with no stray file.
+tests/crash breaks it off at every step; here are the answers to a user.
 """
 
 from __future__ import annotations
@@ -79,14 +79,6 @@ def visible(model: Path) -> dict[str, tuple[int, str]]:
     return {name: value for name, value in snapshot(model).items() if name not in (".kpatch/lock",)}
 
 
-KINDS: dict[str, tuple[Callable[[], BaseException], bool]] = {
-    "EIO once": (lambda: OSError(errno.EIO, "Input/output error"), False),
-    "ENOSPC from then on": (lambda: OSError(errno.ENOSPC, "No space left on device"), True),
-    "Ctrl-C": (KeyboardInterrupt, False),
-    "killed": (Killed, True),
-}
-
-
 ACTIONS = ["first apply", "second apply", "middle revert", "revert all"]
 
 
@@ -126,72 +118,6 @@ def scenario(templates: dict[str, Path]) -> Scenario:
     return make
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("action", ACTIONS)
-def test_every_failure_leaves_the_old_or_the_new_state(
-    tmp_path: Path, scenario: Scenario, action: str, kind: str
-) -> None:
-    error, for_good = KINDS[kind]
-    reference, run = scenario(tmp_path / "expected", action)
-    old = visible(reference)
-    run()
-    new = visible(reference)
-    outcomes = set()
-    stride = 1 if kind == "killed" else 5
-    for number in range(1, 2000, stride):
-        folder = tmp_path / f"run{number}"
-        model, run = scenario(folder, action)
-        assert visible(model) == old
-        try:
-            with failing(number, error, for_good=for_good) as done:
-                run()
-        except (KpatchError, KeyboardInterrupt, Killed):
-            pass
-        if len(done) < number:
-            assert visible(model) == new
-            break
-        if kind == "Ctrl-C":
-            assert status(model).state == "clean"  # cleaned up or completed by the process itself
-        said = recover(model).outcome
-        found = visible(model)
-        assert found in (old, new), (number, done[-1])
-        assert said != "undone" or found == old
-        assert said != "completed" or found == new
-        assert status(model).state == "clean"
-        outcomes.add((said, found == new))
-    else:
-        pytest.fail("never completed")
-    assert {done for _, done in outcomes} == {False, True}
-    if kind == "killed":
-        assert {("undone", False), ("completed", True)} <= outcomes
-
-
-def test_recovery_that_is_killed_is_taken_up_again(tmp_path: Path, scenario: Scenario) -> None:
-    reference, run = scenario(tmp_path / "expected", "first apply")
-    run()
-    new = visible(reference)
-    for number in range(1, 100):
-        folder = tmp_path / f"run{number}"
-        model, run = scenario(folder, "first apply")
-        with pytest.raises(Killed), failing(_decided(scenario, folder / "probe"), Killed, for_good=True):
-            run()
-        assert status(model).state == "interrupted"
-        assert status(model).next == f"kpatch recover {model}"
-        try:
-            with failing(number, Killed, for_good=True) as done:
-                recover(model)
-        except Killed:
-            pass
-        if len(done) < number:
-            break
-        recover(model)
-        assert visible(model) == new
-        revert(model)
-    else:
-        pytest.fail("never completed")
-    assert number > 10
-
-
 def _decided(scenario: Scenario, folder: Path) -> int:
     """The number of the first operation of a first apply that renames a weight file."""
     _, run = scenario(folder, "first apply")
@@ -217,31 +143,6 @@ def test_an_interrupted_checkpoint_is_ended_by_the_next_command(tmp_path: Path, 
             look()
     apply([tmp_path / "c.patch"], model)
     assert [patch["name"] for patch in status(model).patches] == ["a", "c"]
-
-
-@pytest.mark.parametrize("kind", ["EIO once", "ENOSPC from then on", "killed"])
-def test_a_copy_appears_whole_or_not_at_all(tmp_path: Path, kind: str) -> None:
-    error, for_good = KINDS[kind]
-    model = make_checkpoint(tmp_path / "model", sharded=True)
-    make_patch(tmp_path / "a.patch", model)
-    apply([tmp_path / "a.patch"], model, out=tmp_path / "expected")
-    before, expected = snapshot(model), snapshot(tmp_path / "expected")
-    for number in range(1, 2000, 7):
-        out = tmp_path / f"out{number}"
-        try:
-            with failing(number, error, for_good=for_good) as done:
-                apply([tmp_path / "a.patch"], model, out=out)
-        except (KpatchError, Killed):
-            pass
-        assert snapshot(model) == before
-        if out.exists():
-            assert snapshot(out) == expected
-        if len(done) < number:
-            break
-        if kind == "EIO once" and done[-1] not in ("unlink", "rmdir"):
-            assert not list(tmp_path.glob(f".out{number}.*"))
-    else:
-        pytest.fail("never completed")
 
 
 def test_a_full_disk_is_foreseen(tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,7 +262,7 @@ def test_a_staged_file_that_was_tampered_with_is_not_put_in_place(tmp_path: Path
     staged = sorted((model / ".kpatch" / "stage").iterdir())[-1]
     staged.write_bytes(b"short")
     before = snapshot(model)
-    with pytest.raises(Damaged, match="not what was staged"):
+    with pytest.raises(Damaged, match="neither the new one"):
         recover(model)
     assert json.loads((model / ".kpatch" / "journal.json").read_text())["action"] == "apply"
     assert {n: v for n, v in snapshot(model).items() if n.endswith(staged.name)} == {

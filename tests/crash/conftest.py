@@ -1,0 +1,101 @@
+"""Checkpoints of three files to break, the states they may be found in afterwards, and a count of the faults."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from kpatch.checkpoint import closed
+from kpatch.checkpoint.apply import apply
+from tests.support import faults
+from tests.support.checkpoints import make_checkpoint, make_patch, snapshot
+
+Picture = dict[str, tuple[int, str]]
+
+
+def picture(folder: Path) -> Picture:
+    """Everything below a folder but locks, which stay while something is applied."""
+    return {name: value for name, value in snapshot(folder).items() if not name.endswith("/.kpatch/lock")}
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command on a folder with checkpoint `model` and patches a and b: what the folder is before and after it."""
+
+    template: Path
+    arguments: tuple[str, ...]
+    old: Picture
+    new: Picture
+
+    def copy(self, folder: Path) -> list[str]:
+        """A fresh copy of the template, and the command line for it."""
+        shutil.copytree(self.template, folder, symlinks=True)
+        return [argument.replace("@", f"{folder}/") for argument in self.arguments]
+
+
+def mixed(folder: Path, scenario: Scenario) -> bool:
+    """Whether a loader would find weight files of both states, or some of them and nothing that stops it."""
+    found, seen = picture(folder), set()
+    changed = [name for name, value in scenario.old.items() if scenario.new.get(name) != value]
+    weights = [name for name in changed if name.startswith("model/model-")]
+    for name in weights:
+        seen.add("missing" if name not in found else "old" if found[name] == scenario.old[name] else "new")
+        assert found.get(name) in (None, scenario.old[name], scenario.new.get(name)), name
+    closed_sign = "model/config.json" not in found
+    return {"old", "new"} <= seen or (len(seen) > 1 and not closed_sign)
+
+
+# Arguments with @ are paths in the scenario's folder.
+COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "first apply": ("", ("apply", "@a.patch", "@model")),
+    "second apply": ("a", ("apply", "@b.patch", "@model")),
+    "middle revert": ("ab", ("revert", "a", "@model")),
+    "revert all": ("ab", ("revert", "--all", "@model")),
+    "one file": ("", ("apply", "@a.patch", "@model")),
+    "copy": ("a", ("apply", "@b.patch", "@model", "-o", "@out")),
+}
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the machine lives on
+    monkeypatch.setattr(closed, "PAUSE", 0.0)
+
+
+@pytest.fixture(scope="session")
+def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scenario]:
+    """The scenario of a name in COMMANDS; templates and pictures are made once."""
+    faults.warm_up(tmp_path_factory.mktemp("warm"))
+    made: dict[str, Scenario] = {}
+
+    def make(name: str) -> Scenario:
+        if name not in made:
+            applied, arguments = COMMANDS[name]
+            template = tmp_path_factory.mktemp("template") / "at"
+            template.mkdir()
+            model = make_checkpoint(template / "model", "BF16", sharded=name != "one file")
+            for seed, which in enumerate("ab"):
+                make_patch(template / f"{which}.patch", model, seed=seed)
+            if applied:
+                apply([template / f"{which}.patch" for which in applied], model)
+            old = picture(template)
+            after = Scenario(template, arguments, old, {})
+            folder = template.parent / "after"
+            ended = faults.run(after.copy(folder))
+            assert ended.code == 0, ended.err
+            made[name] = Scenario(template, arguments, old, picture(folder))
+        return made[name]
+
+    return make
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say how many faults were injected."""
+    if faults.injected:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(faults.injected.items()))
+        terminalreporter.write_line(f"faults injected: {sum(faults.injected.values()):,} ({kinds})")
