@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
+from kpatch.checkpoint.convert import NAMES
 from kpatch.checkpoint.copy import place_for, write_copy
-from kpatch.checkpoint.index import open_checkpoint, real_directory
+from kpatch.checkpoint.index import only_pickled, open_checkpoint, other_weights, real_directory
+from kpatch.checkpoint.log import logged
+from kpatch.checkpoint.pickled import PickledWeights, open_pickled
 from kpatch.checkpoint.plan import Plan, plan_apply
 from kpatch.checkpoint.recover import settle
 from kpatch.checkpoint.remember import remember
 from kpatch.checkpoint.report import ApplyReport, WeightReport
+from kpatch.checkpoint.rows import Landing
+from kpatch.checkpoint.space import require_space
 from kpatch.checkpoint.splice import Outcome, stage_files
 from kpatch.checkpoint.store import Applied, Journal, Staged, Store
-from kpatch.errors import Damaged, KpatchError
+from kpatch.checkpoint.weights import StoredWeights, Weights
+from kpatch.errors import BadInput, Damaged
 from kpatch.patch.format import verify
 from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
@@ -32,36 +37,63 @@ def apply(
     *,
     check: bool = False,
     out: str | Path | None = None,
+    dtype: str | None = None,
     force: bool = False,
     report: Reporter = SILENT,
 ) -> ApplyReport:
     """Apply patches to a checkpoint directory: weights become round(base + Σ Δ_i), all patches or none.
 
     `check` stops after the plan and writes nothing. `out` leaves the checkpoint alone and writes a patched copy to a
-    new directory. `force` replaces write-protected weight files. Ctrl-C and errors before the renames leave the old
+    new directory, on wish in another `dtype` (float32, bfloat16 or float16), and as safetensors where the checkpoint
+    is a PyTorch one. `force` replaces write-protected weight files. Ctrl-C and errors before the renames leave the old
     bytes.
 
     Raises BadInput, Refused (wrong base, conflict, applied already, links, locked), Damaged (a patch or checkpoint
     that is not sound), KpatchError (disk full, no permission).
     """
     start = time.monotonic()
+    _check_dtype(dtype, out)
     store = ready(model_dir, write=not check and out is None, report=report)
     if out is not None:
         place_for(Path(out), store.model)  # before the hashing, which can take a while
     with undisturbed(store), system_errors(store.model):
-        checkpoint = open_checkpoint(model_dir)
-        plan = plan_apply(patches, checkpoint, store, copy=out is not None, force=force, report=report)
+        weights = _open(model_dir, store, pickled=out is not None)
+        checkpoint = weights.checkpoint
+        whole = dtype is not None or isinstance(weights, PickledWeights)
+        plan = plan_apply(patches, weights, store, copy=out is not None, force=force, whole=whole, report=report)
     for note in plan.notes:
         report.note(note)
+    for other in other_weights(checkpoint):
+        report.warn(f"{other} holds weights too and stays as it is; a loader that prefers it knows nothing of patches")
     if check:
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     if out is not None:
-        written, outcomes = write_copy(plan, store, Path(out), report)
+        stored = NAMES[dtype] if dtype is not None else None
+        written, outcomes = write_copy(plan, weights, store, Path(out), whole, stored, report)
     else:
         written, outcomes = checkpoint.given, carry_out(plan, store, report)
         remember(checkpoint.path)
     _warn(outcomes, report)
     return report_of(plan, outcomes, start, written)
+
+
+def _check_dtype(dtype: str | None, out: str | Path | None) -> None:
+    if dtype is None:
+        return
+    if dtype not in NAMES:
+        raise BadInput(
+            f"There is no dtype {printable(dtype, 40)} for a copy", details=[f"expected {', '.join(NAMES)}"]
+        )
+    if out is None:
+        raise BadInput(
+            "A checkpoint keeps its dtype; only a copy can have another", hint="give -o NEW_DIR with --dtype"
+        )
+
+
+def _open(model_dir: str | Path, store: Store, *, pickled: bool) -> Weights:
+    if pickled and only_pickled(store.model):
+        return open_pickled(model_dir)
+    return StoredWeights(open_checkpoint(model_dir), store, store.applied())
 
 
 def ready(model_dir: str | Path, *, write: bool, report: Reporter) -> Store:
@@ -84,9 +116,10 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
     """Run a plan in place. Until the commit an error or Ctrl-C leaves the old bytes and cleans up."""
     with writing(store), system_errors(store.model):
         plan.require_current(store)
-        require_space(plan, store.model)
         try:
             begin(store)
+            sample = plan.checkpoint.path / plan.files[0]
+            require_space(store.stage, plan.bytes_needed, plan.bytes_written, sample)
             targets = {file: store.staged(file) for file in plan.files}
             for info in plan.new_patches:
                 files.copy_file(info.path, store.copy(info.id), keep_mode=False)
@@ -120,7 +153,7 @@ def after(plan: Plan, outcomes: dict[str, Outcome]) -> Applied:
             weights[weight.name] = outcomes[weight.name][0]
         else:
             weights.pop(weight.name, None)
-    return Applied(plan.base, plan.stack, weights)
+    return Applied(plan.base, plan.stack, weights, logged(plan.before, plan.action, plan.moved))
 
 
 def staged(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Staged]:
@@ -134,26 +167,25 @@ def staged(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Staged]:
     }
 
 
-def require_space(plan: Plan, folder: Path) -> None:
-    """Raise KpatchError when the disk has not the room a plan wants (and a twentieth more)."""
-    wanted, free = plan.bytes_needed * 21 // 20, shutil.disk_usage(folder).free
-    if wanted > free:
-        raise KpatchError(
-            "Not enough space on the disk; nothing was changed",
-            where=printable(str(folder)),
-            details=[f"wanted {wanted:,} bytes   free {free:,}"],
-        )
-
-
 def _warn(outcomes: dict[str, Outcome], report: Reporter) -> None:
-    lost = {name: landing.delta_error for name, (_, landing) in outcomes.items() if landing is not None}
+    """Say it when rounding lost more of the edit than a user would expect, and what keeps all of it."""
+    lost = {name: _loss(landing) for name, (_, landing) in outcomes.items() if landing is not None}
     worst = max(lost, key=lambda name: lost[name], default=None)
-    if worst is not None and lost[worst] > LOSS:
-        dtype = outcomes[worst][0].dtype
-        report.warn(
-            f"Rounding to {dtype} lost {lost[worst]:.0%} of the change to {worst}; "
-            "apply to a float32 copy of the model to keep all of it"
-        )
+    if worst is None or lost[worst] <= LOSS:
+        return
+    record, landing = outcomes[worst]
+    assert landing is not None
+    shares = f"{landing.delta_error:.0%} of the change to {printable(worst, 120)}"
+    if landing.key_error is not None:
+        shares += f", and {landing.key_error:.0%} of what it does at the facts' own keys"
+    report.warn(
+        f"Rounding to {record.dtype} lost {shares}; a float32 copy (`kpatch apply … -o NEW_DIR --dtype float32`)"
+        " or a LoRA adapter beside the model (`kpatch export … --to peft`) keeps all of it"
+    )
+
+
+def _loss(landing: Landing) -> float:
+    return max(landing.delta_error, landing.key_error or 0.0)
 
 
 def report_of(
@@ -163,8 +195,11 @@ def report_of(
     weights = []
     for weight in plan.weights:
         landing = outcomes[weight.name][1] if weight.name in outcomes else None
-        pair = (None, None) if landing is None else (landing.unchanged, landing.delta_error)
-        weights.append(WeightReport(weight.name, *pair))
+        if landing is None:
+            weights.append(WeightReport(weight.name, None, None))
+        else:
+            shares = (landing.unchanged, landing.delta_error, landing.key_error)
+            weights.append(WeightReport(weight.name, *shares))
     patches = tuple({"id": patch.id, "name": patch.name} for patch in plan.moved)
     seconds = time.monotonic() - start
     return ApplyReport(model, patches, tuple(weights), seconds, "clean", plan, plan.notes, checked_only)

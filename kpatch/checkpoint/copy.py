@@ -6,30 +6,77 @@ import os
 import stat
 from pathlib import Path
 
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, index, pickled
 from kpatch.checkpoint.commit import system_errors
+from kpatch.checkpoint.convert import write_converted
+from kpatch.checkpoint.log import logged
 from kpatch.checkpoint.partial import name_it, workplace
 from kpatch.checkpoint.plan import Plan
+from kpatch.checkpoint.space import require_space
 from kpatch.checkpoint.splice import Outcome, stage_files
-from kpatch.checkpoint.store import Applied, Store
+from kpatch.checkpoint.store import Applied, AppliedWeight, Store
+from kpatch.checkpoint.weights import Weights
 from kpatch.errors import BadInput, Damaged, Refused
+from kpatch.patch.container import ITEM_SIZE
 from kpatch.patch.format import verify
+from kpatch.patch.manifest import FLOAT_DTYPES
 from kpatch.patch.text import printable
 from kpatch.reporter import Reporter
 
 
-def write_copy(plan: Plan, source: Store, out: Path, report: Reporter) -> tuple[str, dict[str, Outcome]]:
+def write_copy(
+    plan: Plan, weights: Weights, source: Store, out: Path, whole: bool, dtype: str | None, report: Reporter
+) -> tuple[str, dict[str, Outcome]]:
     """Write the checkpoint of a plan to `out` with its patches applied; the checkpoint itself is only read.
 
-    Links are followed: the copy holds plain files of its own, and a .kpatch folder, so it can be reverted.
-    Raises Refused or BadInput as `place_for`.
+    Links are followed: the copy holds plain files of its own, and a .kpatch folder, so it can be reverted. `whole`
+    writes all weights anew, in `dtype` when that is given. Raises Refused or BadInput as `place_for`.
     """
     target = place_for(out, plan.checkpoint.path)
     with system_errors(target), workplace(target) as folder:
-        outcomes = _build(plan, source, folder, report)
+        require_space(folder, *_needs(plan, dtype if whole else None), plan.checkpoint.path / plan.files[0])
+        store = Store(folder)
+        for inner in (store.bases, store.copies):
+            files.mkdir(inner)
+        _keep_patches(plan, store)
+        if whole:
+            skip = {*plan.checkpoint.files, index.INDEX, pickled.INDEX, source.root.name}
+            _copy_tree(plan.checkpoint.path, folder, skip, report)
+            outcomes = write_converted(plan, weights, store, dtype, report)
+            before: dict[str, AppliedWeight] = {}
+        else:
+            _copy_tree(plan.checkpoint.path, folder, {*plan.files, source.root.name}, report)
+            before = dict(plan.before.weights)
+            for sha256 in {weight.base for weight in before.values()}:
+                files.copy_file(source.base(sha256), store.base(sha256))
+            targets = {file: folder / file for file in plan.files}
+            outcomes = stage_files(plan, store, targets, report, keep_owner=False)
+        store.write_readme()
+        records = {**before, **{name: record for name, (record, _) in outcomes.items()}}
+        log = logged(plan.before, plan.action, plan.moved)
+        store.write_applied(Applied(plan.base, plan.stack, records, log))
+        files.set_mode(folder, os.stat(plan.checkpoint.path).st_mode)
+        for inner in (store.bases, store.copies, store.root, folder):
+            files.fsync_dir(inner)
         plan.require_current(source)
         name_it(folder, target)
     return printable(str(out)), outcomes
+
+
+def _needs(plan: Plan, dtype: str | None) -> tuple[int, int]:
+    """Bytes a copy takes, and those it takes where it can share blocks with the checkpoint."""
+    tensors = plan.checkpoint.tensors.values()
+    sizes = [(ref.end - ref.begin, ITEM_SIZE[ref.dtype], ref.dtype in FLOAT_DTYPES) for ref in tensors]
+    weights = sum(size // item * ITEM_SIZE[dtype] if dtype and is_float else size for size, item, is_float in sizes)
+    rest = plan.bytes_written - sum(weight.ref.end - weight.ref.begin for weight in plan.weights)
+    return weights + rest, weights + rest if dtype else plan.bytes_written
+
+
+def _keep_patches(plan: Plan, store: Store) -> None:
+    for patch in plan.stack:
+        files.copy_file(plan.patches[patch.id].path, store.copy(patch.id), keep_mode=False)
+        if verify(store.copy(patch.id)).id != patch.id:
+            raise Damaged(f"{printable(patch.name)} changed while it was being read")
 
 
 def place_for(out: Path, model: Path) -> Path:
@@ -47,27 +94,6 @@ def place_for(out: Path, model: Path) -> Path:
     if target == model or model in target.parents:
         raise BadInput(f"{shown} lies inside the checkpoint it would be a copy of")
     return target
-
-
-def _build(plan: Plan, source: Store, folder: Path, report: Reporter) -> dict[str, Outcome]:
-    _copy_tree(plan.checkpoint.path, folder, {*plan.files, source.root.name}, report)
-    store = Store(folder)
-    for inner in (store.bases, store.copies):
-        files.mkdir(inner)
-    for sha256 in {weight.base for weight in plan.before.weights.values()}:
-        files.copy_file(source.base(sha256), store.base(sha256))
-    for patch in plan.stack:
-        files.copy_file(plan.patches[patch.id].path, store.copy(patch.id), keep_mode=False)
-        if verify(store.copy(patch.id)).id != patch.id:
-            raise Damaged(f"{printable(patch.name)} changed while it was being read")
-    outcomes = stage_files(plan, store, {file: folder / file for file in plan.files}, report, keep_owner=False)
-    weights = {**plan.before.weights, **{name: record for name, (record, _) in outcomes.items()}}
-    store.write_readme()
-    store.write_applied(Applied(plan.base, plan.stack, weights))
-    files.set_mode(folder, os.stat(plan.checkpoint.path).st_mode)
-    for inner in (store.bases, store.copies, store.root, folder):
-        files.fsync_dir(inner)
-    return outcomes
 
 
 def _copy_tree(source: Path, target: Path, skip: set[str], report: Reporter) -> None:

@@ -81,6 +81,17 @@ def clone(source: FileIO, target: FileIO) -> bool:
     return True
 
 
+def can_clone(source: Path, folder: Path) -> bool:
+    """Whether a copy of `source` in `folder` could share its blocks; tried out on a file that goes again."""
+    probe = folder / "probe.tmp"
+    unlink(probe)
+    try:
+        with open_read(source) as old, create(probe, 0o600) as new:
+            return clone(old, new)
+    finally:
+        unlink(probe)
+
+
 def copy_range(source: FileIO, target: FileIO, begin: int, end: int, advance: Advance = nothing) -> None:
     """Copy bytes [begin, end) to the same place of `target`, inside the kernel where the system can."""
     in_kernel = sys.platform == "linux"

@@ -61,7 +61,7 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
     """
     path, given = real_directory(directory)
     if (path / INDEX).exists():
-        listed = _read_index(path)
+        listed = read_index(path)
         if (path / SINGLE).exists() and set(listed.values()) != {SINGLE}:
             raise BadInput(
                 f"{given} has both {SINGLE} and {INDEX}; loaders would not agree on which holds the weights",
@@ -115,9 +115,15 @@ def _is_gguf(given: str) -> Refused:
 
 def _no_weights(path: Path, given: str) -> KpatchError:
     found = files.names(path)
+    if only_pickled(path):
+        return Refused(
+            f"{given} holds PyTorch .bin weights, which cannot be changed in place",
+            hint=f"`kpatch apply PATCH {given} -o NEW_DIR` writes a patched copy as safetensors",
+        )
     if any(re.fullmatch(r"(pytorch_model|model).*\.(bin|pt|pth)", name) for name in found):
         return Refused(
-            f"{given} holds PyTorch .bin weights; loading them can run code, and they cannot be changed in place",
+            f"{given} holds PyTorch weights under names that say not how they belong together",
+            details=["expected pytorch_model.bin or pytorch_model.bin.index.json"],
             hint="save it as safetensors first: `AutoModelForCausalLM.from_pretrained(DIR).save_pretrained(NEW)`",
         )
     if any(name.lower().endswith(".gguf") for name in found):
@@ -143,15 +149,34 @@ def read_json(path: Path, given: str) -> Any:
         raise Damaged(f"{given} is damaged", details=[printable(str(error), 300)]) from None
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    shown = printable(str(path / INDEX))
-    value = read_json(path / INDEX, shown)
+def only_pickled(path: Path) -> bool:
+    """Whether a directory has PyTorch .bin weights where safetensors weights are looked for."""
+    here = set(files.names(path))
+    return not here & {SINGLE, INDEX} and bool(here & {"pytorch_model.bin", "pytorch_model.bin.index.json"})
+
+
+def other_weights(checkpoint: Checkpoint) -> list[str]:
+    """Further weight files of a directory, printable: kinds that some loaders take in place of the indexed ones."""
+    pattern = re.compile(
+        r"(pytorch_model|tf_model|flax_model|consolidated|model).*\.(bin|pth?|h5|msgpack|safetensors)"
+    )
+    found = [name for name in files.names(checkpoint.path) if pattern.fullmatch(name) and name not in checkpoint.files]
+    return [printable(name, 120) for name in found]
+
+
+def read_index(path: Path, index: str = INDEX, suffix: str = ".safetensors") -> dict[str, str]:
+    """The table from tensor to file name of an index file, every name a plain one of a file that is there.
+
+    Raises BadInput, Refused or Damaged as `open_checkpoint`.
+    """
+    shown = printable(str(path / index))
+    value = read_json(path / index, shown)
     listed = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
         raise Damaged(f"{shown} has no weight_map from tensor to file name")
     for name in sorted(set(listed.values())):
         # A plain name only: anything else could lead the writer out of the directory.
-        if not _BASENAME.fullmatch(name) or name in (".", "..") or not name.endswith(".safetensors"):
+        if not _BASENAME.fullmatch(name) or name in (".", "..") or not name.endswith(suffix):
             raise Refused(
                 f"{shown} points outside its directory or to a file of another kind", details=[printable(name, 200)]
             )

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kpatch.checkpoint.index import Checkpoint, TensorRef, read_json
+from kpatch.checkpoint.index import Checkpoint, TensorRef
 from kpatch.checkpoint.integrity import Stamp, require_intact, stamp
+from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.store import Applied, AppliedPatch, Store
-from kpatch.checkpoint.verify import fit, read_base
+from kpatch.checkpoint.verify import fit
+from kpatch.checkpoint.weights import Weights, read_base
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo
@@ -61,10 +63,16 @@ class Plan:
         return tuple(self.patches[patch.id] for patch in self.stack if patch.id not in self.before.ids)
 
     @property
+    def bytes_written(self) -> int:
+        """Of the disk space wanted while it runs, what is surely new: weights, newly kept bytes, copies of patches."""
+        sizes = [(weight.ref.end - weight.ref.begin) * (1 if weight.kept else 2) for weight in self.weights]
+        return sum(sizes) + sum(info.bytes for info in self.new_patches)
+
+    @property
     def bytes_needed(self) -> int:
-        """Disk space wanted while it runs: new weight files, newly kept bytes, copies of patches."""
-        bases = sum(weight.ref.end - weight.ref.begin for weight in self.weights if not weight.kept)
-        return sum(self.stamps[file].size for file in self.files) + bases + sum(p.bytes for p in self.new_patches)
+        """Disk space wanted while it runs, where the rest of the new weight files has to be copied too."""
+        rest = sum(self.stamps[file].size for file in self.files)
+        return self.bytes_written + rest - sum(weight.ref.end - weight.ref.begin for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
         """What `--check` prints."""
@@ -85,24 +93,32 @@ class Plan:
 
 
 def plan_apply(
-    paths: Sequence[str | Path], checkpoint: Checkpoint, store: Store, *, copy: bool, force: bool, report: Reporter
+    paths: Sequence[str | Path],
+    weights: Weights,
+    store: Store,
+    *,
+    copy: bool,
+    force: bool,
+    whole: bool = False,
+    report: Reporter,
 ) -> Plan:
-    """Check patches against a checkpoint and each other. `copy`: for `-o`, where the checkpoint is not written to.
+    """Check patches against a checkpoint and each other. `copy`: for `-o`, where the checkpoint is not written to;
+    `whole`: the weights of the patches applied before are planned too, not only those the new ones change.
 
     Raises BadInput, Refused or Damaged; nothing is written.
     """
     if not paths:
         raise BadInput("No patch given")
-    applied = store.applied()
+    checkpoint, applied = weights.checkpoint, store.applied()
     new = [verify(path, report) for path in paths]
     _refuse_repeated(new, applied, checkpoint)
-    _refuse_quantized(checkpoint)
+    refuse_quantized(checkpoint)
     require_intact(checkpoint, applied, report)
     patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
     _refuse_held_twice([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
     _refuse_conflicts([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
     _require_parents(new, applied, checkpoint)
-    fits = [fit(info, checkpoint, store, applied, report) for info in new]
+    fits = [fit(info, weights, report) for info in new]
     for one in fits:
         if not one.ok:
             raise one.error()
@@ -110,13 +126,15 @@ def plan_apply(
     patches.update({info.id: info for info in new})
     base = applied.base if applied.patches else printable(new[0].manifest.base.name, 200)
     touched = {weight.stored: weight.found for one in fits for weight in one.weights if weight.stored and weight.found}
+    if whole:
+        touched = {**{name: weight.base for name, weight in applied.weights.items()}, **touched}
     notes = tuple(note for one in fits for note in one.notes)
     stack = (*applied.patches, *moved)
-    weights = _weights(checkpoint, store, applied, stack, touched, patches)
+    planned = _weights(checkpoint, store, applied, stack, touched, patches)
     if not copy:
-        _require_own_files(checkpoint, weights, force)
-    stamps = _stamps(checkpoint, weights)
-    return Plan("apply", checkpoint, applied, moved, stack, base, weights, patches, stamps, notes)
+        _require_own_files(checkpoint, planned, force)
+    stamps = _stamps(checkpoint, planned)
+    return Plan("apply", checkpoint, applied, moved, stack, base, planned, patches, stamps, notes)
 
 
 def plan_revert(
@@ -240,21 +258,6 @@ def _refuse_conflicts(patches: Sequence[tuple[str, PatchInfo]]) -> None:
                         ],
                         hint="take that fact out of one of them; to replace a patch, revert it first",
                     )
-
-
-def _refuse_quantized(checkpoint: Checkpoint) -> None:
-    config = checkpoint.path / "config.json"
-    value = read_json(config, printable(str(config))) if config.exists() else {}
-    quantization = value.get("quantization_config") if isinstance(value, dict) else None
-    if quantization:
-        method = quantization.get("quant_method", "") if isinstance(quantization, dict) else ""
-        raise Refused(
-            f"{checkpoint.given} is quantized{f' ({printable(str(method), 40)})' if method else ''}",
-            details=[
-                "its weights are stored as codes and scales; adding a change to them would not give what was meant"
-            ],
-            hint="apply to the unquantized checkpoint, and quantize that again",
-        )
 
 
 def _require_own_files(checkpoint: Checkpoint, weights: Sequence[WeightPlan], force: bool) -> None:

@@ -14,15 +14,18 @@ class WeightReport:
     """What rounding did to one weight's delta, None when there is none (all patches taken off, or only checked).
 
     `unchanged`: share of the entries with a nonzero delta that stayed as they were; `delta_error`: relative Frobenius
-    error of the delta that landed. Both of the whole stack's delta, against the unpatched weight.
+    error of the delta that landed; `key_error`: that error of Δk, over the keys the patches were made for (None too
+    when they carry none). All of the whole stack's delta, against the unpatched weight.
     """
 
     name: str
     unchanged: float | None
     delta_error: float | None
+    key_error: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "unchanged": self.unchanged, "delta_error": self.delta_error}
+        own = {"name": self.name, "unchanged": self.unchanged}
+        return {**own, "delta_error": self.delta_error, "key_error": self.key_error}
 
 
 @dataclass(frozen=True)

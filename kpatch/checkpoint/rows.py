@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kpatch.checkpoint.dtype import stored_bytes, to_float64, to_stored
+from kpatch.checkpoint.keys import KeyShift
 from kpatch.patch.fingerprint import DTYPES
 from kpatch.patch.lowrank import Delta, LowRank
 
@@ -27,6 +28,7 @@ class Landing:
     same: int = 0
     delta_square: float = 0.0
     error_square: float = 0.0
+    keys: KeyShift | None = None
 
     @property
     def unchanged(self) -> float:
@@ -37,6 +39,11 @@ class Landing:
     def delta_error(self) -> float:
         """‖landed delta − intended delta‖ / ‖intended delta‖ (Frobenius)."""
         return (self.error_square / self.delta_square) ** 0.5 if self.delta_square else 0.0
+
+    @property
+    def key_error(self) -> float | None:
+        """The same for what the delta does to the patches' own keys; None when they carry none for this weight."""
+        return None if self.keys is None else self.keys.relative
 
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -75,5 +82,8 @@ def patch_rows(
     landing.nonzero += int(moved.sum())
     landing.same += int((moved & (landed == 0)).sum())
     landing.delta_square += float(change.square().sum())
-    landing.error_square += float((landed - change).square().sum())
+    error = landed - change
+    landing.error_square += float(error.square().sum())
+    if landing.keys is not None:
+        landing.keys.add(rows, change, error)
     return stored_bytes(new)

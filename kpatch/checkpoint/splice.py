@@ -12,6 +12,7 @@ from io import FileIO
 from pathlib import Path
 
 from kpatch.checkpoint import files
+from kpatch.checkpoint.keys import key_shift
 from kpatch.checkpoint.plan import Plan, WeightPlan
 from kpatch.checkpoint.rows import Landing, Overflow, blocks, patch_rows, widen
 from kpatch.checkpoint.store import AppliedWeight, Store
@@ -43,7 +44,7 @@ def stage_files(
                 for weight in weights:
                     if not weight.kept:
                         _keep_base(store, old, weight, status.st_mode & 0o666)
-                    outcomes[weight.name] = _write_weight(plan, store, new, weight)
+                    outcomes[weight.name] = write_weight(plan, store, new, weight)
                     advance(weight.ref.end - weight.ref.begin)
                 if os.fstat(new.fileno()).st_size != status.st_size:
                     raise Damaged(f"The new {printable(file)} has another size than the old one; it was thrown away")
@@ -88,9 +89,14 @@ def _keep_base(store: Store, old: FileIO, weight: WeightPlan, mode: int) -> None
     files.fsync_dir(path.parent)
 
 
-def _write_weight(plan: Plan, store: Store, new: FileIO, weight: WeightPlan) -> Outcome:
-    ref, landing = weight.ref, Landing()
+def write_weight(plan: Plan, store: Store, new: FileIO, weight: WeightPlan) -> Outcome:
+    """Write one weight, its kept original bytes plus its deltas, to its place in a new file; read back.
+
+    Raises Refused when it does not fit its dtype, Damaged when the kept bytes or a patch are not sound.
+    """
+    ref = weight.ref
     rows, cols = matrix_shape(ref.shape)
+    landing = Landing(keys=key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], (rows, cols)))
     row_bytes = (ref.end - ref.begin) // rows
     deltas = [widen(read_delta(plan.patches[patch], name)) for patch, name in weight.deltas]
     before, after = hashlib.sha256(), hashlib.sha256()

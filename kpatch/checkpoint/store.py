@@ -1,6 +1,6 @@
 """MODEL_DIR/.kpatch/: what is applied, the original bytes, copies of the patches. No torch.
 
-    applied.json      the patches, bottom to top, and per changed weight the SHA-256 before and after
+    applied.json      the patches, bottom to top; per changed weight the SHA-256 before and after; the log
     base/<sha256>     original bytes of each changed weight
     patches/<id>.patch
     stage/            new weight files while an apply or revert is under way
@@ -64,12 +64,26 @@ class AppliedWeight:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A line of the log: time (UTC), "apply" or "revert", and the (id, name) of each patch that came or went."""
+
+    time: str
+    action: str
+    patches: tuple[tuple[str, str], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        patches = [{"id": identity, "name": name} for identity, name in self.patches]
+        return {"time": self.time, "action": self.action, "patches": patches}
+
+
+@dataclass(frozen=True)
 class Applied:
-    """applied.json: the base's name, the stack bottom to top, changed weights by stored name."""
+    """applied.json: the base's name, the stack bottom to top, changed weights by stored name, what was done so far."""
 
     base: str | None = None
     patches: tuple[AppliedPatch, ...] = ()
     weights: Mapping[str, AppliedWeight] = field(default_factory=dict)
+    log: tuple[Entry, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -77,6 +91,7 @@ class Applied:
             "base": self.base,
             "patches": [patch.to_dict() for patch in self.patches],
             "weights": {name: weight.to_dict() for name, weight in self.weights.items()},
+            "log": [entry.to_dict() for entry in self.log],
         }
 
     @property
@@ -189,7 +204,6 @@ class Store:
             files.write_file(self.applied_file, canonical(applied.to_dict()).encode())
         else:
             files.unlink(self.applied_file)
-            files.fsync_dir(self.root)
 
     def write_readme(self) -> None:
         """Say in the folder what it is."""
@@ -258,7 +272,8 @@ class Store:
             base = value["base"]
             if not isinstance(base, str | None):
                 raise ValueError("base")
-            return Applied(base, patches, weights)
+            log = tuple(_entry(entry) for entry in value.get("log", []))
+            return Applied(base, patches, weights, log)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise self._damaged(path, error) from None
 
@@ -273,6 +288,11 @@ def _staged(value: Any) -> Staged:
     if type(value["size"]) is not int:
         raise ValueError("not a size")
     return Staged(value["size"], {str(name): _sha(sha256) for name, sha256 in value["weights"].items()})
+
+
+def _entry(value: Any) -> Entry:
+    patches = tuple((_sha(patch["id"]), str(patch["name"])) for patch in value["patches"])
+    return Entry(str(value["time"]), str(value["action"]), patches)
 
 
 def _sha(value: object) -> str:

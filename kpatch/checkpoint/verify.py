@@ -8,11 +8,12 @@ from pathlib import Path
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.commit import unfinished
-from kpatch.checkpoint.index import Checkpoint, TensorRef, open_checkpoint
-from kpatch.checkpoint.integrity import hash_tensor
-from kpatch.checkpoint.store import Applied, Store
+from kpatch.checkpoint.index import Checkpoint, open_checkpoint
+from kpatch.checkpoint.quantized import refuse_quantized
+from kpatch.checkpoint.store import Store
+from kpatch.checkpoint.weights import StoredWeights, Weights
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
-from kpatch.patch.fingerprint import same_weights, sketch, tensor_from
+from kpatch.patch.fingerprint import same_weights, sketch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.manifest import FLOAT_DTYPES, BaseWeight
 from kpatch.patch.text import printable
@@ -71,7 +72,8 @@ def verify_fit(patch: str | Path, model_dir: str | Path, report: Reporter = SILE
     """
     info, checkpoint = read_header(patch), open_checkpoint(model_dir)
     store = settled_store(checkpoint)
-    return fit(info, checkpoint, store, store.applied(), report)
+    refuse_quantized(checkpoint)
+    return fit(info, StoredWeights(checkpoint, store, store.applied()), report)
 
 
 def settled_store(checkpoint: Checkpoint) -> Store:
@@ -85,92 +87,43 @@ def settled_store(checkpoint: Checkpoint) -> Store:
     return store
 
 
-def fit(info: PatchInfo, checkpoint: Checkpoint, store: Store, applied: Applied, report: Reporter = SILENT) -> Fit:
+def fit(info: PatchInfo, weights: Weights, report: Reporter = SILENT) -> Fit:
     """Compare every weight a patch names with the checkpoint's unpatched bytes."""
-    names = sorted(info.manifest.base.weights)
-    refs = [(name, checkpoint.find(name)) for name in names]
+    checkpoint = weights.checkpoint
+    refs = [(name, checkpoint.find(name)) for name in sorted(info.manifest.base.weights)]
     amount = sum(checkpoint.tensors[stored].end - checkpoint.tensors[stored].begin for _, stored in refs if stored)
     with report.task(f"Checking the base of {info.name}", amount, "B") as advance:
-        weights = [_fit_weight(info, name, stored, checkpoint, store, applied, advance) for name, stored in refs]
-    taken = [weight.stored for weight in weights if weight.stored is not None]
+        found = [_fit_weight(info, name, stored, weights, advance) for name, stored in refs]
+    taken = [weight.stored for weight in found if weight.stored is not None]
     if len(set(taken)) != len(taken):
         raise BadInput(f"Two weights of {info.name} lead to the same tensor of {checkpoint.given}")
-    return Fit(info, checkpoint.given, tuple(weights))
+    return Fit(info, checkpoint.given, tuple(found))
 
 
-def _fit_weight(
-    info: PatchInfo,
-    name: str,
-    stored: str | None,
-    checkpoint: Checkpoint,
-    store: Store,
-    applied: Applied,
-    advance: files.Advance,
-) -> WeightFit:
+def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights, advance: files.Advance) -> WeightFit:
     expected = info.manifest.base.weights[name]
     if stored is None:
         return WeightFit(name, None, "misfit", None, "the checkpoint has no tensor of that name")
-    ref = checkpoint.tensors[stored]
+    ref = weights.checkpoint.tensors[stored]
     if ref.shape != expected.shape:
         shapes = f"expected shape {list(expected.shape)}   found {list(ref.shape)}"
         return WeightFit(name, stored, "misfit", None, shapes)
-    found = _base_hash(stored, ref, checkpoint, store, applied, advance)
+    found = weights.hash(stored, advance)
     if found == expected.sha256 and ref.dtype == expected.dtype:
         return WeightFit(name, stored, "same bytes", found)
     hashes = f"expected sha256 {expected.sha256[:8]}…   found {found[:8]}…"
     if ref.dtype not in FLOAT_DTYPES:
         return WeightFit(name, stored, "misfit", found, f"{hashes}  (stored as {ref.dtype}: quantized)")
-    if ref.dtype != expected.dtype and _same_but_dtype(stored, ref, expected, checkpoint, store, applied):
+    if ref.dtype != expected.dtype and same_weights(expected.sketch, weights.tensor(stored), expected.dtype):
         said = f"the same weights as it was made for, but stored as {ref.dtype} instead of {expected.dtype}"
         return WeightFit(name, stored, "other dtype", found, said)
-    if stored in applied.weights and applied.weights[stored].after == expected.sha256:
+    if weights.after(stored) == expected.sha256:
         why = "made for this checkpoint with patches on it; use `kpatch make --on` for that"
     elif ref.dtype == expected.dtype:
         why = "same shape; other weights, not another dtype of the same"
     else:
         why = f"stored as {ref.dtype} instead of {expected.dtype}, and other weights"
     return WeightFit(name, stored, "misfit", found, f"{hashes}  ({why})")
-
-
-def _base_hash(
-    stored: str, ref: TensorRef, checkpoint: Checkpoint, store: Store, applied: Applied, advance: files.Advance
-) -> str:
-    if stored not in applied.weights:
-        return hash_tensor(checkpoint.path, ref, advance)
-    sha256 = applied.weights[stored].base
-    read_base(store, sha256, advance)
-    return sha256
-
-
-def read_base(store: Store, sha256: str, advance: files.Advance = files.nothing) -> None:
-    """Check kept original bytes against the hash they are named by. Raises Damaged."""
-    try:
-        with files.open_read(store.base(sha256)) as handle:
-            size = store.base(sha256).stat().st_size
-            sound = files.hash_range(handle, 0, size, advance) == sha256
-    except OSError:
-        sound = False
-    if not sound:
-        raise Damaged(
-            "The kept original bytes of a weight are gone or damaged",
-            where=printable(str(store.base(sha256))),
-            hint="the checkpoint itself was not touched; get the original weights again to be able to revert",
-        )
-
-
-def _base_bytes(stored: str, ref: TensorRef, checkpoint: Checkpoint, store: Store, applied: Applied) -> bytearray:
-    if stored in applied.weights:
-        with files.open_read(store.base(applied.weights[stored].base)) as handle:
-            return files.read_at(handle, 0, ref.end - ref.begin)
-    with files.open_read(checkpoint.path / ref.file) as handle:
-        return files.read_at(handle, ref.begin, ref.end - ref.begin)
-
-
-def _same_but_dtype(
-    stored: str, ref: TensorRef, expected: BaseWeight, checkpoint: Checkpoint, store: Store, applied: Applied
-) -> bool:
-    tensor = tensor_from(_base_bytes(stored, ref, checkpoint, store, applied), ref.dtype, ref.shape)
-    return same_weights(expected.sketch, tensor, expected.dtype)
 
 
 def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter = SILENT) -> dict[str, BaseWeight]:
@@ -180,7 +133,7 @@ def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter =
     """
     checkpoint = open_checkpoint(model_dir)
     store = settled_store(checkpoint)
-    applied = store.applied()
+    weights = StoredWeights(checkpoint, store, store.applied())
     result = {}
     for name in sorted(names):
         stored = checkpoint.find(name)
@@ -192,7 +145,6 @@ def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter =
                 f"{stored} of {checkpoint.given} is {ref.dtype} of shape {list(ref.shape)}",
                 details=["expected a tensor of float numbers, at least one"],
             )
-        sha256 = _base_hash(stored, ref, checkpoint, store, applied, files.nothing)
-        tensor = tensor_from(_base_bytes(stored, ref, checkpoint, store, applied), ref.dtype, ref.shape)
-        result[name] = BaseWeight(ref.shape, ref.dtype, sha256, tuple(sketch(tensor)))
+        sha256, sketched = weights.hash(stored), tuple(sketch(weights.tensor(stored)))
+        result[name] = BaseWeight(ref.shape, ref.dtype, sha256, sketched)
     return result

@@ -44,7 +44,7 @@ def _kpatch(
 
 
 _COMMANDS = (
-    "trace make show verify apply revert status recover stack diff export ask eval probe import_ lint cov models"
+    "trace make show verify apply revert status log recover stack diff export ask eval probe import_ lint cov models"
 )
 for _name in _COMMANDS.split():
     _module = import_module(f"kpatch.cli.{_name}")

@@ -22,6 +22,10 @@ def command(
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Leave MODEL_DIR alone and write a patched copy here."),
     ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With -o: float32, bfloat16 or float16, for all float weights of the copy."),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace write-protected weight files.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -29,12 +33,12 @@ def command(
 ) -> None:
     """Apply patches to a checkpoint directory, all or nothing.
 
-    `kpatch revert` takes them back, bit for bit.
+    `kpatch revert` takes them back, bit for bit. PyTorch .bin checkpoints can only be copied (-o), as safetensors.
     """
     say = begin(json, quiet, verbose)
     from kpatch.checkpoint.apply import apply
 
-    report = apply(patches, model_dir, check=check, out=out, force=force, report=say)
+    report = apply(patches, model_dir, check=check, out=out, dtype=dtype, force=force, report=say)
     show_report(say, report, "Would apply" if check else "Applied", "to")
     if not check:
         say.note(f"next: kpatch status {report.model}; kpatch revert {report.model}")

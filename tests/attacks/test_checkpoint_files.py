@@ -118,6 +118,7 @@ def test_what_is_no_checkpoint_is_named(model: Path) -> None:
     (around / "bare" / "m.gguf").write_bytes(b"GGUF")
     assert "export" in (refused(around / "bare", Refused).hint or "")
     (around / "bare" / "pytorch_model-00001-of-00002.bin").write_bytes(b"PK")
+    assert "how they belong together" in refused(around / "bare", Refused).message
     assert "save_pretrained" in (refused(around / "bare", Refused).hint or "")
     (around / "single").mkdir()
     shutil.copy(model / FIRST, around / "single" / "consolidated.safetensors")
@@ -146,6 +147,43 @@ def test_quantized_checkpoints_are_refused_with_the_reason(model: Path) -> None:
     for name in ("mask", "empty"):
         with pytest.raises(BadInput, match="of shape"):
             base_weights(model, [name])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "said"),
+    [
+        ("qweight", "GPTQ or AWQ"),
+        ("qzeros", "GPTQ or AWQ"),
+        ("weight.absmax", "bitsandbytes 4-bit"),
+        ("weight.quant_state.bitsandbytes__nf4", "bitsandbytes 4-bit"),
+        ("SCB", "bitsandbytes 8-bit"),
+        ("weight_packed", "compressed or float8"),
+        ("weight_scale_inv", "compressed or float8"),
+        ("W_q", "HQQ"),
+        ("weight._data", "quanto"),
+    ],
+)
+def test_quantized_checkpoints_are_known_by_their_tensors(model: Path, suffix: str, said: str) -> None:
+    """Also where the config says nothing of it, and where the patched weights themselves are plain."""
+    extra = {f"model.layers.0.self_attn.q_proj.{suffix}": torch.zeros(2, 2, dtype=torch.uint8)}
+    change_index(model, lambda index: index["weight_map"].update(dict.fromkeys(extra, FIRST)))
+    save_file({**load_file(model / FIRST), **extra}, model / FIRST)
+    assert said in refused(model, Refused).message
+    with pytest.raises(Refused, match="quantized"):
+        verify_fit(model.parent / "a.patch", model)
+
+
+def test_a_text_model_inside_another_is_known_as_quantized(model: Path) -> None:
+    config = {"text_config": {"quantization_config": {"quant_method": "awq"}}}
+    (model / "config.json").write_text(json.dumps(config))
+    assert "quantized (awq)" in refused(model, Refused).message
+
+
+def test_another_tokenizer_or_config_is_no_other_base(model: Path) -> None:
+    (model / "tokenizer.json").write_text('{"changed": true}')
+    (model / "config.json").write_text('{"model_type": "llama", "changed": true}')
+    apply([model.parent / "a.patch"], model)
+    assert status(model).state == "clean"
 
 
 @pytest.mark.parametrize("damage", ["cut", "grown", "header", "empty", "text", "huge", "twice"])

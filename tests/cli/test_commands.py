@@ -14,7 +14,7 @@ from tests.support import checkpoints
 from tests.support.cli import run
 
 COMMANDS = (
-    *"trace make show verify apply revert status recover stack diff export".split(),
+    *"trace make show verify apply revert status log recover stack diff export".split(),
     *"ask eval probe import lint cov models".split(),
 )
 
@@ -150,7 +150,7 @@ def test_the_json_of_apply_status_and_revert(patch: Path, checkpoint: Path) -> N
     keys = {"model", "patches", "weights", "seconds", "state"}
     applied = run("apply", patch, checkpoint, "--json").json
     assert keys <= set(applied)
-    assert set(applied["weights"][0]) == {"name", "unchanged", "delta_error"}
+    assert set(applied["weights"][0]) == {"name", "unchanged", "delta_error", "key_error"}
     status = run("status", checkpoint, "--json").json
     assert {"state", "base", "patches", "kept_bytes", "next"} <= set(status)
     assert (status["state"], status["patches"][0]["name"], status["patches"][0]["facts"]) == ("clean", "news", 1)
@@ -259,3 +259,14 @@ def test_models_finds_one(checkpoint: Path) -> None:
     assert (done.code, done.out) == (0, f"{checkpoint}\n")
     assert run("models", checkpoint, "--json").json["kind"] == "directory"
     assert run("models", "./nowhere").code == 2
+
+
+def test_log_tells_what_was_done(patch: Path, checkpoint: Path) -> None:
+    assert "no log is kept" in run("log", checkpoint).out
+    run("apply", patch, checkpoint)
+    shown = run("log", checkpoint)
+    assert (shown.code, shown.out.count("apply")) == (0, 1)
+    assert "news" in shown.out
+    (entry,) = run("log", checkpoint, "--json").json["entries"]
+    assert set(entry) == {"time", "action", "patches"}
+    assert entry["patches"][0]["name"] == "news"

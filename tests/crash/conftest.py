@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.checkpoint import closed
+from kpatch.checkpoint import closed, log
 from kpatch.checkpoint.apply import apply
-from tests.support import faults
+from tests.support import cli, faults
 from tests.support.checkpoints import make_checkpoint, make_patch, snapshot
 
 Picture = dict[str, tuple[int, str]]
@@ -32,6 +32,11 @@ class Scenario:
     old: Picture
     new: Picture
 
+    @property
+    def target(self) -> str:
+        """The directory that is written."""
+        return "out" if "-o" in self.arguments else "model"
+
     def copy(self, folder: Path) -> list[str]:
         """A fresh copy of the template, and the command line for it."""
         shutil.copytree(self.template, folder, symlinks=True)
@@ -50,6 +55,21 @@ def mixed(folder: Path, scenario: Scenario) -> bool:
     return {"old", "new"} <= seen or (len(seen) > 1 and not closed_sign)
 
 
+def recovered(folder: Path, scenario: Scenario, about: object) -> str:
+    """One further command where one is needed; then the folder must be as before or as after the run, and what was
+    said of it must be so. Says which it is."""
+    said = "nothing"
+    if picture(folder) not in (scenario.old, scenario.new):
+        ran = cli.run("recover", folder / scenario.target, "--json")
+        assert ran.code == 0, (about, ran)
+        said = ran.json["outcome"]
+    found = picture(folder)
+    assert found in (scenario.old, scenario.new), (about, sorted(found.items() ^ scenario.new.items()))
+    state = "old" if found == scenario.old else "new"
+    assert state == {"undone": "old", "completed": "new"}.get(said, state), about
+    return state
+
+
 # Arguments with @ are paths in the scenario's folder.
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "first apply": ("", ("apply", "@a.patch", "@model")),
@@ -58,13 +78,19 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "revert all": ("ab", ("revert", "--all", "@model")),
     "one file": ("", ("apply", "@a.patch", "@model")),
     "copy": ("a", ("apply", "@b.patch", "@model", "-o", "@out")),
+    "float32 copy": ("a", ("apply", "@b.patch", "@model", "-o", "@out", "--dtype", "float32")),
 }
+
+
+def _set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the machine lives on
+    monkeypatch.setattr(closed, "PAUSE", 0.0)
+    monkeypatch.setattr(log, "now", lambda: "2026-01-01T00:00:00Z")
 
 
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)  # the machine lives on
-    monkeypatch.setattr(closed, "PAUSE", 0.0)
+    _set(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +100,11 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
     made: dict[str, Scenario] = {}
 
     def make(name: str) -> Scenario:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            _set(monkeypatch)
+            return _made(name)
+
+    def _made(name: str) -> Scenario:
         if name not in made:
             applied, arguments = COMMANDS[name]
             template = tmp_path_factory.mktemp("template") / "at"

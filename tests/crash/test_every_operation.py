@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.crash.conftest import COMMANDS, Scenario, mixed, picture
-from tests.support import cli, faults
+from tests.crash.conftest import COMMANDS, Scenario, mixed, recovered
+from tests.support import faults
 from tests.support.faults import KILL, Ended, Fault
 
 EXHAUSTIVE = os.environ.get("KPATCH_CRASH") == "all"
@@ -38,16 +38,11 @@ def require_sound(ended: Ended, kind: str) -> None:
 def settle(folder: Path, scenario: Scenario, ended: Ended) -> str:
     """One further command; then the folder must be as before or as after the run. Says which."""
     assert not mixed(folder, scenario), ended
-    if picture(folder) not in (scenario.old, scenario.new):
-        target = folder / ("out" if "-o" in scenario.arguments else "model")
-        recovered = cli.run("recover", target)
-        assert recovered.code == 0, (ended, recovered)
-    found = picture(folder)
-    assert found in (scenario.old, scenario.new), (ended, sorted(found.items() ^ scenario.new.items()))
-    assert ended.code != 0 or found == scenario.new, ended
+    state = recovered(folder, scenario, ended)
+    assert ended.code != 0 or state == "new", ended
     for model in ("model", "out"):
         assert faults.lock_is_free(folder / model)
-    return "old" if found == scenario.old else "new"
+    return state
 
 
 def sweep(folder: Path, scenario: Scenario, kind: str, for_good: bool, numbers: range) -> set[str]:

@@ -6,15 +6,17 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kpatch.checkpoint.verify import base_weights
+from kpatch.errors import KpatchError
 from kpatch.patch.format import describe, pack, write_patch
 from kpatch.patch.lowrank import Dense, LowRank
 from kpatch.patch.manifest import Base, Manifest, matrix_shape
@@ -24,6 +26,7 @@ torch.set_num_threads(1)  # threads that wait for each other on a busy machine m
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 ROWS, COLS = 8, 12
 WEIGHTS = tuple(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(3))
+CONV1D = tuple(f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3))  # stored [in, out]
 
 
 def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -31,10 +34,15 @@ def random(*shape: int, seed: int, scale: float = 1.0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def make_checkpoint(path: Path, dtype: str = "F32", sharded: bool = False, seed: int = 0) -> Path:
+def make_checkpoint(
+    path: Path, dtype: str = "F32", sharded: bool = False, seed: int = 0, conv1d: bool = False
+) -> Path:
     """A checkpoint with three patchable weights, other tensors around them, a config and a tokenizer file."""
     path.mkdir(parents=True, exist_ok=True)
-    tensors = {name: random(ROWS, COLS, seed=seed + i, scale=0.1) for i, name in enumerate(WEIGHTS)}
+    if conv1d:
+        tensors = {name: random(COLS, ROWS, seed=seed + i, scale=0.1) for i, name in enumerate(CONV1D)}
+    else:
+        tensors = {name: random(ROWS, COLS, seed=seed + i, scale=0.1) for i, name in enumerate(WEIGHTS)}
     tensors |= {f"model.layers.{i}.input_layernorm.weight": random(ROWS, seed=seed + 10 + i) for i in range(3)}
     tensors["model.embed_tokens.weight"] = random(16, ROWS, seed=seed + 20)
     save_tensors(path, {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}, sharded)
@@ -50,7 +58,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], sharded: bool) -> No
         return
     parts: list[dict[str, Tensor]] = [{}, {}, {}]
     for name, tensor in tensors.items():
-        parts[int(name.split(".")[2]) if ".layers." in name else 0][name] = tensor
+        parts[next((int(part) for part in name.split(".") if part.isdecimal()), 0)][name] = tensor
     weight_map = {}
     for number, part in enumerate(parts, start=1):
         file = f"model-{number:05d}-of-00003.safetensors"
@@ -97,6 +105,34 @@ def make_patch(
     values = random(len(facts), ROWS, seed=7) if keys and facts else None
     stored_keys = {layer: random(len(facts), COLS, seed=8 + layer) for layer in (0, 1, 2)} if keys and facts else {}
     return write_patch(path, manifest, pack(deltas, values, stored_keys))
+
+
+def three(model: Path, names: Sequence[str] = WEIGHTS) -> list[Path]:
+    """Three patches that overlap in part: all weights low rank, two weights dense, one weight low rank."""
+    paths = [model.parent / f"{name}.patch" for name in "abc"]
+    make_patch(paths[0], model, seed=1, weights=names)
+    make_patch(paths[1], model, seed=2, weights=names[:2], dense=True)
+    make_patch(paths[2], model, seed=3, weights=names[1:2])
+    return paths
+
+
+def weights(model: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint directory."""
+    return {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def contents(model: Path) -> dict[str, bytes]:
+    """The files of a checkpoint directory itself."""
+    return {path.name: path.read_bytes() for path in model.iterdir() if path.is_file()}
+
+
+def refused(action: Callable[[], object], kind: type[KpatchError], words: str, model: Path) -> KpatchError:
+    """The action must fail, say why, and leave everything as it was."""
+    before = snapshot(model)
+    with pytest.raises(kind, match=words) as caught:
+        action()
+    assert snapshot(model) == before
+    return caught.value
 
 
 def snapshot(directory: Path) -> dict[str, tuple[int, str]]:

@@ -1,4 +1,4 @@
-"""A disk that forgets what was not synced: what is left of a folder when the power goes at the N-th operation.
+"""A disk that forgets what was not synced: all that may be left of a folder when the power goes during a run.
 
 Names and contents are lasting apart from each other. A file's bytes last from its fsync; an entry of a folder (a new
 name, a rename, a removal) from the fsync of that folder. At a loss every other change may be there or not, each for
@@ -21,9 +21,8 @@ from tests.support.faults import OPERATIONS, READS
 
 KEPT = ("none", "last", "all but the first", "some")
 
-
-class PowerLoss(BaseException):
-    """The machine is off: this operation and all later ones do not happen."""
+# Every path of a folder with its mode and bytes; None for a folder's.
+Tree = frozenset[tuple[str, int, "bytes | None"]]
 
 
 @dataclass
@@ -49,14 +48,17 @@ _Change = list[tuple[_Folder, str, "_File | _Folder | None"]]
 
 
 class Disk:
-    """What is lasting of a folder, kept up to date while operations on it run."""
+    """What is lasting of a folder, kept up to date while operations on it run; `left` is all that losses may leave,
+    with the place where each was seen first, `losses` how many there were."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, turns: int = len(KEPT)) -> None:
         self.root = root
-        self.count = 0
+        self.left: dict[Tree, str] = {}
+        self.losses = 0
+        self._turns = turns
         self._lasting = _load(root)
         self._seen = _copied(self._lasting)
-        self._twins: dict[int, _Folder] = {}
+        self._twins: dict[int, _Folder] = {}  # of folders as they are seen, by id: the lasting ones
         self._pair(self._seen, self._lasting)
         self._pending: list[_Change] = []
         self._open: dict[int, _File] = {}
@@ -70,32 +72,28 @@ class Disk:
                 self._pair(entry, twin)
 
     @contextmanager
-    def losing(self, number: int) -> Iterator[Disk]:
-        """The power goes before the `number`-th operation that changes anything."""
+    def watching(self) -> Iterator[None]:
+        """Note what a loss would leave, before each operation that changes anything."""
         originals = {name: getattr(files, name) for name in OPERATIONS if name not in READS}
         try:
             for name, operation in originals.items():
-                setattr(files, name, self._watched(name, operation, number))
-            yield self
+                setattr(files, name, self._watched(name, operation))
+            yield
         finally:
             for name, operation in originals.items():
                 setattr(files, name, operation)
 
-    def _watched(self, name: str, operation: Callable[..., Any], number: int) -> Callable[..., Any]:
+    def _watched(self, name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+        note = getattr(self, f"_{name}", None)
+
         def run(*args: Any, **kwargs: Any) -> Any:
-            self.count += 1
-            if self.count >= number:
-                raise PowerLoss
-            note = getattr(self, f"_{name}", None)
-            if name in ("unlink", "rmdir", "mkdir"):  # no change where there is nothing to do
-                there = os.path.lexists(args[0])
-                result = operation(*args, **kwargs)
-                if there != os.path.lexists(args[0]) and note is not None:
-                    note(*args)
-                return result
+            for tree, kept in self.now().items():
+                self.left.setdefault(tree, f"loss {self.losses}, before {name}, {kept}")
+            there = name in ("unlink", "rmdir", "mkdir") and os.path.lexists(args[0])
             result = operation(*args, **kwargs)
-            if note is not None:
-                note(*args, result) if name == "create" else note(*args)
+            if note is None or (name in ("unlink", "rmdir", "mkdir") and there == os.path.lexists(args[0])):
+                return result  # nothing was done
+            note(*args, result) if name == "create" else note(*args)
             return result
 
         return run
@@ -136,7 +134,8 @@ class Disk:
         left = []
         for change in self._pending:
             if any(place is folder for place, _, _ in change):
-                self._settle(change)
+                for place, name, new in change:
+                    _put(self._twins[id(place)], name, self._twins[id(new)] if isinstance(new, _Folder) else new)
             else:
                 left.append(change)
         self._pending = left
@@ -150,10 +149,6 @@ class Disk:
             _put(folder, path.name, new)
         self._pending.append(change)
 
-    def _settle(self, change: _Change) -> None:
-        for folder, name, new in change:
-            _put(self._twins[id(folder)], name, self._twins[id(new)] if isinstance(new, _Folder) else new)
-
     def _at(self, path: Path) -> _File | _Folder:
         found: _File | _Folder = self._seen
         for part in path.relative_to(self.root).parts:
@@ -161,18 +156,48 @@ class Disk:
             found = found.entries[part]
         return found
 
-    def write_what_is_left(self, target: Path, kept: str, luck: random.Random) -> None:
-        """Make `target` what the folder is after the loss. Of the changes that were not synced `kept` are there:
-        "none", the "last" one only, "all but the first", or "some"."""
-        chosen = {
-            "none": [],
-            "last": self._pending[-1:],
-            "all but the first": self._pending[1:],
-            "some": [change for change in self._pending if luck.random() < 0.5],
-        }[kept]
+    def now(self) -> dict[Tree, str]:
+        """What a loss at this moment may leave: of the changes that were not synced none, the last only, all but the
+        first, or some by chance."""
+        found: dict[Tree, str] = {}
+        for turn in range(self._turns):
+            luck, kept = random.Random(f"{self.losses} {turn}"), KEPT[min(turn, len(KEPT) - 1)]
+            chosen = {
+                "none": [],
+                "last": self._pending[-1:],
+                "all but the first": self._pending[1:],
+                "some": [change for change in self._pending if luck.random() < 0.5],
+            }[kept]
+            found.setdefault(self._tree(chosen, luck if kept != "none" else None), f"kept {kept}")
+        self.losses += self._turns
+        return found
+
+    def _tree(self, chosen: list[_Change], luck: random.Random | None) -> Tree:
+        copies: dict[int, _Folder] = {}
+        left = _copied(self._lasting, copies)
+
+        def copy(folder: _Folder) -> _Folder:  # of one that is not lasting itself, too
+            lasting = self._twins[id(folder)]
+            return copies[id(lasting)] if id(lasting) in copies else _copied(lasting, copies)
+
         for change in chosen:
-            self._settle(change)
-        _store(self._lasting, target, luck if chosen else None)
+            for folder, name, new in change:
+                _put(copy(folder), name, copy(new) if isinstance(new, _Folder) else new)
+        return frozenset(_walk(left, "", luck))
+
+
+def write(tree: Tree, target: Path) -> None:
+    """Make `target` a folder with that in it."""
+    target.mkdir()
+    for name, mode, data in sorted(tree, key=lambda item: item[0]):
+        if data is None:
+            (target / name).mkdir(exist_ok=True)
+        else:
+            (target / name).write_bytes(data)
+            (target / name).chmod(mode)
+    for name, mode, data in tree:
+        if data is None:
+            (target / name).chmod(mode)
 
 
 def _put(folder: _Folder, name: str, new: _File | _Folder | None) -> None:
@@ -192,22 +217,25 @@ def _load(path: Path) -> _Folder:
     return found
 
 
-def _copied(folder: _Folder) -> _Folder:
-    """The same files in folders of its own."""
-    entries = {n: _copied(e) if isinstance(e, _Folder) else e for n, e in folder.entries.items()}
-    return _Folder(folder.mode, entries)
+def _copied(folder: _Folder, copies: dict[int, _Folder] | None = None) -> _Folder:
+    """The same files in folders of its own; `copies` gets the copy of each folder by the id of its original."""
+    entries = {n: _copied(e, copies) if isinstance(e, _Folder) else e for n, e in folder.entries.items()}
+    copy = _Folder(folder.mode, entries)
+    if copies is not None:
+        copies[id(folder)] = copy
+    return copy
 
 
-def _store(folder: _Folder, path: Path, luck: random.Random | None) -> None:
-    path.mkdir()
+def _walk(folder: _Folder, path: str, luck: random.Random | None) -> Iterator[tuple[str, int, bytes | None]]:
+    yield path or ".", folder.mode, None
     for name, entry in folder.entries.items():
+        below = f"{path}/{name}" if path else name
         if isinstance(entry, _Folder):
-            _store(entry, path / name, luck)
+            yield from _walk(entry, below, luck)
             continue
         data, mode = entry.lasting
-        seen = entry.seen()
-        if luck is not None and (data, mode) != seen:
-            data = luck.choice([data, seen[0][: len(seen[0]) // 2], seen[0]])
-        (path / name).write_bytes(data)
-        (path / name).chmod(mode)
-    path.chmod(folder.mode)
+        if luck is not None:
+            seen = entry.seen()
+            if (data, mode) != seen:
+                data = luck.choice([data, seen[0][: len(seen[0]) // 2], seen[0]])
+        yield below, mode, data

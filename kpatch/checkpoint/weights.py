@@ -1,0 +1,93 @@
+"""A checkpoint's weights as they are without patches: what a patch is compared with, and what a copy is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from kpatch.checkpoint import files
+from kpatch.checkpoint.index import Checkpoint, TensorRef
+from kpatch.checkpoint.integrity import hash_tensor
+from kpatch.checkpoint.store import Applied, Store
+from kpatch.errors import Damaged
+from kpatch.patch.container import ITEM_SIZE
+from kpatch.patch.fingerprint import tensor_from
+from kpatch.patch.text import printable
+
+# Entries of a tensor in memory at a time while it is brought into another dtype.
+BLOCK = 1 << 21
+
+
+class Weights(Protocol):
+    """The unpatched weights of a checkpoint, by stored name."""
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Where they are stored, and how."""
+
+    def hash(self, name: str, advance: files.Advance = files.nothing) -> str:
+        """SHA-256 of a weight's bytes as safetensors stores them. Raises Damaged when kept bytes are not sound."""
+
+    def tensor(self, name: str) -> Tensor:
+        """The weight in its stored dtype and shape; for those of a float dtype."""
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """The weight's entries in order, a block at a time, each block one-dimensional."""
+
+    def after(self, name: str) -> str | None:
+        """SHA-256 of the weight as kpatch left it, where a patch is on it."""
+
+
+@dataclass(frozen=True)
+class StoredWeights:
+    """The weights of safetensors files, or where a patch is applied the bytes kept of them."""
+
+    checkpoint: Checkpoint
+    store: Store
+    applied: Applied
+
+    def hash(self, name: str, advance: files.Advance = files.nothing) -> str:
+        if name not in self.applied.weights:
+            return hash_tensor(self.checkpoint.path, self.checkpoint.tensors[name], advance)
+        sha256 = self.applied.weights[name].base
+        read_base(self.store, sha256, advance)
+        return sha256
+
+    def tensor(self, name: str) -> Tensor:
+        ref = self.checkpoint.tensors[name]
+        return tensor_from(self._read(name, ref, 0, ref.end - ref.begin), ref.dtype, ref.shape)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        ref = self.checkpoint.tensors[name]
+        step = BLOCK * ITEM_SIZE[ref.dtype]
+        for begin in range(0, ref.end - ref.begin, step):
+            yield tensor_from(self._read(name, ref, begin, min(step, ref.end - ref.begin - begin)), ref.dtype, (-1,))
+
+    def after(self, name: str) -> str | None:
+        return self.applied.weights[name].after if name in self.applied.weights else None
+
+    def _read(self, name: str, ref: TensorRef, begin: int, length: int) -> bytearray:
+        if name in self.applied.weights:
+            with files.open_read(self.store.base(self.applied.weights[name].base)) as handle:
+                return files.read_at(handle, begin, length)
+        with files.open_read(self.checkpoint.path / ref.file) as handle:
+            return files.read_at(handle, ref.begin + begin, length)
+
+
+def read_base(store: Store, sha256: str, advance: files.Advance = files.nothing) -> None:
+    """Check kept original bytes against the hash they are named by. Raises Damaged."""
+    try:
+        with files.open_read(store.base(sha256)) as handle:
+            size = store.base(sha256).stat().st_size
+            sound = files.hash_range(handle, 0, size, advance) == sha256
+    except OSError:
+        sound = False
+    if not sound:
+        raise Damaged(
+            "The kept original bytes of a weight are gone or damaged",
+            where=printable(str(store.base(sha256))),
+            hint="the checkpoint itself was not touched; get the original weights again to be able to revert",
+        )

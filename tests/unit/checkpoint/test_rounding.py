@@ -1,0 +1,116 @@
+"""What rounding did to an edit, against a reference in plain float64; and the warning with the way out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kpatch.checkpoint import keys as key_module
+from kpatch.checkpoint.apply import apply
+from kpatch.checkpoint.revert import revert
+from kpatch.patch.format import read_patch
+from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random, weights
+from tests.support.reports import Recorder
+
+FACTS = [{"subject": f"S{n}", "prompt": "{} is in", "target": "Rome", "id": f"f{n}"} for n in range(5)]
+
+
+def reference(old: torch.Tensor, new: torch.Tensor, change: torch.Tensor, keys: torch.Tensor) -> tuple[float, ...]:
+    """unchanged, delta_error, key_error of one weight [rows, cols]; keys [n, cols] or, where W is stored [in, out],
+    [n, rows]."""
+    landed = new.double() - old.double()
+    straight = keys.shape[1] == change.shape[1]
+    wanted, got = (keys.double() @ (d.T if straight else d) for d in (change, landed))
+    return (
+        float((landed[change != 0] == 0).double().mean()),
+        float((landed - change).norm() / change.norm()),
+        float((got - wanted).norm() / wanted.norm()),
+    )
+
+
+@pytest.mark.parametrize("block", [1 << 20, 25])
+@pytest.mark.parametrize("dtype", ["BF16", "F16"])
+def test_the_report_equals_the_reference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, block: int
+) -> None:
+    monkeypatch.setattr("kpatch.checkpoint.rows.BLOCK", block)
+    model = make_checkpoint(tmp_path / "model", dtype)
+    old = weights(model)
+    make_patch(tmp_path / "a.patch", model, scale=1e-3, facts=FACTS)
+    report = apply([tmp_path / "a.patch"], model)
+    new, patch = weights(model), read_patch(tmp_path / "a.patch")
+    assert [weight.name for weight in report.weights] == list(WEIGHTS)
+    for layer, weight in enumerate(report.weights):
+        expected = reference(old[weight.name], new[weight.name], patch.deltas[weight.name].dense(), patch.keys[layer])
+        found = (weight.unchanged, weight.delta_error, weight.key_error)
+        assert found == pytest.approx(expected, rel=1e-4)
+        assert weight.to_dict()["key_error"] == weight.key_error
+
+
+def test_a_conv1d_is_multiplied_from_its_own_side(tmp_path: Path) -> None:
+    names = [f"transformer.h.{layer}.mlp.c_proj.weight" for layer in range(3)]
+    tensors = {name: random(COLS, ROWS, seed=i).bfloat16() for i, name in enumerate(names)}
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file(tensors, model / "model.safetensors")
+    make_patch(tmp_path / "a.patch", model, weights=names, scale=1e-3, facts=FACTS)
+    report = apply([tmp_path / "a.patch"], model)
+    new, patch = load_file(model / "model.safetensors"), read_patch(tmp_path / "a.patch")
+    for layer, weight in enumerate(report.weights):
+        change = patch.deltas[weight.name].dense()
+        expected = reference(tensors[weight.name], new[weight.name], change, patch.keys[layer])
+        assert weight.key_error == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_two_patches_are_measured_together_at_the_keys_of_both(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "BF16")
+    old = weights(model)
+    paths = [tmp_path / "a.patch", tmp_path / "b.patch"]
+    for seed, path in enumerate(paths):
+        make_patch(path, model, scale=1e-3, facts=FACTS[seed : seed + 1], seed=seed)
+    report = apply(paths, model)
+    new, patches = weights(model), [read_patch(path) for path in paths]
+    for layer, weight in enumerate(report.weights):
+        change = sum(patch.deltas[weight.name].dense() for patch in patches)
+        keys = torch.cat([patch.keys[layer] for patch in patches])
+        expected = reference(old[weight.name], new[weight.name], change, keys)  # type: ignore[arg-type]
+        assert weight.key_error == pytest.approx(expected[2], rel=1e-4)
+
+
+def test_many_keys_are_sampled_evenly_and_no_keys_are_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_checkpoint(tmp_path / "model", "BF16")
+    old = weights(model)
+    make_patch(tmp_path / "a.patch", model, scale=1e-3, facts=FACTS)
+    make_patch(tmp_path / "bare.patch", model, scale=1e-3, keys=False, seed=2)
+    monkeypatch.setattr(key_module, "SAMPLE", 2)
+    report = apply([tmp_path / "a.patch"], model)
+    new, patch = weights(model), read_patch(tmp_path / "a.patch")
+    weight = report.weights[0]
+    expected = reference(old[weight.name], new[weight.name], patch.deltas[weight.name].dense(), patch.keys[0][[0, 2]])
+    assert weight.key_error == pytest.approx(expected[2], rel=1e-4)
+    revert(model)
+    assert {weight.key_error for weight in apply([tmp_path / "bare.patch"], model).weights} == {None}
+
+
+def test_more_than_a_twentieth_lost_is_warned_of_with_the_way_out(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", "BF16")
+    make_patch(tmp_path / "small.patch", model, scale=1e-4)
+    make_patch(tmp_path / "large.patch", model, scale=1, seed=2)
+    recorder = Recorder()
+    report = apply([tmp_path / "small.patch"], model, report=recorder)
+    assert max(weight.delta_error or 0 for weight in report.weights) > 0.05
+    (warning,) = recorder.warnings
+    for words in ("Rounding to BF16 lost", "at the facts' own keys", "-o NEW_DIR --dtype float32", "--to peft"):
+        assert words in warning
+    revert(model)
+    report = apply([tmp_path / "large.patch"], model, report=recorder)
+    assert max(weight.delta_error or 1 for weight in report.weights) < 0.05
+    assert len(recorder.warnings) == 1
+    copy = apply([tmp_path / "small.patch"], model, out=tmp_path / "copy", dtype="float32", report=recorder)
+    assert max(weight.key_error or 0 for weight in copy.weights) < 1e-3
+    assert len(recorder.warnings) == 1
