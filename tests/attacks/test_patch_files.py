@@ -245,6 +245,13 @@ def test_raw_headers_that_break_a_rule_are_refused(good: Path, tmp_path: Path) -
         assert error.message, name
 
 
+def test_a_million_tensors_are_not_parsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entries = (b'"%d":{"dtype":"F32","shape":[0,1],"data_offsets":[0,0]}' % number for number in range(1_000_000))
+    (tmp_path / "many.patch").write_bytes(join(b"{" + b",".join(entries) + b"}", b""))
+    monkeypatch.setattr("kpatch.patch.container.loads", lambda text: pytest.fail("parsed"))
+    assert "4,096" in refused(tmp_path / "many.patch", Damaged).details[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_numbers_that_are_not_finite_are_refused_even_with_the_right_hash(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
