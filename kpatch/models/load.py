@@ -161,6 +161,8 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
     family = family or family_for(net.config.model_type)
     require_fast(tokenizer)
     net.eval().requires_grad_(False)
+    if getattr(net.config, "attn_logit_softcapping", None) and net.config._attn_implementation == "sdpa":
+        net.set_attn_implementation("eager")  # Gemma 2: sdpa leaves the cap out, and older transformers choose it
     model = Model(net=net, tokenizer=tokenizer, family=family, **about)
     if getattr(net.config, "do_layer_norm_before", True) is False:
         raise BadInput(
