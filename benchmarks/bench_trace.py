@@ -37,7 +37,7 @@ from tests.oracle import trace as oracle  # noqa: E402
 PROMPTS = (
     ("The {} is located in the city of", "Eiffel Tower"),
     ("The capital of {} is", "France"),
-    ("{} is in the country of", "Chicago"),
+    ("{} is a city in the state of", "Chicago"),
 )
 
 

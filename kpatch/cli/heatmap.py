@@ -17,16 +17,17 @@ _MOST_LABEL = 24
 
 def show(out: Output, panel: Panel) -> None:
     """One heatmap: its title, a line a row with the layers from left to right, the scale of its colours."""
+    from rich.cells import cell_len
     from rich.text import Text
 
     coloured, columns = out.screen()
     layers = len(panel.values[0])
     names = [clean(name)[:_MOST_LABEL] for name in panel.rows]
-    margin = max(map(len, names), default=0) + 1
+    margin = max(map(cell_len, names), default=0) + 1
     wide = 2 if margin + 2 * layers <= columns else 1
     lines = [Text(f"{clean(panel.title)}: {clean(panel.quantity)}, {_percent(panel.low)} to {_percent(panel.high)} %")]
     for name, values in zip(names, panel.values, strict=True):
-        line = Text(name.rjust(margin - 1) + " ")
+        line = Text(" " * (margin - 1 - cell_len(name)) + name + " ")
         for value in values:
             _cell(line, panel, value, wide, coloured)
         lines.append(line)

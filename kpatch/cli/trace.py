@@ -12,7 +12,7 @@ import typer
 from kpatch.cli import heatmap, parse
 from kpatch.cli import options as opt
 from kpatch.cli.load import load
-from kpatch.cli.output import Output, begin
+from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ def _tell(say: Output, summary: Summary, files: Sequence[str]) -> None:
         heatmap.show(say, panel)
         say.line()
     traces = summary.traces
+    _largest(say, summary)
     if len(traces.facts) == 1:
         fact = traces.facts[0]
         say.line(f"{fact.fact.text()} → {fact.answer}")
@@ -162,6 +163,38 @@ def _tell(say: Output, summary: Summary, files: Sequence[str]) -> None:
     say.line(told(summary))
     for path in files:
         say.note(f"wrote {path}")
+
+
+def _largest(say: Output, summary: Summary) -> None:
+    """Where each kind of restoring brings most back: a table of the heatmaps' peaks, by role."""
+    from kpatch.trace.grids import KINDS
+    from kpatch.trace.roles import ROLES
+
+    if len(summary.traces.facts) == 1 or not summary.effects:
+        return
+    rows: list[list[Cell]] = []
+    for role, count in enumerate(summary.role_counts):
+        if not count:
+            continue
+        row: list[Cell] = [ROLES[role], count]
+        for kind in KINDS:
+            found = summary.effects[kind]
+            layer = int(found.mean[role].argmax())
+            low, high = float(found.low[role, layer]), float(found.high[role, layer])
+            between = f" ({_points(low)} to {_points(high)})" if low == low else ""
+            row += [f"{percent(float(found.mean[role, layer]))}{between}", layer]
+        rows.append(row)
+    say.table(
+        ("Largest effect (95 %)", "Facts", "State", "Layer", "MLP window", "Layer", "Attention window", "Layer"),
+        rows,
+        right=(1, 3, 5, 7),
+    )
+    say.line()
+
+
+def _points(value: float) -> str:
+    """A share in percent, never -0.0."""
+    return f"{round(100 * value, 1) + 0.0:.1f}"
 
 
 def _next(say: Output, summary: Summary, out: Path | None) -> None:

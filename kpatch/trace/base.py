@@ -155,5 +155,5 @@ def read(model: Model, hidden: Tensor, answers: Tensor) -> Tensor:
     for begin in range(0, len(hidden), step):
         logits = model.logits(hidden[begin : begin + step]).float()  # [n, V]
         chosen = logits.gather(1, answers[begin : begin + step, None])[:, 0]
-        found.append((chosen - logits.logsumexp(-1)).double().exp().cpu())
+        found.append((chosen - logits.logsumexp(-1)).cpu().double().exp())
     return torch.cat(found)

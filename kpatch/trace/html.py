@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from html import escape
+
+import torch
 
 from kpatch.trace.colors import dark, hex_of, on_white
 from kpatch.trace.grids import CURVES
@@ -20,6 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2rem } h3 { font-size: 1rem; margin-bottom: .3rem }
 table.facts, table.about { border-collapse: collapse } table.facts td, table.facts th, table.about td
   { padding: .15rem .6rem; text-align: left; border-bottom: 1px solid #e4e4ea }
+table.facts th { white-space: nowrap }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 table.heat { border-collapse: collapse; font-size: 10px } table.heat th { font-weight: normal; padding: 0 .4rem 0 0;
   text-align: right; white-space: nowrap; font-size: 12px } table.heat thead th { padding: 0; text-align: center;
@@ -105,22 +109,32 @@ def _heat(panel: Panel, numbers: bool) -> str:
 def _cell(panel: Panel, value: float, numbers: bool) -> str:
     share = (value - panel.low) / max(panel.high - panel.low, 1e-12)
     level = round(_LEVELS * min(1.0, max(0.0, share)))
-    return f"<td class={panel.kind[0]}{level}>{f'{100 * value:.0f}' if numbers else ''}</td>"
+    return f"<td class={panel.kind[0]}{level}>{_points(value) if numbers else ''}</td>"
+
+
+def _points(value: float) -> str:
+    return f"{round(100 * value)}" if value == value else ""
 
 
 def _bars(summary: Summary) -> str:
     """The severed bar chart as SVG."""
     layers, mean = summary.traces.layers, summary.curves.mean
     low, high = summary.curves.low, summary.curves.high
-    ends = [float(mean.max()), float(high.nan_to_num(0).max()), 0.01]
-    top, bottom = max(ends), min(0.0, float(mean.min()), float(low.nan_to_num(0).min()))
+    ends = torch.stack([mean, low, high]).nan_to_num(0.0)
+    most = max(0.01, float(ends.max()))
+    least = float(ends.min())
+    ticks = _ticks(least if least < -0.02 * most else 0.0, most)
+    bottom, top = ticks[0], ticks[-1]
     step, height, left, above = 24, 220, 46, 24
     width = left + step * layers + 10
 
     def y(value: float) -> float:
         return above + height * (top - value) / (top - bottom)
 
-    out = [f'<svg viewBox="0 0 {width} {above + height + 44}" width="{width}" role="img" font-size="11">']
+    out = [
+        f'<svg viewBox="0 0 {width} {above + height + 44}" width="{width}" height="{above + height + 44}" role="img"'
+        ' font-size="11" font-family="system-ui, sans-serif">'
+    ]
     found = summary.range
     if found is not None:
         out.append(
@@ -128,11 +142,10 @@ def _bars(summary: Summary) -> str:
             f' fill="#f3e9c8"/><text x="{left + step * (found.first + found.width / 2)}" y="{above - 6}"'
             f' text-anchor="middle">R = {found.first}–{found.last}</text>'
         )
-    for part in range(5):
-        value = bottom + (top - bottom) * part / 4
+    for value in ticks:
         out.append(
             f'<line x1="{left}" x2="{width - 10}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#e4e4ea"/>'
-            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>'
+            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2g}</text>'
         )
     for place, name in enumerate(CURVES):
         color = hex_of(on_white(_CURVE_KINDS[name], 0.75))
@@ -144,6 +157,9 @@ def _bars(summary: Summary) -> str:
                 f"<title>layer {layer}, {CURVE_NAMES[name]}: {value:.3f}"
                 f"{_between(float(low[place, layer]), float(high[place, layer]))}</title></rect>"
             )
+            a, b = float(low[place, layer]), float(high[place, layer])
+            if a == a:
+                out.append(f'<path d="M{x + 3} {y(a):.1f}V{y(b):.1f}" stroke="#555" stroke-width=".8"/>')
         out.append(
             f'<rect x="{left + 150 * place}" y="{above + height + 28}" width="10" height="10" fill="{color}"/>'
             f'<text x="{left + 15 + 150 * place}" y="{above + height + 37}">{CURVE_NAMES[name]}</text>'
@@ -155,6 +171,13 @@ def _bars(summary: Summary) -> str:
     out.append("</svg>")
     caption = "Average indirect effect of restoring the state of the subject's last token at each layer."
     return f"<div class=maps>{''.join(out)}</div><p class=note>{escape(caption)}</p>"
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Three to eight round numbers that reach from below `low`, which is 0 or less, to above `high`."""
+    steps = (mantissa * 10.0**power for power in range(-6, 2) for mantissa in (1, 2, 5))
+    step = next(step for step in steps if (high - low) / step <= 6)
+    return [round(step * number, 9) for number in range(math.floor(low / step), math.ceil(high / step) + 1)]
 
 
 def _facts(summary: Summary) -> str:

@@ -24,7 +24,7 @@ def spread_of_embeddings(model: Model, items: Sequence[Traced]) -> float:
     Raises CheckFailed where that is not a positive number.
     """
     ids = [token for item in items for token in item.ids[item.first : item.last + 1]]
-    found = model.net.get_input_embeddings()(torch.tensor(ids, device=model.device)).double()  # (subject tokens, e)
+    found = model.net.get_input_embeddings()(torch.tensor(ids, device=model.device)).cpu().double()  # (·, e)
     sigma = float(found.std())
     if not 0 < sigma < float("inf"):
         raise CheckFailed(

@@ -68,6 +68,8 @@ def test_trace_tells_people_in_pictures(model: Path, facts: Path) -> None:
         "Restoring 2 MLP outputs",
         "last subject token",
         "attention severed",
+        "Largest effect (95 %)",
+        "Attention window",
         "2 facts that",
         "total effect",
         "R = ",

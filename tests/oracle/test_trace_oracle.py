@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -230,6 +231,18 @@ def test_a_cell_does_not_depend_on_its_company(model: Model) -> None:
     for number, item in enumerate(items):
         alone = run_base(model, [item], [noise[number]])
         check(trace_cells(alone, [cells[number]], Room(budget=1))[0], together[number])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_agrees(model: Model) -> None:
+    case = case_of(model)
+    items, noise = facts(case)
+    cells = [[state(1, item.last), severed("mlp", 0, item.last, LAYERS)] for item in items]
+    there = Model(net=copy.deepcopy(model.net).cuda(), tokenizer=model.tokenizer, family=model.family)
+    found = trace_cells(run_base(there, items, noise), cells, Room())
+    for got, want in zip(found, trace_cells(base_of(case), cells, Room()), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
 def test_one_sample(model: Model) -> None:

@@ -17,7 +17,7 @@ from kpatch.facts.schema import Fact
 from kpatch.trace import plot
 from kpatch.trace.colors import dark, hex_of, on_dark, on_white
 from kpatch.trace.files import write_folder, write_html
-from kpatch.trace.html import report
+from kpatch.trace.html import _ticks, report
 from kpatch.trace.panels import curves_panel, fact_panels, label, panels
 from kpatch.trace.roles import ROLES
 from kpatch.trace.run import FactTrace, Settings, Traces
@@ -170,7 +170,7 @@ def test_pictures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyP
 class Page(HTMLParser):
     """Collects what a page loads, and checks that its tags close."""
 
-    VOID = frozenset({"meta", "line", "rect", "br"})
+    VOID = frozenset({"meta"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class Page(HTMLParser):
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in self.VOID or tag == "rect":
+        if tag not in self.VOID:
             self.open.append(tag)
         self.loads += [f"{tag} {value}" for name, value in attrs if name in ("src", "href")]
         if tag in ("script", "link", "iframe", "img"):
@@ -212,6 +212,18 @@ def test_the_report_is_one_file_that_loads_nothing(facts: int, tmp_path: Path) -
     assert len(classes) > 3
     for name in classes:
         assert f".{name} {{" in text, "every shade is defined"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "ticks"),
+    [
+        (0.0, 0.77, [0, 0.2, 0.4, 0.6, 0.8]),
+        (-0.02, 0.5, [-0.1, 0, 0.1, 0.2, 0.3, 0.4, 0.5]),
+        (0.0, 0.01, [0, 0.002, 0.004, 0.006, 0.008, 0.01]),
+    ],
+)
+def test_ticks_are_round(low: float, high: float, ticks: list[float]) -> None:
+    assert _ticks(low, high) == pytest.approx(ticks)
 
 
 def test_colours() -> None:
