@@ -23,7 +23,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEADS = 16
-_SIZES = ("gigabytes", "shards", "rank")
 # Reads a model and writes it: what one would do without kpatch.
 TRANSFORMERS = """
 import sys
@@ -177,11 +176,8 @@ def bench(folder: Path, options: argparse.Namespace) -> None:
     model, patch = folder / "model", folder / "bench.patch"
     os.environ["KPATCH_CACHE"] = str(folder / "cache")
     # In a process of its own: what this one holds would count as the memory of those it starts.
-    sizes = [options.gigabytes, options.shards, options.rank]
-    made = run(
-        [sys.executable, __file__, "--make-in", folder, *(f"--{n}={v}" for n, v in zip(_SIZES, sizes, strict=True))]
-    )
-    weights = made[2].split()
+    sizes = [f"--{name}={getattr(options, name)}" for name in ("gigabytes", "shards", "rank")]
+    weights = run([sys.executable, __file__, "--make-in", folder, *sizes])[2].split()
     files = sorted(model.glob("*.safetensors"))
     total = sum(path.stat().st_size for path in files)
     print(f"{total / 1e9:.2f} GB in {len(files)} files, {len(weights)} weights patched, rank {options.rank}")

@@ -108,8 +108,9 @@ def _write_file(
         for name, ref in refs.items():
             old = plan.checkpoint.tensors[name]
             if name in planned:
-                kept = _keep_converted(store, weights, planned[name], ref)
-                outcomes[name] = write_weight(plan, store, new, kept)
+                weight = _keep_converted(store, weights, planned[name], ref)
+                with files.open_read(store.base(weight.base)) as kept:
+                    outcomes[name] = write_weight(plan, kept, new, weight)
             else:
                 position = ref.begin
                 for data in _converted(weights, name, ref.dtype):

@@ -1,17 +1,10 @@
-"""Stored bytes to float64 and back."""
+"""float64 values to stored bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from kpatch.patch.fingerprint import DTYPES, tensor_bytes, tensor_from
-
-
-def to_float64(data: bytearray, dtype: str, shape: Sequence[int]) -> Tensor:
-    """Stored bytes as float64 values, exactly."""
-    return tensor_from(data, dtype, shape).double()
+from kpatch.patch.fingerprint import DTYPES, tensor_bytes
 
 
 def to_stored(values: Tensor, dtype: str) -> Tensor:

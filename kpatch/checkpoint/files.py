@@ -11,17 +11,20 @@ import hashlib
 import os
 import stat
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from kpatch.patch.container import open_regular, read_exactly
+from kpatch.patch.container import CutOff, open_regular, read_exactly
 
 if sys.platform != "win32":
     import fcntl
 
 CHUNK = 1 << 23
+# Bytes hashed at a time: few enough to stay in a processor's cache between the reading and the hashing.
+_HASHED = 1 << 18
 # ioctl number of Linux (linux/fs.h): share the source's blocks with the target.
 _FICLONE = 0x40049409
 
@@ -45,9 +48,30 @@ def create(path: Path, mode: int = 0o666) -> FileIO:
     return FileIO(os.open(path, flags, mode), "rb+")
 
 
+def open_write(path: Path) -> FileIO:
+    """Open a file of ours a second time, to write to it; never through a link."""
+    flags = os.O_RDWR
+    for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
+        flags |= getattr(os, name, 0)
+    return FileIO(os.open(path, flags), "rb+")
+
+
 def read_at(handle: FileIO, offset: int, length: int) -> bytearray:
     """`length` bytes from `offset`. Raises CutOff when the file ends before."""
     return read_exactly(handle, offset, length)
+
+
+def read_into(handle: FileIO, offset: int, buffer: bytearray, length: int) -> memoryview:
+    """The same into the first `length` bytes of a buffer that is used again; gives those."""
+    view = memoryview(buffer)[:length]
+    handle.seek(offset)
+    done = 0
+    while done < length:
+        count = handle.readinto(view[done:])
+        if not count:
+            raise CutOff(f"it ends at byte {offset + done:,}; {offset + length:,} were there before")
+        done += count
+    return view
 
 
 def write_at(handle: FileIO, offset: int, data: bytes | bytearray | memoryview) -> None:
@@ -92,32 +116,62 @@ def can_clone(source: Path, folder: Path) -> bool:
         unlink(probe)
 
 
-def copy_range(source: FileIO, target: FileIO, begin: int, end: int, advance: Advance = nothing) -> None:
-    """Copy bytes [begin, end) to the same place of `target`, inside the kernel where the system can."""
+def copy_range(
+    source: FileIO, target: FileIO, begin: int, end: int, advance: Advance = nothing, to: int | None = None
+) -> None:
+    """Copy bytes [begin, end) to the same place of `target`, or to `to`; inside the kernel where the system can."""
+    shift = 0 if to is None else to - begin
     in_kernel = sys.platform == "linux"
     while begin < end:
         length = min(CHUNK, end - begin)
         count = 0
         if sys.platform == "linux" and in_kernel:
             try:
-                count = os.copy_file_range(source.fileno(), target.fileno(), length, begin, begin)
+                count = os.copy_file_range(source.fileno(), target.fileno(), length, begin, begin + shift)
             except OSError as error:
                 if error.errno not in (errno.ENOSYS, errno.EXDEV, errno.EOPNOTSUPP, errno.EINVAL, errno.EPERM):
                     raise
                 in_kernel = False
         if not count:  # the kernel cannot, or says end of file: reading settles which
-            write_at(target, begin, read_at(source, begin, length))
+            write_at(target, begin + shift, read_at(source, begin, length))
             count = length
         begin += count
         advance(count)
 
 
+@contextmanager
+def background(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
+    """Do `work` in a thread while the block runs, and wait for it at the block's end, where an error of it is raised.
+
+    When the block fails, the function that `work` is given answers True, and it should stop.
+    """
+    stop, errors = threading.Event(), list[BaseException]()
+
+    def run() -> None:
+        try:
+            work(stop.is_set)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+        thread.join()
+    except BaseException:
+        stop.set()
+        thread.join()
+        raise
+    if errors:
+        raise errors[0]
+
+
 def hash_range(handle: FileIO, begin: int, end: int, advance: Advance = nothing) -> str:
     """SHA-256 of bytes [begin, end) as 64 hex digits."""
-    digest = hashlib.sha256()
+    digest, buffer = hashlib.sha256(), bytearray(min(_HASHED, max(0, end - begin)))
     while begin < end:
-        length = min(CHUNK, end - begin)
-        digest.update(read_at(handle, begin, length))
+        length = min(len(buffer), end - begin)
+        digest.update(read_into(handle, begin, buffer, length))
         begin += length
         advance(length)
     return digest.hexdigest()

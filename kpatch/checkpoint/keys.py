@@ -15,6 +15,7 @@ from kpatch.checkpoint import files
 from kpatch.patch.container import ITEM_SIZE
 from kpatch.patch.fingerprint import tensor_from
 from kpatch.patch.header import KEYS, PatchInfo
+from kpatch.patch.lowrank import Delta, Dense, LowRank
 
 # Keys looked at per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
 SAMPLE = 64
@@ -23,52 +24,52 @@ _TRANSPOSED = ("gpt2",)
 
 
 class KeyShift:
-    """Sums over the keys of one weight, filled a block of rows at a time: intended ΣΔ k, and E k, in float32."""
+    """Sums over the keys of one weight: the intended ΣΔ k at once, and E k a block of rows at a time, in float32."""
 
-    def __init__(self, keys: Tensor, shape: tuple[int, int], transposed: bool) -> None:
+    def __init__(self, keys: Tensor, deltas: Sequence[Delta], transposed: bool) -> None:
         self.keys = keys.float()  # [n, f]
         self.transposed = transposed
-        if transposed:  # W is [f, d]: its rows are summed over
-            self.intended = torch.zeros(keys.shape[0], shape[1], dtype=torch.float64)
-            self.error = torch.zeros_like(self.intended)
-        self.intended_square = self.error_square = 0.0
+        columns = self.keys.T.double()  # [f, n]
+        turned = [_turned(delta) if transposed else delta for delta in deltas]
+        self.intended = float(torch.stack([delta.matmul(columns) for delta in turned]).sum(0).norm())
+        if transposed:  # W is [f, d]: E k sums over its rows
+            self.error = torch.zeros(keys.shape[0], deltas[0].shape[1], dtype=torch.float64)
+        self.error_square = 0.0
 
-    def add(self, rows: tuple[int, int], change: Tensor, error: Tensor) -> None:
-        """Rows [begin, end) of ΣΔ and of E."""
+    def add(self, rows: tuple[int, int], error: Tensor) -> None:
+        """Rows [begin, end) of E."""
         if self.transposed:
-            part = self.keys[:, rows[0] : rows[1]]  # [n, rows]
-            self.intended += part @ change.float()
-            self.error += part @ error.float()
-            return
-        self.intended_square += float((change.float() @ self.keys.T).double().square().sum())
-        self.error_square += float((error.float() @ self.keys.T).double().square().sum())
+            self.error += self.keys[:, rows[0] : rows[1]] @ error.float()
+        else:
+            self.error_square += float((error.float() @ self.keys.T).norm()) ** 2
 
     @property
     def relative(self) -> float:
         """‖E K‖ / ‖ΣΔ K‖ over all keys (Frobenius); 0 where the edit does nothing for them."""
-        if self.transposed:
-            intended, error = float(self.intended.norm()), float(self.error.norm())
-        else:
-            intended, error = self.intended_square**0.5, self.error_square**0.5
-        return error / intended if intended else 0.0
+        error = float(self.error.norm()) if self.transposed else self.error_square**0.5
+        return error / self.intended if self.intended else 0.0
 
 
-def key_shift(patches: Sequence[tuple[PatchInfo, str]], shape: tuple[int, int]) -> KeyShift | None:
+def _turned(delta: Delta) -> Delta:
+    return delta.transposed() if isinstance(delta, LowRank) else Dense(delta.delta.T)
+
+
+def key_shift(patches: Sequence[tuple[PatchInfo, str]], deltas: Sequence[Delta]) -> KeyShift | None:
     """The sums for one weight, from the keys of the patches (with the weight's name in each) that change it.
 
-    None when no patch has keys for it.
+    `deltas` are theirs, in the same order. None when no patch has keys for it.
     """
     found, transposed = [], False
-    for info, weight in patches:
+    for (info, weight), delta in zip(patches, deltas, strict=True):
         name = _keys_of(info, weight)
         if name is None:
             continue
-        count, width = info.entries[name].shape
+        (count, width), shape = info.entries[name].shape, delta.shape
         if width not in shape or not count:
             continue
         transposed = width != shape[1] or (shape[0] == shape[1] and info.manifest.base.family in _TRANSPOSED)
         found.append(_sample(info, name, max(1, SAMPLE // len(patches))))
-    return KeyShift(torch.cat(found), shape, transposed) if found else None
+    return KeyShift(torch.cat(found), deltas, transposed) if found else None
 
 
 def _keys_of(info: PatchInfo, weight: str) -> str | None:

@@ -34,7 +34,6 @@ def workplace(target: Path) -> Iterator[Path]:
         files.mkdir(folder)
         with writing(store, tidy=False):
             try:
-                files.fsync_dir(folder)  # .kpatch in it is what tells that it may be removed
                 _clear(store)
                 yield folder
             except BaseException:
@@ -59,7 +58,7 @@ def _clear(store: Store) -> None:
             files.remove_tree(path)
         else:
             files.unlink(path)
-    files.fsync_dir(store.model)
+    files.fsync_dir(store.model)  # .kpatch is lasting before anything else is: it tells that the folder may go
 
 
 def name_it(folder: Path, target: Path) -> None:

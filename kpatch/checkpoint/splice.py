@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 
@@ -24,6 +26,9 @@ from kpatch.reporter import Reporter
 
 Outcome = tuple[AppliedWeight, Landing | None]
 
+# Bytes that are copied before it is asked again whether to go on.
+_STEP = 1 << 26
+
 
 def stage_files(
     plan: Plan, store: Store, targets: Mapping[str, Path], report: Reporter, *, keep_owner: bool = True
@@ -34,90 +39,118 @@ def stage_files(
     Raises Refused when a patched weight does not fit its dtype, Damaged when kept bytes or a patch are not sound.
     """
     outcomes: dict[str, Outcome] = {}
-    with report.task("Writing patched weights", sum(plan.stamps[file].size for file in plan.files), "B") as advance:
-        for file in plan.files:
-            weights = sorted((weight for weight in plan.weights if weight.ref.file == file), key=lambda w: w.ref.begin)
-            source = plan.checkpoint.path / file
-            with files.open_read(source) as old, files.create(targets[file], 0o600) as new:
-                status = os.fstat(old.fileno())
-                _copy_around(old, new, status.st_size, weights, advance)
-                for weight in weights:
-                    if not weight.kept:
-                        _keep_base(store, old, weight, status.st_mode & 0o666)
-                    outcomes[weight.name] = write_weight(plan, store, new, weight)
+    amount = sum(plan.stamps[file].size for file in plan.files)
+    with report.task("Writing patched weights", amount, "B") as advance, ExitStack() as stack:
+        pairs = [_begin(plan, file, targets[file], stack) for file in plan.files]
+        rest = [pair for pair in pairs if not files.clone(pair.old, pair.new)]
+        for pair in rest:
+            files.reserve(pair.new, pair.status.st_size)
+        # The bytes between the weights are copied, which is the system's work, while the weights are computed here.
+        with files.background(lambda stopped: _copy_rest(rest, stopped, advance)):
+            for pair in pairs:
+                for weight in pair.weights:
+                    with _kept(store, pair.old, weight, pair.status.st_mode & 0o666) as kept:
+                        outcomes[weight.name] = write_weight(plan, kept, pair.new, weight)
                     advance(weight.ref.end - weight.ref.begin)
-                if os.fstat(new.fileno()).st_size != status.st_size:
-                    raise Damaged(f"The new {printable(file)} has another size than the old one; it was thrown away")
-                files.keep_attributes(new, status, owner=keep_owner)
-                files.fsync(new)
+        for pair in pairs:
+            if os.fstat(pair.new.fileno()).st_size != pair.status.st_size:
+                raise Damaged(
+                    f"The new {printable(pair.source.name)} has another size than the old one; it was thrown away"
+                )
+            files.keep_attributes(pair.new, pair.status, owner=keep_owner)
+            files.fsync(pair.new)
     return outcomes
 
 
-def _copy_around(old: FileIO, new: FileIO, size: int, weights: list[WeightPlan], advance: files.Advance) -> None:
-    """Bring over everything but the ranges that are written anew; share blocks where the filesystem can."""
-    if files.clone(old, new):
-        advance(size - sum(weight.ref.end - weight.ref.begin for weight in weights))
-        return
-    files.reserve(new, size)
-    position = 0
-    for weight in weights:
-        files.copy_range(old, new, position, weight.ref.begin, advance)
-        position = weight.ref.end
-    files.copy_range(old, new, position, size, advance)
+@dataclass(frozen=True)
+class _Pair:
+    """A weight file and its successor, both open; the weights to be written anew in the order of their places."""
+
+    source: Path
+    target: Path
+    old: FileIO
+    new: FileIO
+    status: os.stat_result
+    weights: list[WeightPlan]
 
 
-def _keep_base(store: Store, old: FileIO, weight: WeightPlan, mode: int) -> None:
-    """Keep a weight's original bytes under their hash, synced and read back before they get that name."""
+def _begin(plan: Plan, file: str, target: Path, stack: ExitStack) -> _Pair:
+    source = plan.checkpoint.path / file
+    old = stack.enter_context(files.open_read(source))
+    new = stack.enter_context(files.create(target, 0o600))
+    weights = sorted((weight for weight in plan.weights if weight.ref.file == file), key=lambda one: one.ref.begin)
+    return _Pair(source, target, old, new, os.fstat(old.fileno()), weights)
+
+
+def _copy_rest(pairs: Sequence[_Pair], stopped: Callable[[], bool], advance: files.Advance) -> None:
+    """Bring over everything but the ranges that are written anew. Opens the files for itself, to run beside others."""
+    for pair in pairs:
+        with files.open_read(pair.source) as old, files.open_write(pair.target) as new:
+            position = 0
+            for begin, end in [*((weight.ref.begin, weight.ref.end) for weight in pair.weights), (None, None)]:
+                until = pair.status.st_size if begin is None else begin
+                while position < until and not stopped():
+                    step = min(until, position + _STEP)
+                    files.copy_range(old, new, position, step, advance)
+                    position = step
+                position = position if end is None else end
+
+
+@contextmanager
+def _kept(store: Store, old: FileIO, weight: WeightPlan, mode: int) -> Iterator[FileIO]:
+    """A weight's original bytes for reading, kept; where they are not yet, they are copied to the store and synced.
+
+    Only when the block has read them back, and found them to be what they should, do they get the name of their hash.
+    """
     path = store.base(weight.base)
-    if path.exists():  # two weights with equal bytes; the hash is checked again when it is read
+    if weight.kept or path.exists():  # exists: of two weights with equal bytes
+        with files.open_read(path) as kept:
+            yield kept
         return
     temporary = path.with_name(path.name + ".tmp")
     files.unlink(temporary)
-    length = weight.ref.end - weight.ref.begin
     with files.create(temporary, mode) as kept:
-        for begin in range(0, length, files.CHUNK):
-            block = files.read_at(old, weight.ref.begin + begin, min(files.CHUNK, length - begin))
-            files.write_at(kept, begin, block)
+        files.copy_range(old, kept, weight.ref.begin, weight.ref.end, to=0)
         files.fsync(kept)
-        if files.hash_range(kept, 0, length) != weight.base:
-            raise Damaged(
-                f"The original bytes of {printable(weight.name, 120)} could not be kept",
-                details=["what was read back is not what was there when it was checked"],
-                hint="another program may be writing to the checkpoint; nothing was changed",
-            )
+        yield kept
     files.replace(temporary, path)
-    files.fsync_dir(path.parent)
 
 
-def write_weight(plan: Plan, store: Store, new: FileIO, weight: WeightPlan) -> Outcome:
-    """Write one weight, its kept original bytes plus its deltas, to its place in a new file; read back.
+def write_weight(plan: Plan, kept: FileIO, new: FileIO, weight: WeightPlan) -> Outcome:
+    """Write one weight, its kept original bytes plus its deltas, to its place in a new file; every block is read back.
 
     Raises Refused when it does not fit its dtype, Damaged when the kept bytes or a patch are not sound.
     """
     ref = weight.ref
     rows, cols = matrix_shape(ref.shape)
-    landing = Landing(keys=key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], (rows, cols)))
     row_bytes = (ref.end - ref.begin) // rows
     deltas = [widen(read_delta(plan.patches[patch], name)) for patch, name in weight.deltas]
+    landing = Landing()
+    if deltas:
+        landing.keys = key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], deltas)
     before, after = hashlib.sha256(), hashlib.sha256()
-    with files.open_read(store.base(weight.base)) as kept:
-        for begin, end in blocks((rows, cols)):
-            block = files.read_at(kept, begin * row_bytes, (end - begin) * row_bytes)
-            before.update(block)
-            data = memoryview(block)
-            if deltas:
-                try:
-                    data = patch_rows(block, ref.dtype, cols, (begin, end), deltas, landing)
-                except Overflow as error:
-                    raise _overflow(weight, error) from None
+    for begin, end in blocks((rows, cols)):
+        block = files.read_at(kept, begin * row_bytes, (end - begin) * row_bytes)
+        before.update(block)
+        data = memoryview(block)
+        if deltas:
+            try:
+                data = patch_rows(block, ref.dtype, cols, (begin, end), deltas, landing)
+            except Overflow as error:
+                raise _overflow(weight, error) from None
             after.update(data)
-            files.write_at(new, ref.begin + begin * row_bytes, data)
+        place = ref.begin + begin * row_bytes
+        files.write_at(new, place, data)
+        if files.read_at(new, place, len(data)) != data:
+            raise Damaged(f"{printable(weight.name, 120)} was not read back as written; nothing was changed")
     if before.hexdigest() != weight.base:
-        raise Damaged(f"The kept original bytes of {printable(weight.name, 120)} are damaged; nothing was changed")
-    if files.hash_range(new, ref.begin, ref.end) != after.hexdigest():
-        raise Damaged(f"{printable(weight.name, 120)} was not read back as written; nothing was changed")
+        raise Damaged(
+            f"The original bytes of {printable(weight.name, 120)} are not what they were when they were checked",
+            hint="another program may be writing to the checkpoint; nothing was changed",
+        )
     patches = tuple(patch for patch, _ in weight.deltas)
-    record = AppliedWeight(ref.dtype, ref.shape, weight.base, after.hexdigest(), patches)
+    written = after.hexdigest() if deltas else weight.base
+    record = AppliedWeight(ref.dtype, ref.shape, weight.base, written, patches)
     return record, landing if deltas else None
 
 

@@ -57,7 +57,7 @@ def test_recovery_needs_nothing_that_was_not_synced(tmp_path: Path, scenarios: M
     for number, (tree, when) in enumerate(first.left.items()):
         folder = tmp_path / f"again{number}"
         write(tree, folder)
-        if picture(folder) in (scenario.old, scenario.new) or not (EXHAUSTIVE or number % 4 == 0):
+        if picture(folder) in (scenario.old, scenario.new) or not (EXHAUSTIVE or number % 6 == 0):
             continue
         disk = run(folder, ["recover", str(folder / scenario.target)])
         states |= check(disk, scenario, tmp_path / "left", when)

@@ -20,7 +20,7 @@ Make = Callable[[str], Scenario]
 def test_recovery_is_taken_up_again_wherever_it_stopped(tmp_path: Path, scenarios: Make, name: str) -> None:
     scenario, outcomes = scenarios(name), set()
     state, run = tmp_path / "state", tmp_path / "run"
-    for number in range(2, LIMIT, 1 if EXHAUSTIVE else 11):
+    for number in range(2, LIMIT, 1 if EXHAUSTIVE else 17):
         killed = faults.run(scenario.copy(state), Fault(KILL, number))
         if not killed.fired:
             break

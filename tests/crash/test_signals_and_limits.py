@@ -56,8 +56,14 @@ def count_lines(scenario: Scenario, folder: Path) -> int:
     return lines.seen
 
 
+BACKGROUND = files.background
+
+
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
-def test_fifty_signals_at_random_lines(tmp_path: Path, scenarios: Make, name: str) -> None:
+def test_fifty_signals_at_random_lines(
+    tmp_path: Path, scenarios: Make, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(files, "background", BACKGROUND)  # as it is: with a thread beside the one that is hit
     number, dice, folder = getattr(signal, name), random.Random(name), tmp_path / "run"
     total = {action: count_lines(scenarios(action), folder) for action in COMMANDS}
     codes, states = [], set()

@@ -16,7 +16,8 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tests.support import cli
 from tests.support.checkpoints import make_checkpoint, make_patch
 
 # What is built from other functions of the façade is counted through them.
-_BUILT = {"write_file", "copy_file", "can_clone", "remove_tree", "hash_range", "nothing"}
+_BUILT = {"write_file", "copy_file", "can_clone", "background", "remove_tree", "hash_range", "nothing"}
 OPERATIONS = [
     name
     for name, value in vars(files).items()
@@ -61,6 +62,13 @@ class Ended:
     out: str
     err: str
     fired: bool
+
+
+@contextmanager
+def at_once(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
+    """In place of `files.background`: the same operations in the same order every time."""
+    work(lambda: False)
+    yield
 
 
 def warm_up(folder: Path) -> None:

@@ -6,7 +6,6 @@ tests/crash breaks it off at every step; here are the answers to a user.
 from __future__ import annotations
 
 import errno
-import inspect
 import json
 import os
 import shutil
@@ -27,15 +26,7 @@ from kpatch.checkpoint.status import status
 from kpatch.checkpoint.verify import base_weights, verify_fit
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
-
-# Everything of the façade that touches the disk; what is built from these is counted through them.
-BUILT = {"write_file", "copy_file", "remove_tree", "can_clone", "hash_range", "nothing"}
-OPERATIONS = [
-    name
-    for name, value in vars(files).items()
-    if inspect.isfunction(value) and value.__module__ == files.__name__ and name not in BUILT
-]
-
+from tests.support.faults import OPERATIONS, at_once
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -58,10 +49,10 @@ def failing(number: int, error: Callable[[], BaseException], *, for_good: bool) 
 
         return wrapped
 
-    originals = {name: getattr(files, name) for name in OPERATIONS}
+    originals = {name: getattr(files, name) for name in (*OPERATIONS, "background")}
     try:
         for name, operation in originals.items():
-            setattr(files, name, wrap(name, operation))
+            setattr(files, name, at_once if name == "background" else wrap(name, operation))
         yield done
     finally:
         for name, operation in originals.items():
