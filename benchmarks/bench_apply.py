@@ -1,6 +1,6 @@
 """How long apply and revert take on a checkpoint made for it, against copying its files and against transformers.
 
-    python benchmarks/bench_apply.py [--gigabytes 2] [--shards 4] [--folder DIR] [--rank 100] [--runs 3]
+    python benchmarks/bench_apply.py [--gigabytes 2] [--shards 4] [--folder DIR] [--rank 30] [--runs 3]
 
 Apply in place copies every weight file it touches, keeps the original bytes of the patched weights and writes the new
 ones, all synced to the disk; the yardstick is `cp` of the same files, with an fsync of each. Every row is a process of
@@ -151,7 +151,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--rank", type=int, default=100, help="rank of the patch: its number of facts")
+    parser.add_argument("--rank", type=int, default=30, help="rank of the patch: its number of facts")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--no-transformers", action="store_true")

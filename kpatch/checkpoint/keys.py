@@ -18,7 +18,7 @@ from kpatch.patch.header import KEYS, PatchInfo
 from kpatch.patch.lowrank import Delta, Dense, LowRank
 
 # Keys looked at per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
-SAMPLE = 64
+SAMPLE = 32
 # Families whose MLP output is a Conv1D, stored [in, out]; needed only where W is square.
 _TRANSPOSED = ("gpt2",)
 
