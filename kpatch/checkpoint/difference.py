@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from kpatch.checkpoint import files
-from kpatch.checkpoint.dtype import to_float64, to_stored
+from kpatch.checkpoint.dtype import to_stored
 from kpatch.checkpoint.index import TensorRef
 from kpatch.checkpoint.rows import blocks
 from kpatch.errors import BadInput
-from kpatch.patch.fingerprint import coarser
+from kpatch.patch.fingerprint import coarser, tensor_from
 from kpatch.patch.manifest import matrix_shape
 from kpatch.patch.text import printable
 
@@ -67,8 +67,8 @@ class Difference:
             return
         with files.open_read(self.path_a) as left, files.open_read(self.path_b) as right:
             for begin, end in blocks((rows, cols)):
-                old = to_float64(_read(left, self.a, begin, end, rows), self.a.dtype, (end - begin, cols))
-                new = to_float64(_read(right, self.b, begin, end, rows), self.b.dtype, (end - begin, cols))
+                old = tensor_from(_read(left, self.a, begin, end, rows), self.a.dtype, (end - begin, cols)).double()
+                new = tensor_from(_read(right, self.b, begin, end, rows), self.b.dtype, (end - begin, cols)).double()
                 yield begin, end, old, new
 
     def times(self, x: Tensor) -> Tensor:
