@@ -16,6 +16,7 @@ MAX_INT = 2**53
 _UNSAFE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
 )
+_SURROGATE = re.compile("[\ud800-\udfff]|\\\\u[dD][89a-fA-F]")
 
 
 class JsonError(ValueError):
@@ -39,9 +40,9 @@ def _escape(code: int) -> str:
 
 
 def loads(text: str, max_depth: int = MAX_DEPTH) -> Any:
-    """Parse strict JSON: no duplicate keys, no NaN or Infinity, no number out of range, bounded depth.
+    """Parse strict JSON: no duplicate keys, no NaN or Infinity, no number out of range, bounded depth, valid Unicode.
 
-    Raises JsonError.
+    What it takes, `canonical` writes. Raises JsonError.
     """
     try:
         value = json.loads(
@@ -58,6 +59,8 @@ def loads(text: str, max_depth: int = MAX_DEPTH) -> Any:
     except ValueError as error:
         raise JsonError(f"not valid JSON: {error}") from None
     check_depth(value, max_depth)
+    if _SURROGATE.search(text):  # perhaps one half of a character; both halves of one, which are right, pass here
+        _text(json.dumps(value, ensure_ascii=False))
     return value
 
 
@@ -88,7 +91,7 @@ def canonical(value: Any) -> str:
 
 def plain(value: Any, depth: int = 0) -> Any:
     """A copy made of dict, list, str, bool, int, float and None only. Raises JsonError as `canonical` does."""
-    if depth > MAX_DEPTH:
+    if depth > MAX_DEPTH and isinstance(value, (dict, list, tuple)):
         raise JsonError(f"nested deeper than {MAX_DEPTH} levels")
     if value is None or isinstance(value, bool):
         return value

@@ -57,6 +57,9 @@ def test_what_json_cannot_carry_is_refused(value: Any) -> None:
         ("{'a': 1}", "not valid"),
         ("", "not valid"),
         ("1 2", "not valid"),
+        (r'"\ud800"', "lone surrogate"),
+        (r'[{"\uDFFF": 1}]', "lone surrogate"),
+        ('"\ud800"', "lone surrogate"),
     ],
 )
 def test_json_with_two_meanings_or_none_is_refused(text: str, reason: str) -> None:
@@ -66,6 +69,32 @@ def test_json_with_two_meanings_or_none_is_refused(text: str, reason: str) -> No
 
 def test_depth_sixteen_is_allowed() -> None:
     assert loads("[" * 16 + "]" * 16)
+
+
+def test_escaped_halves_of_one_character_are_that_character() -> None:
+    assert loads(r'"\ud83d\ude00 \\ud800"') == "😀 \\ud800"
+
+
+# Every kind of string an escape can make, lone halves among them
+STRINGS = st.text(st.characters(), max_size=3) | st.sampled_from(["\ud800", "a\udfff", "\ud83d\ude00"])
+ANY = st.recursive(
+    st.none() | NUMBERS | STRINGS,
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None)
+@given(ANY, st.integers(0, 18), st.booleans())
+def test_what_is_read_can_be_written_again(value: Any, depth: int, escaped: bool) -> None:
+    """A record that reads and then cannot be written would stop a commit halfway."""
+    for _ in range(depth):
+        value = [value]
+    try:
+        found = loads(json.dumps(value, ensure_ascii=escaped))
+    except JsonError:
+        return
+    assert loads(canonical(found)) == found
 
 
 @settings(deadline=None)
