@@ -22,6 +22,7 @@ from kpatch.models.runs import align
 from kpatch.reporter import SILENT, Reporter
 
 ANSWER_TOKENS = 6
+_LEAVE = 0.9  # finished rows leave a batch that fewer than this share go on in: the others' cache has to be copied
 _CONTEXT = 8  # tokens of the prompt decoded with a completion, so that it keeps its leading space
 
 
@@ -122,7 +123,7 @@ def first_words(text: str) -> str:
 def complete(
     model: Model,
     rows: Sequence[Sequence[int]],
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     top: int = 0,
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
@@ -131,50 +132,58 @@ def complete(
 ) -> list[Greedy]:
     """Greedy completions of rows of ids, batched by length with padding on the left; in the order of `rows`.
 
-    With `draws`, uniform numbers [max_tokens] for each row, a token is drawn from the `among` likeliest instead, and
-    none that is special: such a text does not end. Raises BadInput for an empty row, or one that leaves no room for
-    `max_tokens` in the model's positions.
+    `max_tokens` is for every row, or one number for each. With `draws`, uniform numbers [its max_tokens or more] for
+    each row, a token is drawn from the `among` likeliest instead, and none that is special: such a text does not end.
+    Raises BadInput for an empty row, or one that leaves no room for `max_tokens` in the model's positions.
     """
     longest = window(model)
-    for index, row in enumerate(rows):
+    room = [max_tokens] * len(rows) if isinstance(max_tokens, int) else list(max_tokens)
+    for index, (row, most) in enumerate(zip(rows, room, strict=True)):
         if not len(row):
             raise BadInput(f"Prompt {index + 1} is empty, and this model's tokenizer puts no token before it")
-        if longest is not None and len(row) + max_tokens - 1 > longest:
+        if longest is not None and len(row) + most - 1 > longest:
             raise BadInput(
                 f"Prompt {index + 1} is too long for {model.name}",
-                details=[f"expected at most {longest} tokens with the answer", f"found {len(row)} + {max_tokens}"],
+                details=[f"expected at most {longest} tokens with the answer", f"found {len(row)} + {most}"],
             )
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
-    lengths, most = [len(rows[index]) + max_tokens for index in order], HEAD_NUMBERS // vocabulary(model)
+    lengths, most = [len(rows[index]) + room[index] for index in order], HEAD_NUMBERS // vocabulary(model)
     results: dict[int, Greedy] = {}
     with report.task("Answering", total=len(rows), unit="prompts") as advance:
         # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
-        for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.85):
+        for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5):
             batch = [order[place] for place in places]
-            some = None if draws is None else torch.stack([draws[i] for i in batch])
-            done = _complete_batch(model, [rows[i] for i in batch], max_tokens, top, some, among)
+            some = None if draws is None else [draws[i] for i in batch]
+            done = _complete_batch(model, [rows[i] for i in batch], [room[i] for i in batch], top, some, among)
             results.update(zip(batch, done, strict=True))
             advance(len(batch))
     return [results[index] for index in range(len(rows))]
 
 
 def _complete_batch(
-    model: Model, rows: Sequence[Sequence[int]], max_tokens: int, top: int, draws: Tensor | None, among: int
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    room: Sequence[int],
+    top: int,
+    draws: Sequence[Tensor] | None,
+    among: int,
 ) -> list[Greedy]:
     batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
-    every = torch.arange(len(rows))
-    ends = torch.tensor(sorted(end_ids(model)))
+    ends = end_ids(model)
     cache: Any = None
     candidates: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
-    chosen: list[Tensor] = []  # [B] each
-    ended = torch.zeros(len(rows), dtype=torch.bool)
-    for step in range(max_tokens):
+    written: list[list[int]] = [[] for _ in rows]
+    held = list(range(len(rows)))  # the rows that the batch still holds
+    going = [number for number in held if room[number]]
+    for step in range(max(room, default=0)):
+        every = torch.arange(len(held))
         logits, out = logits_at(
             model,
             ids,
             every,
             torch.full_like(every, ids.shape[1] - 1),
+            mask.bool() if step == 0 else None,
             attention_mask=mask,
             position_ids=positions,
             past_key_values=cache,
@@ -184,22 +193,26 @@ def _complete_batch(
             chances, tokens = logits.softmax(-1).topk(min(top, logits.shape[-1]))  # [B, top]
             pairs = zip(tokens.tolist(), chances.tolist(), strict=True)
             candidates = [tuple(zip(some, their, strict=True)) for some, their in pairs]
-        best = logits.argmax(-1).cpu() if draws is None else _draw(model, logits, draws[:, step], among)  # [B]
-        chosen.append(best)
-        ended |= torch.isin(best, ends)
-        if bool(ended.all()):
+        if draws is None:
+            best = logits.argmax(-1)  # [B]
+        else:
+            best = _draw(model, logits, torch.stack([draws[number][step] for number in held]), among)
+        now = dict(zip(held, best.tolist(), strict=True))
+        for number in going:
+            written[number].append(now[number])
+        going = [number for number in going if now[number] not in ends and step + 1 < room[number]]
+        if not going:
             break
-        cache = out.past_key_values
-        ids = best[:, None].to(model.device)
-        positions = positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
-    ids_by_row = torch.stack(chosen, dim=1).tolist() if chosen else [[] for _ in rows]
-    stops = set(ends.tolist())
-    answers = []
-    for row, first in zip(ids_by_row, candidates, strict=True):
-        length = next((place for place, token in enumerate(row) if token in stops), len(row))
-        answers.append(Greedy(tuple(row[:length]), first))
-    return answers
+        cache, ids, positions = out.past_key_values, best[:, None].to(model.device), positions[:, -1:] + 1
+        if len(going) <= _LEAVE * len(held):
+            stay = torch.tensor([held.index(number) for number in going], device=model.device)
+            cache.batch_select_indices(stay)
+            ids, positions, mask, held = ids[stay], positions[stay], mask[stay], going
+        mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
+    return [
+        Greedy(tuple(token for token in some if token not in ends), first)
+        for some, first in zip(written, candidates, strict=True)
+    ]
 
 
 def _draw(model: Model, logits: Tensor, uniform: Tensor, among: int) -> Tensor:

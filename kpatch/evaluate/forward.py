@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kpatch.models.load import Model
+from kpatch.models.packing import packed_mlps
 
 
 @torch.no_grad()
-def logits_at(model: Model, ids: Tensor, rows: Tensor, columns: Tensor, **arguments: Any) -> tuple[Tensor, Any]:
+def logits_at(
+    model: Model, ids: Tensor, rows: Tensor, columns: Tensor, real: Tensor | None = None, **arguments: Any
+) -> tuple[Tensor, Any]:
     """Logits [P, V] in float32 after token (rows[p], columns[p]) of ids [B, T], and the network's whole output.
 
-    `arguments` go to the network (mask, positions, cache). The head is the costliest matrix of a small model and
-    most columns are never asked for, so its input is cut down to P rows before it runs.
+    `real` [B, T] is true where a token is none of padding: the MLPs then leave padding out. `arguments` go to the
+    network (mask, positions, cache). The head is the costliest matrix of a small model and most columns are never
+    asked for, so its input is cut down to P rows before it runs.
     """
     ran: list[bool] = []
 
@@ -26,8 +31,13 @@ def logits_at(model: Model, ids: Tensor, rows: Tensor, columns: Tensor, **argume
 
     arguments.setdefault("use_cache", False)
     handle = model.net.get_output_embeddings().register_forward_pre_hook(pick)
+    packed: Any = nullcontext()
+    if real is not None:
+        read = torch.unique(rows * ids.shape[1] + columns).to(model.device)
+        packed = packed_mlps(model, 0, model.n_layers, real.flatten().nonzero().flatten().to(model.device), read)
     try:
-        out = model.net(input_ids=ids.to(model.device), **arguments)
+        with packed:
+            out = model.net(input_ids=ids.to(model.device), **arguments)
     finally:
         handle.remove()
     # A network that multiplies by its embeddings without calling a head gives every column.

@@ -149,10 +149,10 @@ def _free_texts(
     """What the model writes behind some prompts when it always takes its first choice; `room` is in tokens."""
     items: list[Item] = [(probes[number].prompt, probes[number].subject, None, "") for number in room]
     rows = [row.ids for row in encode_many(model.tokenizer, items)]
-    found = complete(model, rows, max(room.values(), default=0), 0, batch_tokens, report) if rows else []
+    found = complete(model, rows, list(room.values()), 0, batch_tokens, report) if rows else []
     texts = {
-        number: text_after(model.tokenizer, row, answer.ids[:tokens])
-        for (number, tokens), row, answer in zip(room.items(), rows, found, strict=True)
+        number: text_after(model.tokenizer, row, answer.ids)
+        for number, row, answer in zip(room, rows, found, strict=True)
     }
     return [texts.get(number) for number in range(len(probes))]
 

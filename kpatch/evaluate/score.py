@@ -117,10 +117,11 @@ def _score_batch(model: Model, batch: Sequence[_Row], items: Sequence[tuple[Ids,
     width = max(len(row.ids) for row in batch)
     # Padding stands on the right, where causal attention never looks: no mask, and positions count from 0.
     ids = torch.tensor([[*row.ids, *[model.pad_id] * (width - len(row.ids))] for row in batch])  # [B, T]
+    real = torch.arange(width) < torch.tensor([[len(row.ids)] for row in batch])
     wanted = [(number, column) for number, row in enumerate(batch) for column in row.columns]
     place = {key: position for position, key in enumerate(wanted)}
     row_index, column_index = torch.tensor(wanted).unbind(1)  # [P]
-    logits, _ = logits_at(model, ids, row_index, column_index)  # [P, V]
+    logits, _ = logits_at(model, ids, row_index, column_index, real)  # [P, V]
 
     members = [(number, index) for number, row in enumerate(batch) for index in row.items]
     places: list[int] = []

@@ -61,11 +61,11 @@ def write_on(
     rows = [row.ids for row in encode_many(model.tokenizer, items)]
     texts: list[list[str]] = [[] for _ in facts]
     draws = [_draws(row, tokens, seed) for row in rows]  # the first so many of them are used
-    steps = max(1, tokens - min(map(len, rows)))
-    found = complete(model, rows, steps, 0, batch_tokens, report, draws=draws, among=_TOP)
+    room = [max(1, tokens - len(row)) for row in rows]  # the prompt counts, as in the authors' code
+    found = complete(model, rows, room, 0, batch_tokens, report, draws=draws, among=_TOP)
     for (number, prompt, subject), row, written in zip(prompts, rows, found, strict=True):
-        ids = written.ids[: max(1, tokens - len(row))]  # the prompt counts, as in the authors' code
-        texts[number].append(prompt.replace(SLOT, subject, 1).rstrip() + text_after(model.tokenizer, row, ids))
+        text = text_after(model.tokenizer, row, written.ids)
+        texts[number].append(prompt.replace(SLOT, subject, 1).rstrip() + text)
     weights = TfIdf(text for some in references for text in some)
     fluency = tuple(math.fsum(map(entropy, some)) / len(some) for some in texts)
     consistency = tuple(

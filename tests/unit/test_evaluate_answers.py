@@ -62,6 +62,21 @@ def test_order_and_batches_change_nothing() -> None:
     assert whole[:5] == whole[5:]
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_row_that_is_done_leaves_the_others_as_they_were(family: str) -> None:
+    rows = [model(family).tokenizer(prompt).input_ids for prompt in PROMPTS]
+    whole = [answer.ids for answer in complete(model(family), rows, 6)]
+    sizes: list[int] = []
+    handle = model(family).net.register_forward_pre_hook(
+        lambda _, __, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
+    room = [2, 6, 0, 4, 1]
+    found = complete(model(family), rows, room)
+    handle.remove()
+    assert [answer.ids for answer in found] == [ids[:most] for ids, most in zip(whole, room, strict=True)]
+    assert sizes == [5, 3, 2, 2, 1, 1]  # those of two tokens, of four and of six
+
+
 @pytest.mark.parametrize("place", ["tokenizer", "generation_config"])
 def test_a_row_ends_where_its_eos_comes(place: str) -> None:
     """One row stops early and takes nothing from its neighbors."""
@@ -175,3 +190,4 @@ def test_an_answer_must_fit_behind_its_prompt() -> None:
     assert len(complete(short, [[5] * 120], 9)[0].ids) == 9
     with pytest.raises(BadInput, match="too long"):
         complete(short, [[5] * 120], 10)
+    assert [len(one.ids) for one in complete(short, [[5] * 120, [5] * 3], [9, 20])] == [9, 20]

@@ -106,6 +106,19 @@ def test_rows_are_shared_and_the_head_sees_target_positions_only(monkeypatch: py
         handle.remove()
 
 
+def test_the_mlps_see_no_padding_and_the_last_one_only_what_is_read() -> None:
+    seen: list[int] = []
+    last = model().n_layers - 1
+    handles = [
+        model().down(layer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[:-1].numel()))
+        for layer in (0, last)
+    ]
+    score(model(), [([5] * 9, [6]), ([5, 6], [7, 8])])
+    for handle in handles:
+        handle.remove()
+    assert seen == [9 + 3, 1 + 2]
+
+
 def test_no_cache_is_filled_for_rows_that_are_run_once() -> None:
     one = torch.tensor([0])
     logits, out = module.logits_at(model(), torch.tensor([[5, 6]]), one, one)
