@@ -66,19 +66,32 @@ class FtHyper(OneLayer):
 
 
 _ROME = "the ROME authors' published settings"
+_FT = "MEMIT paper, appendix B (FT-W), and its published settings"
 DEFAULTS: Mapping[str, type[RomeHyper] | type[FtHyper]] = {"rome": RomeHyper, "ft": FtHyper}
 PRESETS: Mapping[str, Mapping[str, tuple[OneLayer, str]]] = {
     "rome": {
-        "gpt-j": (RomeHyper(5), f"{_ROME}: layer 5, 20 steps, lr 0.5, 20 contexts of 5 and 10 tokens"),
-        "gpt2-xl": (RomeHyper(17), f"{_ROME}: layer 17, the rest as for GPT-J"),
+        "gpt-j": (
+            RomeHyper(5),
+            f"{_ROME}: layer 5, 20 steps, lr 0.5, stop at 0.05, clamp 4, 10 contexts of 5 tokens and 10 of 10,"
+            " decay 0.5 and KL 0.0625 (the paper, appendix E.5, names 1.5e-3 and 100)",
+        ),
+        "gpt2-xl": (RomeHyper(17), f"{_ROME}: layer 17 (the paper counts it as the 18th), the rest as for GPT-J"),
+        "neox": (RomeHyper(15), f"{_ROME}: layer 15, the rest as for GPT-J"),
         "smollm2": (
             RomeHyper(6),
             "layer 6, the middle of MEMIT's layers here, as GPT-J's 5 is of its own; the rest as for GPT-J",
         ),
     },
     "ft": {
-        "gpt-j": (FtHyper(21), "MEMIT paper, section 5: layer 21, 25 steps, lr 5e-4, decay 5e-4, stop at 1e-2"),
-        "gpt2-xl": (FtHyper(0), f"{_ROME}: layer 0, 25 steps, lr 5e-4; decay as for GPT-J"),
+        "gpt-j": (
+            FtHyper(21),
+            f"{_FT}: layer 21, 25 steps, lr 5e-4, stop at 1e-2; decay 5e-4, which the paper chose for 10,000 edits",
+        ),
+        "gpt2-xl": (
+            FtHyper(1),
+            "ROME paper, appendix E.1, and its published settings for tuning without a bound on the change: layer 1,"
+            " 25 steps, lr 5e-4; decay and stop as for GPT-J",
+        ),
         "smollm2": (FtHyper(22), "layer 22, as deep as GPT-J's 21 of 28 layers; the rest as for GPT-J"),
     },
 }
