@@ -8,35 +8,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from kpatch.errors import BadInput
-from kpatch.models.families import FAMILIES, Family, family_for
+from kpatch.models.families import FAMILIES, family_for
 from kpatch.models.load import Model, wrap
 from kpatch.models.runs import Calls, align, captured_inputs, record, record_suffix, run_to
+from tests.support.families import CASES, RAGGED, batch_of, build, check, full, rows_of, stored_product
 from tests.support.models import CONFIGS, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
-
-# Every family, and the settings of some that change how their layers are put together.
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in FAMILIES},
-    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
-    "opt-as-wide-as-its-embeddings": ("opt", {"word_embed_proj_dim": WIDTH}),
-    "llama-tied": ("llama", {"tie_word_embeddings": True}),
-    "llama-eager": ("llama", {"attn_implementation": "eager"}),
-    "qwen2-sliding": (
-        "qwen2",
-        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},
-    ),
-}
-
-# (columns before the aligned one, columns from it on); windows are 6 wide, so that the longer rows reach past them
-RAGGED = [(9, 2), (3, 6), (0, 4), (1, 1), (8, 5)]
 
 
 @pytest.fixture(autouse=True)
@@ -47,89 +29,9 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@cache
-def build(case: str) -> Model:
-    family, settings = CASES[case]
-    return tiny(family, **settings)
-
-
 @pytest.fixture(params=CASES)
 def model(request: pytest.FixtureRequest) -> Model:
     return build(request.param)
-
-
-@dataclass
-class Full:
-    """A row as the network runs it: states[l] enters layer l, states[L] leaves the last; all [T, ...]."""
-
-    states: list[Tensor]
-    keys: list[Tensor]
-    down: list[Tensor]
-    attn: list[Tensor]
-    mlp: list[Tensor]
-    logits: Tensor
-
-
-def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] | None = None) -> Full:
-    """The network's own forward on one bare row; `change(layer, hidden)` may replace what leaves a layer."""
-    found = Full([], [], [], [], [], torch.empty(0))
-    handles = []
-
-    def flat(value: Any) -> Tensor:
-        rows: Tensor = value[0] if isinstance(value, tuple) else value
-        return rows.reshape(len(ids), -1)
-
-    def keep_input(_: nn.Module, args: Any) -> None:
-        found.states.append(flat(args))
-
-    def keep_output(index: int) -> Callable[..., Any]:
-        def hook(_: nn.Module, args: Any, out: Any) -> Any:
-            hidden = out[0] if isinstance(out, tuple) else out
-            if change is not None:
-                hidden = change(index, hidden)
-            found.states.append(hidden[0])
-            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
-
-        return hook
-
-    def keep(into: list[Tensor]) -> Callable[..., None]:
-        return lambda _, args, out: into.append(flat(out))
-
-    handles.append(model.layer(0).register_forward_pre_hook(keep_input))
-    for index in range(model.n_layers):
-        handles.append(model.layer(index).register_forward_hook(keep_output(index)))
-        handles.append(model.down(index).register_forward_pre_hook(lambda _, args: found.keys.append(flat(args))))
-        handles.append(model.down(index).register_forward_hook(keep(found.down)))
-        handles.append(model.attn_out(index).register_forward_hook(keep(found.attn)))
-        handles.append(model.mlp_out(index).register_forward_hook(keep(found.mlp)))
-    try:
-        found.logits = model.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
-def rows_of(shape: list[tuple[int, int]], vocabulary: int, seed: int = 1) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(1, vocabulary, (a + b,), generator=generator).tolist() for a, b in shape]
-
-
-def batch_of(model: Model, shape: list[tuple[int, int]]) -> tuple[list[list[int]], Any]:
-    rows = rows_of(shape, len(model.tokenizer))
-    return rows, align(rows, [before for before, _ in shape], model.pad_id)
-
-
-def check(got: Tensor, want: Tensor) -> None:
-    """Equal to rounding in float32, relative to the largest entry."""
-    assert torch.isfinite(got).all()
-    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * (1 + float(want.abs().max())))
-
-
-def stored_product(model: Model, keys: Tensor, layer: int) -> Tensor:
-    weight, bias = model.weight(layer), getattr(model.down(layer), "bias", None)
-    product = keys @ weight if model.stores_transposed else keys @ weight.T  # [T, d]
-    return product if bias is None else product + bias
 
 
 # The modules
@@ -419,17 +321,7 @@ def test_the_gradient_through_the_layers_above_is_the_full_forwards(
     check(loss.detach(), total.detach())
 
 
-# What is refused
-
-
-def test_an_unknown_family_is_told_which_names_to_give() -> None:
-    net = tiny_net("starcoder2", 300, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=2,
-                   num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
-    with pytest.raises(BadInput) as caught:
-        wrap(net, tiny("llama").tokenizer)
-    told = " ".join([caught.value.message, *caught.value.details, caught.value.hint or ""])
-    for word in ("starcoder2", "layers", "down", "attn_out", "norm", "--modules", "llama"):
-        assert word in told
+# Families named by hand
 
 
 HAND_NAMED: dict[str, tuple[dict[str, str], dict[str, Any]]] = {
@@ -464,44 +356,3 @@ def test_a_family_named_by_hand_keeps_the_contract(name: str) -> None:
     test_a_suffix_on_a_cached_prefix_is_the_full_forward(model, RAGGED)
     test_keys_up_to_a_layer_and_nothing_above_it(model)
     assert model.family.post_norm == (name == "glm4")
-
-
-def test_names_by_hand_replace_the_tables() -> None:
-    family = family_for("llama", {"mlp_out": "mlp"})
-    assert family == Family(**{**{f: getattr(FAMILIES["llama"], f) for f in Family.__slots__}, "mlp_out": "mlp"})
-    with pytest.raises(BadInput, match="Unknown module name 'dwon'"):
-        family_for("llama", {"dwon": "mlp.down_proj"})
-    with pytest.raises(BadInput) as caught:
-        family_for("mystery", {"down": "mlp.down_proj", "layers": "model.layers"})
-    assert any("missing: attn_out, norm" in line for line in caught.value.details)
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"layers": "model.blocks"},
-        {"down": "mlp.dwon"},
-        {"down": "mlp.act_fn"},
-        {"down": "mlp.up_proj"},
-        {"norm": "model.nrom"},
-        {"attn_out": "mlp.nothing"},
-    ],
-    ids=str,
-)
-def test_names_that_do_not_fit_are_refused(wrong: dict[str, str]) -> None:
-    model = tiny("llama")
-    with pytest.raises(BadInput, match="module names"):
-        wrap(model.net, model.tokenizer, family_for("llama", wrong))
-
-
-def test_opt_that_norms_after_its_layers_is_refused() -> None:
-    with pytest.raises(BadInput, match="norms its residual stream after every layer"):
-        tiny("opt", do_layer_norm_before=False)
-
-
-def test_a_tokenizer_with_more_tokens_than_rows_is_refused() -> None:
-    tokenizer = tiny("llama").tokenizer
-    with pytest.raises(BadInput, match="tokenizer does not match") as caught:
-        wrap(tiny_net("llama", len(tokenizer) - 1), tokenizer)
-    assert str(len(tokenizer)) in " ".join(caught.value.details)
-    wrap(tiny_net("llama", len(tokenizer) + 60), tokenizer)  # embeddings padded to a round number are usual

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +19,6 @@ from kpatch.models.runs import captured_inputs
 from kpatch.stats import cache as cache_module
 from kpatch.stats import collect as module
 from kpatch.stats.collect import Covariance, collect
-from kpatch.stats.interrupt import whole_steps
 from kpatch.stats.moment import SecondMoment
 from tests.support.models import tiny
 from tests.support.reports import Recorder
@@ -196,35 +191,6 @@ def test_ctrl_c_within_a_sum_waits_for_its_end(model: Model, text: str, monkeypa
     assert [capture for _, _, capture in calls.made] == [[2], [0, 2], [0, 2], [0, 2]]
 
 
-def test_ctrl_c_outside_a_step_is_immediate_and_handlers_come_back() -> None:
-    before = signal.getsignal(signal.SIGINT)
-    reached = []
-
-    def interrupted(inside: bool) -> None:
-        with whole_steps() as steps, steps.step() if inside else nullcontext():
-            signal.raise_signal(signal.SIGINT)
-            reached.append(inside)
-
-    for inside in (False, True):
-        with pytest.raises(KeyboardInterrupt):
-            interrupted(inside)
-        assert signal.getsignal(signal.SIGINT) is before
-    assert reached == [True]
-
-
-def test_steps_work_beside_the_main_thread() -> None:
-    done = []
-
-    def work() -> None:
-        with whole_steps() as steps, steps.step():
-            done.append(True)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert done == [True]
-
-
 @pytest.mark.parametrize(("less", "more"), [(96, 203), (203, 300), (11, 203), (200, 201), (144, 144 + 48)])
 @pytest.mark.parametrize("corpus", ["text", "self"])
 def test_growing_is_the_same_as_starting_with_more(
@@ -389,51 +355,3 @@ def test_wrong_layers_and_counts_are_refused(model: Model, text: str) -> None:
 def test_rows_are_no_longer_than_the_model_takes(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("gpt2", n_positions=32)
     assert collect(model, [0], corpus=text, tokens=200).moments[0].count == 200
-
-
-WORKER = """
-import sys, time
-import torch
-torch.set_num_threads(1)
-from kpatch.stats import collect as module
-from tests.support.models import tiny
-from tests.support.reports import Recorder
-model, report = tiny("llama"), Recorder()
-original = module.run_to
-def slow(*arguments):
-    time.sleep(0.2)
-    print("run", flush=True)
-    return original(*arguments)
-module.run_to = slow
-print("ready", flush=True)
-sys.stdin.readline()
-found = module.collect(model, [0], corpus=sys.argv[1], tokens=203, row=16, batch_tokens=48, report=report)
-print(found.id, float(found.moments[0].total.sum()), report.notes, flush=True)
-"""
-
-
-@pytest.mark.slow
-def test_of_two_processes_one_collects_and_one_waits(text: str) -> None:
-    root = Path(__file__).parents[2]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, text], cwd=root, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-        for _ in range(2)
-    ]
-    for process in both:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-    said = []
-    for process in both:
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    for process in both:
-        out, _ = process.communicate(timeout=120)
-        assert process.returncode == 0
-        said.append(out.splitlines())
-    said.sort(key=len)
-    assert [len(lines) for lines in said] == [1, 6]  # five runs in one of them, none in the other
-    assert "from the cache" in said[0][-1]
-    assert said[0][-1].split()[:2] == said[1][-1].split()[:2]

@@ -1,0 +1,61 @@
+"""Models whose family, module names or tokenizer do not fit."""
+
+from __future__ import annotations
+
+import pytest
+
+from kpatch.errors import BadInput
+from kpatch.models.families import FAMILIES, Family, family_for
+from kpatch.models.load import wrap
+from tests.support.models import MLP_WIDTH, WIDTH, tiny, tiny_net
+
+
+def test_an_unknown_family_is_told_which_names_to_give() -> None:
+    net = tiny_net("starcoder2", 300, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=2,
+                   num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    with pytest.raises(BadInput) as caught:
+        wrap(net, tiny("llama").tokenizer)
+    told = " ".join([caught.value.message, *caught.value.details, caught.value.hint or ""])
+    for word in ("starcoder2", "layers", "down", "attn_out", "norm", "--modules", "llama"):
+        assert word in told
+
+
+def test_names_by_hand_replace_the_tables() -> None:
+    family = family_for("llama", {"mlp_out": "mlp"})
+    assert family == Family(**{**{f: getattr(FAMILIES["llama"], f) for f in Family.__slots__}, "mlp_out": "mlp"})
+    with pytest.raises(BadInput, match="Unknown module name 'dwon'"):
+        family_for("llama", {"dwon": "mlp.down_proj"})
+    with pytest.raises(BadInput) as caught:
+        family_for("mystery", {"down": "mlp.down_proj", "layers": "model.layers"})
+    assert any("missing: attn_out, norm" in line for line in caught.value.details)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"layers": "model.blocks"},
+        {"down": "mlp.dwon"},
+        {"down": "mlp.act_fn"},
+        {"down": "mlp.up_proj"},
+        {"norm": "model.nrom"},
+        {"attn_out": "mlp.nothing"},
+    ],
+    ids=str,
+)
+def test_names_that_do_not_fit_are_refused(wrong: dict[str, str]) -> None:
+    model = tiny("llama")
+    with pytest.raises(BadInput, match="module names"):
+        wrap(model.net, model.tokenizer, family_for("llama", wrong))
+
+
+def test_opt_that_norms_after_its_layers_is_refused() -> None:
+    with pytest.raises(BadInput, match="norms its residual stream after every layer"):
+        tiny("opt", do_layer_norm_before=False)
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_refused() -> None:
+    tokenizer = tiny("llama").tokenizer
+    with pytest.raises(BadInput, match="tokenizer does not match") as caught:
+        wrap(tiny_net("llama", len(tokenizer) - 1), tokenizer)
+    assert str(len(tokenizer)) in " ".join(caught.value.details)
+    wrap(tiny_net("llama", len(tokenizer) + 60), tokenizer)  # embeddings padded to a round number are usual

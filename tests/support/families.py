@@ -1,0 +1,112 @@
+"""Tiny models of every family, and what each one's own forward gives on a single bare row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kpatch.models.families import FAMILIES
+from kpatch.models.load import Model
+from kpatch.models.runs import align
+from tests.support.models import WIDTH, tiny
+
+# Every family, and the settings of some that change how their layers are put together.
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in FAMILIES},
+    "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
+    "opt-as-wide-as-its-embeddings": ("opt", {"word_embed_proj_dim": WIDTH}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-eager": ("llama", {"attn_implementation": "eager"}),
+    "qwen2-sliding": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["full_attention", "sliding_attention"] * 2},
+    ),
+}
+
+# (columns before the aligned one, columns from it on); windows are 6 wide, so that the longer rows reach past them
+RAGGED = [(9, 2), (3, 6), (0, 4), (1, 1), (8, 5)]
+
+
+@cache
+def build(case: str) -> Model:
+    family, settings = CASES[case]
+    return tiny(family, **settings)
+
+
+@dataclass
+class Full:
+    """A row as the network runs it: states[l] enters layer l, states[L] leaves the last; all [T, ...]."""
+
+    states: list[Tensor]
+    keys: list[Tensor]
+    down: list[Tensor]
+    attn: list[Tensor]
+    mlp: list[Tensor]
+    logits: Tensor
+
+
+def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] | None = None) -> Full:
+    """The network's own forward on one bare row; `change(layer, hidden)` may replace what leaves a layer."""
+    found = Full([], [], [], [], [], torch.empty(0))
+    handles = []
+
+    def flat(value: Any) -> Tensor:
+        rows: Tensor = value[0] if isinstance(value, tuple) else value
+        return rows.reshape(len(ids), -1)
+
+    def keep_input(_: nn.Module, args: Any) -> None:
+        found.states.append(flat(args))
+
+    def keep_output(index: int) -> Callable[..., Any]:
+        def hook(_: nn.Module, args: Any, out: Any) -> Any:
+            hidden = out[0] if isinstance(out, tuple) else out
+            if change is not None:
+                hidden = change(index, hidden)
+            found.states.append(hidden[0])
+            return (hidden, *out[1:]) if isinstance(out, tuple) else hidden
+
+        return hook
+
+    def keep(into: list[Tensor]) -> Callable[..., None]:
+        return lambda _, args, out: into.append(flat(out))
+
+    handles.append(model.layer(0).register_forward_pre_hook(keep_input))
+    for index in range(model.n_layers):
+        handles.append(model.layer(index).register_forward_hook(keep_output(index)))
+        handles.append(model.down(index).register_forward_pre_hook(lambda _, args: found.keys.append(flat(args))))
+        handles.append(model.down(index).register_forward_hook(keep(found.down)))
+        handles.append(model.attn_out(index).register_forward_hook(keep(found.attn)))
+        handles.append(model.mlp_out(index).register_forward_hook(keep(found.mlp)))
+    try:
+        found.logits = model.net(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def rows_of(shape: list[tuple[int, int]], vocabulary: int, seed: int = 1) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(1, vocabulary, (a + b,), generator=generator).tolist() for a, b in shape]
+
+
+def batch_of(model: Model, shape: list[tuple[int, int]]) -> tuple[list[list[int]], Any]:
+    rows = rows_of(shape, len(model.tokenizer))
+    return rows, align(rows, [before for before, _ in shape], model.pad_id)
+
+
+def check(got: Tensor, want: Tensor) -> None:
+    """Equal to rounding in float32, relative to the largest entry."""
+    assert torch.isfinite(got).all()
+    torch.testing.assert_close(got, want, rtol=0, atol=2e-5 * (1 + float(want.abs().max())))
+
+
+def stored_product(model: Model, keys: Tensor, layer: int) -> Tensor:
+    weight, bias = model.weight(layer), getattr(model.down(layer), "bias", None)
+    product = keys @ weight if model.stores_transposed else keys @ weight.T  # [T, d]
+    return product if bias is None else product + bias
