@@ -142,11 +142,12 @@ def command(
     say.result({**found, "facts": list(after.facts)} if per_fact else found)
     from kpatch.cli.evaluated import show
 
-    show(say, found, after.facts if per_fact else ())
+    unpatched = () if before is None else before.facts
+    show(say, found, after.facts if per_fact else (), unpatched)
     if html is not None:
         from kpatch.cli.page import write_page
 
-        write_page(html, facts.name, found, after.facts, () if before is None else before.facts)
+        write_page(html, facts.name, found, after.facts, unpatched)
         say.note(f"{html} written")
     _gate(found, least, max_perplexity_drift)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kpatch.cli.output import Cell, Output, percent
@@ -14,55 +14,71 @@ KINDS = {
 }
 
 
-def show(out: Output, found: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> None:
-    """The rates of one model, or of two side by side; then those of `facts` that failed."""
-    metrics, before = found["metrics"], found["unpatched"]
+def show(
+    out: Output,
+    found: Mapping[str, Any],
+    facts: Sequence[Mapping[str, Any]],
+    before: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """All that was measured of one model, or of two side by side; then those of `facts` that failed.
+
+    `before` are the same facts in the model without its patches, or none.
+    """
+    metrics, old = found["metrics"], found["unpatched"] or {}
     rows: list[list[Cell]] = []
     for name, over in KINDS.items():
         part = metrics[name]
         if part is None:
             continue
-        old = (before or {}).get(name) or {}
-        rows.append(
-            [name.capitalize(), over, part["n"], *_cells(old.get("success"), part["success"], part["interval"])]
-        )
-        rows.append(
-            ["", "as first choice", None, *_cells(old.get("accuracy"), part["accuracy"], part["accuracy_interval"])]
-        )
-        if "free_running" in part:
-            pair = part["free_running_interval"]
-            rows.append(["", "written freely", None, *_cells(old.get("free_running"), part["free_running"], pair)])
-    score = _cells((before or {}).get("score"), metrics["score"], metrics["score_interval"])
+        was = old.get(name) or {}
+        success = _cells(was.get("success"), part["success"], part["interval"])
+        rows.append([name.capitalize(), over, part["n"], *success])
+        for key, label in (("accuracy", "as first choice"), ("free_running", "written freely")):
+            if key in part:
+                rows.append(["", label, None, *_cells(was.get(key), part[key], part[f"{key}_interval"])])
+    score = _cells(old.get("score"), metrics["score"], metrics["score_interval"])
     rows.append(["Score", "harmonic mean of the three", None, *score])
-    headers = ["Rate", "Over", "n", "Without", "With", "95 %"]
-    right = [2, 3, 4, 5]
-    if before is None:
-        headers.remove("Without")
-        headers[3] = "Rate"
-        rows = [[*row[:3], *row[4:]] for row in rows]
-        right = [2, 3, 4]
-    out.table(headers, rows, right=right)
-    for name, unit in (("fluency", "bits"), ("consistency", "")):
+    for name, over, count in (
+        ("fluency", "bits, of what it writes", found["evaluated"]),
+        ("consistency", "with texts about the targets", found.get("compared")),
+    ):
         if found[name] is not None:
-            old = f"{before[name]:.3f} → " if before else ""
-            low, high = found.get(f"{name}_interval") or (found[name], found[name])
-            out.line(f"{name.capitalize()} {old}{found[name]:.3f} ({low:.3f} to {high:.3f}) {unit}".rstrip())
+            numbers = _cells(old.get(name), found[name], found.get(f"{name}_interval"), plain)
+            rows.append([name.capitalize(), over, count, *numbers])
     read = found["perplexity"]
     if read is not None:
-        old = "" if read["before"] is None else f"{read['before']:.3f} → "
-        more = "" if read["drift"] is None else f" ({100 * read['drift']:+.2f} %)"
-        out.line(f"Perplexity {old}{read['after']:.3f}{more}")
+        more = "" if read["drift"] is None else f": {100 * read['drift']:+.2f} %"
+        rows.append(["Perplexity", f"of the text{more}", None, *_cells(read["before"], read["after"], None, plain)])
+    headers, right = ["Measure", "Over", "n", "Without", "With", "95 %"], [2, 3, 4, 5]
+    if found["unpatched"] is None:
+        headers, right = ["Measure", "Over", "n", "Value", "95 %"], [2, 3, 4]
+        rows = [[*row[:3], *row[4:]] for row in rows]
+    out.table(headers, rows, right=right)
     if facts:
-        _failures(out, facts)
+        _failures(out, facts, before)
 
 
-def _cells(before: float | None, after: float | None, pair: Sequence[float] | None) -> list[Cell]:
-    between = "" if pair is None else f"{100 * pair[0]:.1f} – {100 * pair[1]:.1f}"
-    return [percent(before), percent(after), between]
+def plain(value: float | None) -> str:
+    """A number that is no rate."""
+    return "–" if value is None else f"{value:.3f}"
 
 
-def failures(fact: Mapping[str, Any]) -> list[str]:
-    """What of a fact the model got wrong, in words; the old answer winning, or the new one not being said."""
+def _cells(
+    before: float | None,
+    after: float | None,
+    pair: Sequence[float] | None,
+    shown: Callable[[float | None], str] = percent,
+) -> list[Cell]:
+    times, digits = (100, 1) if shown is percent else (1, 3)
+    between = "" if pair is None else f"{times * pair[0]:.{digits}f} – {times * pair[1]:.{digits}f}"
+    return [shown(before), shown(after), between]
+
+
+def failures(fact: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[str]:
+    """What of a fact the model got wrong, in words: the old answer winning, or the new one not being said.
+
+    A neighbor that was wrong `before` too is told apart from one that a patch has spoilt.
+    """
     found = []
     if fact.get("success") is False:
         found.append("the old answer is likelier")
@@ -71,16 +87,19 @@ def failures(fact: Mapping[str, Any]) -> list[str]:
     if fact.get("free_running") is False:
         found.append("not written")
     for name in ("paraphrases", "neighbors"):
-        lost = [success for success in fact.get(name, []) if success is False]
+        lost = [place for place, success in enumerate(fact.get(name, [])) if success is False]
         if lost:
             found.append(f"{len(lost)} of {len(fact[name])} {name}")
+        if lost and before is not None and name == "neighbors":
+            already = sum(before[name][place] is False for place in lost)
+            found[-1] += ", before too" if already == len(lost) else f", {already} of them before" if already else ""
     return found
 
 
-def _failures(out: Output, facts: Sequence[Mapping[str, Any]]) -> None:
+def _failures(out: Output, facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> None:
     rows: list[list[Cell]] = []
-    for fact in facts:
-        wrong = failures(fact)
+    for number, fact in enumerate(facts):
+        wrong = failures(fact, before[number] if before else None)
         if wrong:
             chances = [percent(fact.get("probability")), percent(fact.get("was_probability"))]
             rows.append([fact["id"], fact["text"], fact["target"], *chances, fact.get("answer"), "; ".join(wrong)])

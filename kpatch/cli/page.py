@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from kpatch.cache import atomic_write
-from kpatch.cli.evaluated import KINDS, failures
+from kpatch.cli.evaluated import KINDS, failures, plain
 from kpatch.cli.output import percent
 
 _STYLE = """
@@ -19,8 +20,12 @@ table { border-collapse: collapse; width: 100%; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); }
 th { text-align: left; } .n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .bad { color: var(--bad); } svg { max-width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+.key { display: inline-block; width: .8em; height: .8em; margin-left: 1em; }
+.key.old { background: var(--old); } .key.new { background: var(--new); }
 .old { fill: var(--old); } .new { fill: var(--new); } .axis { stroke: var(--line); } .range { stroke: currentColor; }
 """
+_KEY = '<p><span class="key old"></span> without patches <span class="key new"></span> with them</p>\n'
+_DECADES = 6  # of the plot of probabilities; smaller ones stand on its edge
 
 
 def write_page(
@@ -48,10 +53,10 @@ def page(
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
-        f"<h1>{title}</h1>\n<p>{found['evaluated']:,} facts. Whiskers and brackets: 95 % intervals.</p>\n"
-        f"{_rates(found)}\n<h2>Success</h2>\n{_bars(found)}\n<h2>Every fact</h2>\n"
+        f"<h1>{title}</h1>\n<p>{found['evaluated']:,} facts, with 95 % intervals.</p>\n"
+        f"{_rates(found)}\n<h2>Success, %</h2>\n{_KEY if before else ''}{_bars(found)}\n<h2>Every fact</h2>\n"
         f"<p>P of the target against P of the old answer, per token. Above the line the target wins.</p>\n"
-        f"{_scatter(facts, before)}\n{_facts(facts)}\n</body></html>\n"
+        f"{_KEY if before else ''}{_scatter(facts, before)}\n{_facts(facts, before)}\n</body></html>\n"
     )
 
 
@@ -74,11 +79,11 @@ def _rates(found: Mapping[str, Any]) -> str:
     for key, label in (("fluency", "Fluency, bits"), ("consistency", "Consistency")):
         if found[key] is not None:
             between = _pair(found.get(f"{key}_interval"), 1)
-            rows.append((label, "", _number(old.get(key)), _number(found[key]), between))
+            rows.append((label, "", plain(old.get(key)), plain(found[key]), between))
     if found["perplexity"]:
         read = found["perplexity"]
-        rows.append(("Perplexity", "", _number(read["before"]), _number(read["after"]), ""))
-    return _table(("Rate", "n", "Without", "With", "95 %"), rows, numbers=(1, 2, 3, 4))
+        rows.append(("Perplexity", "", plain(read["before"]), plain(read["after"]), ""))
+    return _table(("Measure", "n", "Without", "With", "95 %"), rows, numbers=(1, 2, 3, 4))
 
 
 def _bars(found: Mapping[str, Any]) -> str:
@@ -104,16 +109,20 @@ def _bars(found: Mapping[str, Any]) -> str:
 
 
 def _scatter(facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> str:
-    """P(was) to the right, P(target) upwards; a point a fact."""
-    parts = ['<svg viewBox="0 0 360 340" width="360" role="img" aria-label="P of target and old answer">']
-    parts.append('<rect x="40" y="10" width="300" height="300" fill="none" class="axis"/>')
-    parts.append('<line class="axis" x1="40" y1="310" x2="340" y2="10"/>')
-    parts.append('<text x="190" y="332" text-anchor="middle">P(was)</text><text x="4" y="24">P(target)</text>')
+    """P(was) to the right, P(target) upwards, both by their logarithms; a point a fact."""
+    parts = ['<svg viewBox="0 0 380 370" width="380" role="img" aria-label="P of target and old answer">']
+    parts.append('<rect x="50" y="20" width="300" height="300" fill="none" class="axis"/>')
+    parts.append('<line class="axis" x1="50" y1="320" x2="350" y2="20"/>')
+    parts.append('<text x="200" y="360" text-anchor="middle">P(was)</text><text x="4" y="12">P(target)</text>')
+    for tenth in range(0, _DECADES + 1, 2):
+        at, name = 300 * tenth / _DECADES, f"{10.0 ** (tenth - _DECADES):g}"
+        parts.append(f'<text x="{50 + at:g}" y="338" text-anchor="middle">{name}</text>')
+        parts.append(f'<text x="44" y="{324 - at:g}" text-anchor="end">{name}</text>')
     for some, style in ((before, "old"), (facts, "new")):
         for fact in some:
             new, old = fact.get("probability"), fact.get("was_probability")
             if new is not None and old is not None:
-                place = f'cx="{40 + 300 * old:.1f}" cy="{310 - 300 * new:.1f}"'
+                place = f'cx="{50 + 300 * _height(old):.1f}" cy="{320 - 300 * _height(new):.1f}"'
                 about = escape(f"{fact['text']} {fact['target']}")
                 parts.append(
                     f'<circle class="{style}" fill-opacity=".6" r="3" {place}><title>{about}</title></circle>'
@@ -121,7 +130,12 @@ def _scatter(facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, A
     return "".join(parts) + "</svg>"
 
 
-def _facts(facts: Sequence[Mapping[str, Any]]) -> str:
+def _height(probability: float) -> float:
+    """Where a probability stands on an axis of the plot, from 0 to 1."""
+    return max(0.0, 1 + math.log10(max(probability, 1e-300)) / _DECADES)
+
+
+def _facts(facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         (
             fact["text"],
@@ -129,9 +143,9 @@ def _facts(facts: Sequence[Mapping[str, Any]]) -> str:
             percent(fact.get("probability")),
             percent(fact.get("was_probability")),
             fact.get("answer") or "",
-            "; ".join(failures(fact)),
+            "; ".join(failures(fact, before[number] if before else None)),
         )
-        for fact in facts
+        for number, fact in enumerate(facts)
     ]
     headers = ("Prompt", "Target", "P(target)", "P(was)", "Answer", "Wrong")
     return _table(headers, rows, numbers=(2, 3), bad=5)
@@ -154,7 +168,3 @@ def _table(
 def _pair(pair: Sequence[float] | None, times: float) -> str:
     digits = 1 if times == 100 else 3
     return "" if pair is None else f"{times * pair[0]:.{digits}f} – {times * pair[1]:.{digits}f}"
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -129,6 +129,7 @@ def complete(
     report: Reporter = SILENT,
     draws: Sequence[Tensor] | None = None,
     among: int = 1,
+    doing: str = "Answering",
 ) -> list[Greedy]:
     """Greedy completions of rows of ids, batched by length with padding on the left; in the order of `rows`.
 
@@ -149,7 +150,7 @@ def complete(
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     lengths, most = [len(rows[index]) + room[index] for index in order], HEAD_NUMBERS // vocabulary(model)
     results: dict[int, Greedy] = {}
-    with report.task("Answering", total=len(rows), unit="prompts") as advance:
+    with report.task(doing, total=len(rows), unit="prompts") as advance:
         # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
         for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5):
             batch = [order[place] for place in places]

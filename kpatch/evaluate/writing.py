@@ -62,7 +62,7 @@ def write_on(
     texts: list[list[str]] = [[] for _ in facts]
     draws = [_draws(row, tokens, seed) for row in rows]  # the first so many of them are used
     room = [max(1, tokens - len(row)) for row in rows]  # the prompt counts, as in the authors' code
-    found = complete(model, rows, room, 0, batch_tokens, report, draws=draws, among=_TOP)
+    found = complete(model, rows, room, 0, batch_tokens, report, draws=draws, among=_TOP, doing="Writing")
     for (number, prompt, subject), row, written in zip(prompts, rows, found, strict=True):
         text = text_after(model.tokenizer, row, written.ids)
         texts[number].append(prompt.replace(SLOT, subject, 1).rstrip() + text)

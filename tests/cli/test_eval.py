@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from kpatch.checkpoint.apply import apply
+from kpatch.cli.evaluated import failures
+from kpatch.cli.page import _scatter
 from tests.support import checkpoints
 from tests.support.cli import run
 from tests.support.models import tiny
@@ -135,6 +137,38 @@ def test_eval_tells_people_in_a_table(model: Path, facts: Path, patch: Path) -> 
     assert re.search(r"Efficacy +the edited prompts +1\b", alone)
 
 
+def test_all_that_was_asked_for_is_in_the_table(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The city of Chicago lies in Brazil and the sea is cold.", encoding="utf-8")
+    done = run(
+        "eval", facts, model, "--patch", patch, "--generate", "--length", "12", "--text", text, "--samples", "9"
+    )
+    assert re.search(r"Fluency +bits, of what it writes +3( +\d\.\d{3}){2} +\d\.\d{3} – \d\.\d{3}", done.out), done.out
+    assert re.search(r"Consistency +with texts about the targets +1( +\d\.\d{3}){2}", done.out), done.out
+    assert re.search(r"Perplexity +of the text: [+-][\d.]+ % +[\d.]+ +[\d.]+", done.out), done.out
+
+
+def test_a_neighbor_that_was_wrong_before_is_not_the_patch_s_fault() -> None:
+    now: dict[str, Any] = {
+        "success": True,
+        "accurate": True,
+        "paraphrases": [False],
+        "neighbors": [False, False, None],
+    }
+    assert failures(now) == ["1 of 1 paraphrases", "2 of 3 neighbors"]
+    for neighbors, said in (
+        ([True, True, None], "2 of 3 neighbors"),
+        ([False, True, None], "2 of 3 neighbors, 1 of them before"),
+        ([False, False, None], "2 of 3 neighbors, before too"),
+    ):
+        assert failures(now, {**now, "neighbors": neighbors}) == ["1 of 1 paraphrases", said]
+
+
+def test_probabilities_stand_on_logarithmic_axes() -> None:
+    drawn = _scatter([{"text": "a", "target": "b", "probability": 1e-3, "was_probability": 0.0}], [])
+    assert 'cx="50.0" cy="170.0"' in drawn
+
+
 @pytest.mark.parametrize(
     ("option", "value", "named"),
     [
@@ -231,5 +265,5 @@ def test_the_page(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None
     assert not {"script", "img", "link", "b"} & reader.seen, "texts are escaped, nothing is loaded"
     assert "<b>Brazil</b>" in reader.text
     assert "http" not in page
-    for said in ("Efficacy", "Score", "with news", "The Eiffel Tower is in"):
+    for said in ("Efficacy", "Score", "with news", "The Eiffel Tower is in", "without patches"):
         assert said in reader.text
