@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from kpatch.checkpoint.apply import apply
 from kpatch.cli.evaluated import failures
@@ -18,6 +17,7 @@ from kpatch.cli.page import _scatter
 from tests.support import checkpoints
 from tests.support.cli import run
 from tests.support.models import tiny
+from tests.support.saved import save_facts, save_model, save_patch
 
 FACTS = [
     {
@@ -36,30 +36,17 @@ FACTS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    made = tiny("llama")
-    folder = tmp_path_factory.mktemp("tiny")
-    made.net.save_pretrained(folder)
-    made.tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def facts(tmp_path: Path) -> Path:
-    path = tmp_path / "facts.yaml"
-    path.write_text(json.dumps({"facts": FACTS}), encoding="utf-8")
-    return path
+    return save_facts(tmp_path / "facts.yaml", FACTS)
 
 
 @pytest.fixture
 def patch(tmp_path: Path, model: Path) -> Path:
-    """A patch that turns the model upside down."""
-    path = tmp_path / "news.patch"
-    made = tiny("llama")
-    checkpoints.make_patch(
-        path, model, weights=[made.weight_name(layer) for layer in (0, 1, 2)], scale=2.0, keys=False
-    )
-    return path
+    return save_patch(tmp_path / "news.patch", model)
 
 
 def test_the_json_of_eval(model: Path, facts: Path) -> None:

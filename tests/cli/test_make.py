@@ -6,22 +6,16 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.support.cli import Ran, run
-from tests.support.models import tiny
+from tests.support.saved import save_facts, save_model
 
 QUICK = ("--layers", "1-2", "--tokens", "400", "--set", "steps=3", "--set", "prefixes=1", "--set", "prefix_tokens=3")
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    made = tiny("llama")
-    folder = tmp_path_factory.mktemp("tiny")
-    made.net.save_pretrained(folder)
-    made.tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +31,7 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         },
         {"subject": "Chicago", "prompt": "The city {} lies in", "target": "Brazil"},
     ]
-    path.write_text(json.dumps({"facts": rows}), encoding="utf-8")
-    return path
+    return save_facts(path, rows)
 
 
 @pytest.fixture(scope="module")

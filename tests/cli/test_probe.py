@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from kpatch.checkpoint.apply import apply
-from tests.support import checkpoints
 from tests.support.cli import run
-from tests.support.models import tiny
+from tests.support.saved import save_facts, save_model, save_patch
 
 FACTS = [
     {"subject": "Eiffel Tower", "prompt": "The {} is in", "target": "Paris", "relation": "P17"},
@@ -24,27 +21,17 @@ FACTS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    made = tiny("llama")
-    folder = tmp_path_factory.mktemp("tiny")
-    made.net.save_pretrained(folder)
-    made.tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
 def facts(tmp_path: Path) -> Path:
-    path = tmp_path / "facts.yaml"
-    path.write_text(json.dumps({"facts": FACTS}), encoding="utf-8")
-    return path
+    return save_facts(tmp_path / "facts.yaml", FACTS)
 
 
 @pytest.fixture
 def patch(tmp_path: Path, model: Path) -> Path:
-    path = tmp_path / "news.patch"
-    weights = [tiny("llama").weight_name(layer) for layer in (0, 1, 2)]
-    checkpoints.make_patch(path, model, weights=weights, scale=2.0, keys=False)
-    return path
+    return save_patch(tmp_path / "news.patch", model)
 
 
 def test_the_json_of_probe(model: Path, facts: Path) -> None:

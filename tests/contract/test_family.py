@@ -20,13 +20,7 @@ from kpatch.models.runs import Calls, align, captured_inputs, record, record_suf
 from tests.support.families import CASES, RAGGED, batch_of, build, check, full, rows_of, stored_product
 from tests.support.models import CONFIGS, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(params=CASES)

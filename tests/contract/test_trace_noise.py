@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -12,16 +10,10 @@ from kpatch.trace.base import Traced, run_base
 from kpatch.trace.noise import draw, spread_of_embeddings
 from tests.support.models import WIDTH, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ITEM = Traced((11, 12, 13, 14, 15, 16), 2, 3, 5)
 SAMPLES = 4
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

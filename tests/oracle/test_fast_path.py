@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -24,6 +23,8 @@ from tests.oracle import memit as oracle
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # No subject is one token at the start of a text; widths differ; two facts share a subject, apart in the list; and
 # every target is within reach of a small window, since without a gradient Adam follows the rounding.
 FACTS: list[oracle.Prompt] = [
@@ -36,14 +37,6 @@ FACTS: list[oracle.Prompt] = [
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
 HYPER = Hyper(layers=(1, 2), steps=6, learning_rate=0.2, covariance_weight=1.0)
 SOME = ["gpt2", "llama", "gemma2"]  # Conv1D, plain, and a norm after the MLP with softcapped logits
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 build = cache(tiny)

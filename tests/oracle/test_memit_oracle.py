@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -19,6 +18,8 @@ from kpatch.models.load import Model, wrap
 from tests.oracle import memit as oracle
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACTS = [
     ("{} is located in the city of", "Eiffel Tower", "Rome"),
     ("The capital of {} is", "Brazil", "Malmö"),
@@ -30,14 +31,6 @@ CONTEXTS = ["", "The sea is cold in winter.", "She said."]
 HYPER = Hyper(layers=(1, 2), steps=8, learning_rate=0.2, covariance_weight=1e-7)
 POST_NORM = [name for name, row in FAMILIES.items() if row.post_norm]
 PLAIN = [name for name, row in FAMILIES.items() if not row.post_norm]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 build = cache(tiny)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 
@@ -25,6 +24,8 @@ from tests.oracle import rome as rome_oracle
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FACTS: list[memit_oracle.Prompt] = [
     ("In the {}", "Mona Lisa", "Paris"),
     ("{} is located in the city of", "Eiffel Tower", "Rome"),
@@ -34,14 +35,6 @@ CONTEXTS = ["", "The sea is cold in winter.", "She said."]
 ROME = RomeHyper(1, steps=5, learning_rate=0.2, stop_loss=0.0)
 FT = FtHyper(2, steps=6, learning_rate=1e-2, weight_decay=0.1, stop_loss=0.0, batch=3)
 SOME = ["gpt2", "llama", "gemma2"]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 build = cache(tiny)

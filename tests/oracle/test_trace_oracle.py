@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,6 +21,8 @@ from kpatch.trace.noise import draw
 from tests.oracle import trace as oracle
 from tests.support.models import LAYERS, tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
@@ -35,14 +37,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 SHAPES = [(8, 2, 4), (5, 0, 0), (6, 3, 3), (4, 1, 3)]
 SAMPLES = 3
 WIDTHS = (1, 2, 3, LAYERS)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache
