@@ -74,17 +74,19 @@ def command(
     )
     if found.format == "zsre":
         say.note("target: the true answers" if target == "answers" else "target: the false answers, alt")
-    _list(say, "break a rule and are left out", found.rejected)
-    _list(say, "repeat an earlier fact and are left out", found.repeats)
-    kept = "are left out" if drop_conflicts else "are kept; `make` refuses them, --drop-conflicts leaves them out"
-    _list(say, f"contradict an earlier fact and {kept}", found.conflicts)
+    _list(say, "left out, for they break a rule", found.rejected)
+    _list(say, "left out, for they repeat an earlier fact", found.repeats)
+    what = "left out, for they contradict an earlier fact"
+    if not drop_conflicts:
+        what = "kept, though they contradict an earlier fact (`make` refuses them, --drop-conflicts leaves them out)"
+    _list(say, what, found.conflicts)
     say.line(f"{out}: {len(found.facts):,} facts from {found.records:,} records ({found.format})")
 
 
 def _list(say: Output, what: str, lines: tuple[str, ...]) -> None:
     if not lines:
         return
-    say.warn(f"{len(lines):,} {what}")
+    say.warn(f"{len(lines):,} {what}:")
     shown = lines if say.verbose else lines[:_SHOWN]
     for line in shown:
         say.warn(f"  {line}")

@@ -33,9 +33,9 @@ def test_what_import_tells(data: Path, tmp_path: Path) -> None:
     done = run("import", data, "-o", out)
     assert done.code == 0, done.err
     assert done.out == f"{out}: 2 facts from 32 records (easyedit)\n"
-    assert "30 break a rule" in done.err
+    assert "30 left out, for they break a rule" in done.err
     assert "and 10 more (-v lists them)" in done.err
-    assert "1 contradict an earlier fact and are kept" in done.err
+    assert "1 kept, though they contradict an earlier fact" in done.err
     assert "record 2 (case_id 2)" in done.err
     assert len(load_facts(out, conflicts=True).facts) == 2
     everything = run("import", data, "-o", out, "--force", "-v").err
