@@ -12,13 +12,14 @@ from torch import Tensor
 
 from kpatch.errors import BadInput
 from kpatch.evaluate.batches import batches
+from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import logits_at, vocabulary, window
-from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, score
+from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, score, scored_as
 from kpatch.facts.prompts import encode_many
 from kpatch.facts.schema import Fact
 from kpatch.facts.spacing import unspaced
 from kpatch.models.load import Model
-from kpatch.models.runs import align
+from kpatch.models.runs import Batch, align
 from kpatch.reporter import SILENT, Reporter
 
 ANSWER_TOKENS = 6
@@ -55,10 +56,14 @@ class FactAnswer:
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """Token ids of one greedy completion without EOS, and (id, probability) of the likeliest first tokens."""
+    """Token ids of one greedy completion without EOS, and (id, probability) of the likeliest first tokens.
+
+    `scored` is how the model takes the targets that it was asked about behind the same prompt.
+    """
 
     ids: tuple[int, ...]
     top: tuple[tuple[int, float], ...]
+    scored: tuple[Scored, ...] = ()
 
 
 def ask(
@@ -130,11 +135,13 @@ def complete(
     draws: Sequence[Tensor] | None = None,
     among: int = 1,
     doing: str = "Answering",
+    targets: Sequence[Sequence[Ids]] = (),
 ) -> list[Greedy]:
     """Greedy completions of rows of ids, batched by length with padding on the left; in the order of `rows`.
 
     `max_tokens` is for every row, or one number for each. With `draws`, uniform numbers [its max_tokens or more] for
     each row, a token is drawn from the `among` likeliest instead, and none that is special: such a text does not end.
+    `targets` of each row, none longer than its max_tokens, are scored as `score` does, on the same run of the prompt.
     Raises BadInput for an empty row, or one that leaves no room for `max_tokens` in the model's positions.
     """
     longest = window(model)
@@ -155,7 +162,8 @@ def complete(
         for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5):
             batch = [order[place] for place in places]
             some = None if draws is None else [draws[i] for i in batch]
-            done = _complete_batch(model, [rows[i] for i in batch], [room[i] for i in batch], top, some, among)
+            asked = [targets[i] for i in batch] if targets else ()
+            done = _complete_batch(model, [rows[i] for i in batch], [room[i] for i in batch], top, some, among, asked)
             results.update(zip(batch, done, strict=True))
             advance(len(batch))
     return [results[index] for index in range(len(rows))]
@@ -168,12 +176,14 @@ def _complete_batch(
     top: int,
     draws: Sequence[Tensor] | None,
     among: int,
+    targets: Sequence[Sequence[Ids]],
 ) -> list[Greedy]:
     batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     ends = end_ids(model)
     cache: Any = None
     candidates: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
+    scored: list[tuple[Scored, ...]] = [()] * len(rows)
     written: list[list[int]] = [[] for _ in rows]
     held = list(range(len(rows)))  # the rows that the batch still holds
     going = [number for number in held if room[number]]
@@ -194,6 +204,8 @@ def _complete_batch(
             chances, tokens = logits.softmax(-1).topk(min(top, logits.shape[-1]))  # [B, top]
             pairs = zip(tokens.tolist(), chances.tolist(), strict=True)
             candidates = [tuple(zip(some, their, strict=True)) for some, their in pairs]
+        if step == 0 and targets:
+            scored = _score_after(model, batch, out.past_key_values, logits, targets)
         if draws is None:
             best = logits.argmax(-1)  # [B]
         else:
@@ -211,9 +223,34 @@ def _complete_batch(
             ids, positions, mask, held = ids[stay], positions[stay], mask[stay], going
         mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
     return [
-        Greedy(tuple(token for token in some if token not in ends), first)
-        for some, first in zip(written, candidates, strict=True)
+        Greedy(tuple(token for token in some if token not in ends), first, about)
+        for some, first, about in zip(written, candidates, scored, strict=True)
     ]
+
+
+def _score_after(
+    model: Model, batch: Batch, cache: Any, first: Tensor, targets: Sequence[Sequence[Ids]]
+) -> list[tuple[Scored, ...]]:
+    """Targets behind each row of a batch: first tokens by its own logits `first` [B, V], the rest on its columns."""
+    every = [(row, target) for row, some in enumerate(targets) for target in some]
+    rows = torch.tensor([row for row, _ in every], dtype=torch.long)
+    logprobs, best = read_targets(first, rows, torch.tensor([target[0] for _, target in every], dtype=torch.long))
+    found = [([value], [token]) for value, token in zip(logprobs, best, strict=True)]
+    longer = [number for number, (_, target) in enumerate(every) if len(target) > 1]
+    columns = [len(every[number][1]) - 1 for number in longer]
+    lengths = [batch.ids.shape[1] + column for column in columns]  # each has its prompt's columns copied
+    for numbers in batches(lengths, columns, BATCH_TOKENS, HEAD_NUMBERS // vocabulary(model)):
+        some = [longer[place] for place in numbers]
+        tails = [every[number][1] for number in some]
+        spots = [(row, column) for row, tail in enumerate(tails) for column in range(len(tail) - 1)]
+        logits = logits_after(model, batch, cache, [every[n][0] for n in some], [tail[:-1] for tail in tails], spots)
+        wanted = torch.tensor([token for tail in tails for token in tail[1:]])
+        logprobs, best = read_targets(logits, torch.arange(len(spots)), wanted)
+        for (row, _), value, token in zip(spots, logprobs, best, strict=True):
+            found[some[row]][0].append(value)
+            found[some[row]][1].append(token)
+    done = iter(scored_as(model, target, *one) for (_, target), one in zip(every, found, strict=True))
+    return [tuple(next(done) for _ in some) for some in targets]
 
 
 def _draw(model: Model, logits: Tensor, uniform: Tensor, among: int) -> Tensor:

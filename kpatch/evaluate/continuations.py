@@ -12,7 +12,7 @@ from torch import Tensor
 from kpatch.evaluate.forward import logits_at, vocabulary
 from kpatch.evaluate.score import HEAD_NUMBERS
 from kpatch.models.load import Model
-from kpatch.models.runs import align
+from kpatch.models.runs import Batch, align
 
 _ROWS = 256  # suffixes run together: each has its prompt's cached columns copied
 
@@ -57,25 +57,39 @@ class Prompts:
 
     def _run(self, rows: Sequence[int], suffixes: Sequence[Sequence[int]]) -> Tensor:
         """log P [n, V] of the token behind each suffix, on the CPU."""
-        chosen = torch.tensor(rows, device=self.batch.ids.device)
-        width = max(map(len, suffixes))
-        # Padding on the right, where no token of the suffix looks
-        ids = torch.tensor([[*suffix, *[self.model.pad_id] * (width - len(suffix))] for suffix in suffixes])
-        new = torch.tensor([[1] * len(suffix) + [0] * (width - len(suffix)) for suffix in suffixes])
-        mask = torch.cat([self.batch.mask[chosen], new.to(chosen.device)], dim=1)
-        positions = self.batch.positions[chosen, -1:] + 1 + torch.arange(width, device=chosen.device)
-        ends = torch.tensor([len(suffix) - 1 for suffix in suffixes])
-        logits, _ = logits_at(
-            self.model,
-            ids,
-            torch.arange(len(rows)),
-            ends,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=_rows_of(self.cache, chosen),
-            use_cache=True,
-        )
-        return logits.log_softmax(-1).cpu()
+        ends = [(number, len(suffix) - 1) for number, suffix in enumerate(suffixes)]
+        return logits_after(self.model, self.batch, self.cache, rows, suffixes, ends).log_softmax(-1).cpu()
+
+
+def logits_after(
+    model: Model,
+    batch: Batch,
+    cache: Any,
+    rows: Sequence[int],
+    suffixes: Sequence[Sequence[int]],
+    spots: Sequence[tuple[int, int]],
+) -> Tensor:
+    """Logits [P, V] at `spots`, (which suffix, which token of it), of suffixes that stand behind rows of a batch.
+
+    `batch` ends with the last token of every row, and `cache` holds its columns; it stays as it is.
+    """
+    chosen = torch.tensor(rows, device=batch.ids.device)
+    width = max(map(len, suffixes))
+    # Padding on the right, where no token of the suffix looks
+    ids = torch.tensor([[*suffix, *[model.pad_id] * (width - len(suffix))] for suffix in suffixes])
+    new = torch.tensor([[1] * len(suffix) + [0] * (width - len(suffix)) for suffix in suffixes])
+    number, column = torch.tensor(spots).unbind(1)
+    logits, _ = logits_at(
+        model,
+        ids,
+        number,
+        column,
+        attention_mask=torch.cat([batch.mask[chosen], new.to(chosen.device)], dim=1),
+        position_ids=batch.positions[chosen, -1:] + 1 + torch.arange(width, device=chosen.device),
+        past_key_values=_rows_of(cache, chosen),
+        use_cache=True,
+    )
+    return logits
 
 
 def _rows_of(cache: Any, rows: Tensor) -> Any:

@@ -11,8 +11,8 @@ from typing import Any
 
 from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, says, text_after
 from kpatch.evaluate.rates import KINDS, Outcome, summarize
-from kpatch.evaluate.score import BATCH_TOKENS, Scored, score
-from kpatch.facts.prompts import Encoded, Item, encode_many
+from kpatch.evaluate.score import BATCH_TOKENS, Ids, Scored, score
+from kpatch.facts.prompts import Item, encode_many
 from kpatch.facts.schema import SLOT, Fact
 from kpatch.models.load import Model
 from kpatch.reporter import SILENT, Reporter
@@ -65,16 +65,19 @@ def measure(
     is its own rival is not compared. Raises BadInput for text that the tokenizer cannot take, CheckFailed for NaN.
     """
     probes = [probe for number, fact in enumerate(facts) for probe in _probes(number, fact)]
-    pairs, lengths = _score(model, probes, batch_tokens, report)
-    outcomes = [_outcome(probe, *pair) for probe, pair in zip(probes, pairs, strict=True)]
     kinds = {*free, *(KINDS[:1] if answer_tokens else ())}
+    items = _items(model, probes)
     # Each prompt has the room that its own answer needs, so that no fact depends on the others
     room = {
-        number: max(answer_tokens, lengths.get(number, 0) + _BEYOND if probe.kind in free else 0)
+        number: max(answer_tokens, len(items[number, 0][1]) + _BEYOND if probe.kind in free and probe.right else 0)
         for number, probe in enumerate(probes)
         if probe.kind in kinds
     }
-    texts = _free_texts(model, probes, room, batch_tokens, report)
+    texts, found = _free_texts(model, probes, room, items, batch_tokens, report)
+    rest = [key for key in items if key not in found]
+    found.update(zip(rest, score(model, [items[key] for key in rest], batch_tokens, report), strict=True))
+    pairs = [(found.get((number, 0)), found.get((number, 1))) for number in range(len(probes))]
+    outcomes = [_outcome(probe, *pair) for probe, pair in zip(probes, pairs, strict=True)]
     outcomes = [
         replace(outcome, free=says(text, probe.right))
         if outcome and probe.right and text is not None and probe.kind in free
@@ -121,40 +124,54 @@ def _probes(number: int, fact: Fact) -> list[_Probe]:
     return probes
 
 
-def _score(
-    model: Model, probes: Sequence[_Probe], batch_tokens: int, report: Reporter
-) -> tuple[list[tuple[Scored | None, Scored | None]], dict[int, int]]:
-    """The right answer and the rival of every probe, each scored where it is needed; the right answers' lengths."""
-    wanted: list[tuple[int, int]] = []
+_Items = dict[tuple[int, int], tuple[Ids, Ids]]  # (number of the probe, 0 or 1): prompt and answer
+
+
+def _items(model: Model, probes: Sequence[_Probe]) -> _Items:
+    """What is to be scored: the right answer (0) of every probe and its rival (1), each where it is needed."""
+    keys: list[tuple[int, int]] = []
     texts: list[Item] = []
     for number, probe in enumerate(probes):
-        sides = (probe.right, probe.rival if probe.compared else None)
-        for side, answer in enumerate(sides):
+        for side, answer in enumerate((probe.right, probe.rival if probe.compared else None)):
             if answer is not None:
-                wanted.append((number, side))
+                keys.append((number, side))
                 texts.append((probe.prompt, probe.subject, answer, ""))
-    items = [_split(row) for row in encode_many(model.tokenizer, texts)]
-    found = dict(zip(wanted, score(model, items, batch_tokens, report), strict=True))
-    lengths = {number: len(target) for (number, side), (_, target) in zip(wanted, items, strict=True) if side == 0}
-    return [(found.get((number, 0)), found.get((number, 1))) for number in range(len(probes))], lengths
-
-
-def _split(row: Encoded) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return row.ids[: row.prompt_len], row.ids[row.prompt_len :]
+    rows = encode_many(model.tokenizer, texts)
+    return {key: (row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for key, row in zip(keys, rows, strict=True)}
 
 
 def _free_texts(
-    model: Model, probes: Sequence[_Probe], room: Mapping[int, int], batch_tokens: int, report: Reporter
-) -> list[str | None]:
-    """What the model writes behind some prompts when it always takes its first choice; `room` is in tokens."""
-    items: list[Item] = [(probes[number].prompt, probes[number].subject, None, "") for number in room]
-    rows = [row.ids for row in encode_many(model.tokenizer, items)]
-    found = complete(model, rows, list(room.values()), 0, batch_tokens, report) if rows else []
-    texts = {
-        number: text_after(model.tokenizer, row, answer.ids)
-        for number, row, answer in zip(room, rows, found, strict=True)
+    model: Model,
+    probes: Sequence[_Probe],
+    room: Mapping[int, int],
+    items: _Items,
+    batch_tokens: int,
+    report: Reporter,
+) -> tuple[list[str | None], dict[tuple[int, int], Scored]]:
+    """What the model writes behind some prompts when it always takes its first choice; `room` is in tokens.
+
+    Their answers are scored on the same run; an answer too long for the room is left to others.
+    """
+    texts: list[Item] = [(probes[number].prompt, probes[number].subject, None, "") for number in room]
+    rows = [row.ids for row in encode_many(model.tokenizer, texts)]
+    asked = [
+        [
+            key
+            for key in ((number, 0), (number, 1))
+            if key in items and items[key][0] == row and 0 < len(items[key][1]) <= most
+        ]
+        for (number, most), row in zip(room.items(), rows, strict=True)
+    ]
+    targets = [[items[key][1] for key in keys] for keys in asked]
+    found = complete(model, rows, list(room.values()), 0, batch_tokens, report, targets=targets) if rows else []
+    written: list[str | None] = [None] * len(probes)
+    for number, row, answer in zip(room, rows, found, strict=True):
+        written[number] = text_after(model.tokenizer, row, answer.ids)
+    return written, {
+        key: scored
+        for keys, answer in zip(asked, found, strict=True)
+        for key, scored in zip(keys, answer.scored, strict=True)
     }
-    return [texts.get(number) for number in range(len(probes))]
 
 
 def _outcome(probe: _Probe, right: Scored | None, rival: Scored | None) -> Outcome | None:

@@ -130,24 +130,29 @@ def _score_batch(model: Model, batch: Sequence[_Row], items: Sequence[tuple[Ids,
         prompt, target = items[index]
         places += [place[number, len(prompt) - 1 + step] for step in range(len(target))]
         targets += target
-    logprobs, best = _read(logits, torch.tensor(places), torch.tensor(targets))
+    logprobs, best = read_targets(logits, torch.tensor(places), torch.tensor(targets))
 
     scored, begin = [], 0
     for _, index in members:
         target = items[index][1]
         end = begin + len(target)
-        total = math.fsum(logprobs[begin:end])
-        if math.isnan(total):
-            raise CheckFailed(
-                f"{model.name} gives NaN instead of probabilities",
-                hint="a smaller patch, or --dtype float32, keeps the numbers in range",
-            )
-        scored.append((index, Scored(total, total / len(target), best[begin:end] == list(target), best[begin])))
+        scored.append((index, scored_as(model, target, logprobs[begin:end], best[begin:end])))
         begin = end
     return scored
 
 
-def _read(logits: Tensor, places: Tensor, targets: Tensor) -> tuple[list[float], list[int]]:
+def scored_as(model: Model, target: Ids, logprobs: Sequence[float], best: Sequence[int]) -> Scored:
+    """A target whose tokens have log-probabilities `logprobs` where `best` are the likeliest; CheckFailed for NaN."""
+    total = math.fsum(logprobs)
+    if math.isnan(total):
+        raise CheckFailed(
+            f"{model.name} gives NaN instead of probabilities",
+            hint="a smaller patch, or --dtype float32, keeps the numbers in range",
+        )
+    return Scored(total, total / len(target), list(best) == list(target), best[0])
+
+
+def read_targets(logits: Tensor, places: Tensor, targets: Tensor) -> tuple[list[float], list[int]]:
     """Log-probabilities of targets [N] at rows `places` [N] of logits [P, V], and the argmax there."""
     places, targets = places.to(logits.device), targets.to(logits.device)
     norm = logits.logsumexp(-1)  # [P]

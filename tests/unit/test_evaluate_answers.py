@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kpatch.errors import BadInput
+from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate.answers import answer_probability, ask, complete, end_ids, first_words, text_after
 from kpatch.evaluate.score import score
 from kpatch.facts.schema import Fact
@@ -75,6 +75,29 @@ def test_a_row_that_is_done_leaves_the_others_as_they_were(family: str) -> None:
     handle.remove()
     assert [answer.ids for answer in found] == [ids[:most] for ids, most in zip(whole, room, strict=True)]
     assert sizes == [5, 3, 2, 2, 1, 1]  # those of two tokens, of four and of six
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_targets_are_scored_on_the_same_run(family: str) -> None:
+    rows = [model(family).tokenizer(prompt).input_ids for prompt in PROMPTS]
+    alone = [answer.ids for answer in complete(model(family), rows, 6)]
+    targets = [[[7], [8, 9, 10]], [[5, 6]], [], [list(alone[3][:4]), [7]], [[9, 9, 9, 9, 9, 9]]]
+    found = complete(model(family), rows, 6, targets=targets)
+    assert [answer.ids for answer in found] == alone, "what is scored leaves no trace"
+    assert found[3].scored[0].greedy
+    for row, some, answer in zip(rows, targets, found, strict=True):
+        expected = score(model(family), [(row, target) for target in some])
+        assert len(answer.scored) == len(expected)
+        for one, other in zip(answer.scored, expected, strict=True):
+            assert one.mean_logprob == pytest.approx(other.mean_logprob, abs=1e-5)
+            assert (one.greedy, one.top) == (other.greedy, other.top)
+
+
+def test_targets_of_a_network_that_gives_nan() -> None:
+    broken = tiny("llama")
+    broken.weight(0).data[0, 0] = float("nan")
+    with pytest.raises(CheckFailed, match="NaN"):
+        complete(broken, [[5]], 2, targets=[[[6]]])
 
 
 @pytest.mark.parametrize("place", ["tokenizer", "generation_config"])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kpatch.evaluate import metrics as module
 from kpatch.evaluate.metrics import Measurement, effect, measure
+from kpatch.evaluate.score import score
 from kpatch.facts.schema import Fact, Neighbor
+from kpatch.models.load import Model
 from kpatch.patch.text import canonical
 from tests.support.models import tiny
 from tests.support.toy import CHANCES, toy
@@ -99,6 +103,23 @@ def test_what_a_fact_may_write_does_not_go_with_the_others(monkeypatch: pytest.M
     model, facts = tiny("llama"), many()
     alone = [measure(model, [fact], free=("efficacy",)).facts[0] for fact in facts]
     assert [row["answer"] for row in measure(model, facts, free=("efficacy",)).facts] == [r["answer"] for r in alone]
+
+
+def test_prompts_that_are_answered_are_not_run_again_for_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, facts = tiny("llama"), many()
+    scored: list[int] = []
+
+    def spy(model: Model, items: Sequence[Any], *rest: Any) -> Any:
+        scored.append(len(items))
+        return score(model, items, *rest)
+
+    monkeypatch.setattr(module, "score", spy)
+    shared = measure(model, facts, free=("efficacy",))
+    apart = measure(model, facts, answer_tokens=0)
+    assert scored[1] - scored[0] >= len(facts), "all but rivals much longer than the answer"
+    for one, other in zip(shared.facts, apart.facts, strict=True):
+        assert one["probability"] == pytest.approx(other["probability"], abs=1e-5)
+        assert (one["success"], one["accurate"]) == (other["success"], other["accurate"])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
