@@ -6,12 +6,14 @@ import sys
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from kpatch import ranks
 from kpatch.cli.errors import EXIT_CODES, guarded
 from kpatch.cli.output import begin, output
+from kpatch.errors import BadInput
 
 _CODES = "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES)
 
@@ -46,6 +48,7 @@ def _kpatch(
 _COMMANDS = (
     "trace make show verify apply revert status log recover stack diff export ask eval probe import_ lint cov models"
 )
+_SHARED = ("trace", "make", "cov")  # what several processes can do together
 for _name in _COMMANDS.split():
     _module = import_module(f"kpatch.cli.{_name}")
     app.command(_name.rstrip("_"), epilog=_module.EXAMPLES)(_module.command)
@@ -59,4 +62,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if "-v" not in options and "--verbose" not in options:
             warnings.simplefilter("ignore")  # of libraries: nothing a user of kpatch can act on
-        return guarded(lambda: app(args=given, prog_name="kpatch", standalone_mode=False), output())
+        if ranks.launched():
+            return _ranked(given, options)
+        return guarded(lambda: _run(given), output())
+
+
+def _run(given: list[str]) -> Any:
+    return app(args=given, prog_name="kpatch", standalone_mode=False)
+
+
+def _alone(given: list[str], options: list[str]) -> Any:
+    if not {"--help", "-h", "--version"} & set(options):
+        raise BadInput(
+            "This command runs in one process",
+            details=[f"several can share {', '.join(_SHARED)}"],
+            hint="run it without torchrun",
+        )
+    return _run(given)
+
+
+def _ranked(given: list[str], options: list[str]) -> int:
+    """One command line in one of several processes: work that can be shared is, the rest is rank 0's or refused."""
+    name = next((word for word in options if not word.startswith("-")), None)
+    if name not in _SHARED or {"--help", "-h"} & set(options):
+        if ranks.rank():
+            return 0
+        return guarded(lambda: _alone(given, options), output())
+
+    def call() -> Any:
+        ranks.join()
+        return _run(given)
+
+    try:
+        return guarded(call, output())
+    finally:
+        ranks.leave()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from kpatch import ranks
 from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.load import load
@@ -43,6 +44,8 @@ def command(
 
     chosen = hyper_for(loaded, wanted, {}, out).layers
     covariance = collect(loaded, chosen, corpus=corpus, tokens=tokens, seed=seed, report=out)
+    if not ranks.is_main():
+        return
     width = loaded.mlp_width
     out.result(
         {

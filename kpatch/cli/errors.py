@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from kpatch import ranks
 from kpatch.cache import is_full
 from kpatch.cli.output import Output, clean, paint
 from kpatch.errors import BadInput, KpatchError
@@ -49,6 +50,7 @@ def guarded(call: Callable[[], Any], out: Output) -> int:
         code = call()
         if code == INTERRUPTED:
             raise KeyboardInterrupt
+        ranks.finish()
         out.finish()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -65,14 +67,15 @@ def _tell(error: BaseException, out: Output) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         return Usage.exit_code
-    known = translate(error)
+    known = ranks.first_failure(translate(error))
     if os.environ.get("KPATCH_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    if out.json:
-        said = {"code": known.code, "message": known.message, "hint": known.hint, "where": known.where}
-        out.finish({**said, "details": list(known.details)})
-    else:
-        print(render(known), file=sys.stderr, flush=True)
+    with ranks.telling() as mine:
+        if mine and out.json:
+            said = {"code": known.code, "message": known.message, "hint": known.hint, "where": known.where}
+            out.finish({**said, "details": list(known.details)})
+        elif mine:
+            print(render(known), file=sys.stderr, flush=True)
     return known.exit_code
 
 

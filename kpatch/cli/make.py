@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from kpatch import ranks
 from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.effect import rate
@@ -100,6 +101,8 @@ def command(
         modules=names,
         report=say,
     )
+    if not ranks.is_main():
+        return
     tell_made(say, result)
     _check_rates(result.effect["after"], least, method)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kpatch import ranks
 from kpatch.cli import heatmap, parse
 from kpatch.cli import options as opt
 from kpatch.cli.load import load
@@ -88,6 +89,8 @@ def command(
         resume=resume,
         report=say,
     )
+    if not ranks.is_main():
+        return
     summary = Summary(traces)
     with say.task("Writing pictures and reports"):
         files = _write(summary, out, html)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import __version__
+from kpatch import __version__, ranks
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import add, restored, spread
 from kpatch.edit.parts import Part, preserve
@@ -53,7 +53,7 @@ def carried(
     keys: dict[int, list[Tensor]] = {}
     with restored(model, touched(parts)):
         for part, values in zip(parts, z, strict=True):
-            preserved = preserve(model, part, covariance, earlier, report)
+            preserved = preserve(model, part, covariance, earlier, report) if ranks.is_main() else {}
             update = spread(
                 model,
                 part.groups,

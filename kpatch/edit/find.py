@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.edit.batches import plan
 from kpatch.edit.groups import Group
@@ -39,14 +40,18 @@ def find_values(
 
     Kept by what decides them: weights, rows of ids, layer L, the objective's numbers and the batch they were found
     in, since a batch's company shows in the last bits. λ and the spread decide nothing here.
+    Several ranks share the batches, which are the same however many they are.
     Raises BadInput when one group alone does not fit in memory.
     """
     layer = max(hyper.layers)
     weights = weights_fingerprint(model, report) if keep else ""
     z = torch.empty(len(groups), model.width)
     losses, steps = [0.0] * len(groups), [0] * len(groups)
-    with report.task("Finding values", len(groups) * hyper.steps, "step") as advance:
-        for batch in plan(model, groups, layer, budget):
+    batches = plan(model, groups, layer, budget)
+    own = sum(len(batch) for number, batch in enumerate(batches) if ranks.mine(number))
+    with report.task("Finding values", own * hyper.steps, "step") as advance:
+
+        def find(batch: Sequence[int]) -> Values:
             members = [groups[index] for index in batch]
             path = cache_dir("values") / f"{_key(weights, model, members, hyper)}.safetensors" if keep else None
             found = _read(path, len(members), model.width) if path is not None and resume else None
@@ -56,6 +61,9 @@ def find_values(
                     _write(path, found)
             else:
                 advance(len(members) * hyper.steps)
+            return found
+
+        for batch, found in zip(batches, ranks.share(batches, find), strict=True):
             z[batch] = found.z
             for index, loss, step in zip(batch, found.losses, found.steps, strict=True):
                 losses[index], steps[index] = loss, step

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.edit.groups import Group
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.solve import Preserved, pull_back, update
@@ -45,6 +47,7 @@ def spread(
     For l in R ascending: K^l under the weights so far, r = (z − h^L) / (L − l + 1), Δ^l from `solve.update`,
     then W^l changes before the next layer is looked at. A key whose leverage q = k^T C^{-1} k is below
     `least_leverage` counts least_leverage / q times: alone it would get no more than q / (1 + q) of its residual.
+    Ranks share what is run through the model; rank 0, which alone needs `preserved`, solves.
     """
     layers = sorted(hyper.layers)
     last = layers[-1]
@@ -57,15 +60,22 @@ def spread(
             residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
             if model.family.post_norm:
                 residual = _before_norm(model, layer, keys, residual)
-            scale = _scale(preserved[layer].leverage(keys.T), least_leverage)  # (n, 1)
-            left, right = update((keys * scale).T, (residual * scale).T, preserved[layer])
-            delta = smaller(stored(left, right, model.stores_transposed))
+            delta = ranks.main_does(partial(_delta, model, layer, keys, residual, preserved, least_leverage))
             result.deltas[model.weight_name(layer)] = delta
             result.keys[layer] = keys
             add(model, layer, delta)
             states.advance(layer, above)
             done(1)
     return result
+
+
+def _delta(
+    model: Model, layer: int, keys: Tensor, residual: Tensor, preserved: dict[int, Preserved], least_leverage: float
+) -> LowRank | Dense:
+    """Δ^l for keys [n, f] and residuals [n, d]."""
+    scale = _scale(preserved[layer].leverage(keys.T), least_leverage)  # (n, 1)
+    left, right = update((keys * scale).T, (residual * scale).T, preserved[layer])
+    return smaller(stored(left, right, model.stores_transposed))
 
 
 def _scale(leverage: Tensor, least: float) -> Tensor:

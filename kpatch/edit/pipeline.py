@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.checkpoint.index import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.checkpoint.verify import base_weights
@@ -86,7 +87,7 @@ def make(
 
     `model` is an address or a loaded Model, `on` a checkpoint directory that already carries patches, `memory` the
     bytes that activations may take, `layers_from` a trace.json that names the layers. The same inputs, seed and
-    machine give the same patch.
+    machine give the same patch, however many ranks (kpatch.ranks) share the work.
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
     """
     started = time.monotonic()
@@ -98,7 +99,8 @@ def make(
     if method not in METHODS:
         raise BadInput(f"Unknown method {method!r}", details=[f"expected one of {', '.join(METHODS)}"])
     edited = _load(facts, model, on, device, dtype, modules, report)
-    if edited.path is None:
+    path = edited.path
+    if path is None:
         raise BadInput(
             f"{edited.name} was not loaded from a checkpoint directory, so a patch cannot name its base",
             hint="give the model's address instead",
@@ -110,20 +112,27 @@ def make(
     check_lengths(edited.tokenizer, chosen)
     if method in PRESETS:
         one = one_layer_hyper(method, edited, layers, settings or {}, report)
-        parents = _earlier(edited.path, ())[0] if on is not None else ()
+        parents = _earlier(path, ())[0] if on is not None else ()
         about = Settings(corpus, tokens, seed, clock)
-        identity, measured = make_single(method, edited, chosen, out, one, about, parents, force, report)
+
+        def single() -> tuple[str, dict[str, Any], int]:
+            made = make_single(method, edited, chosen, out, one, about, parents, force, report)
+            return *made, Path(out).stat().st_size
+
+        identity, measured, size = ranks.main_does(single)  # facts one after another: nothing to share
         clock["total"] = time.monotonic() - started
-        size = Path(out).stat().st_size
         peak = peak_memory(edited)
         return MakeResult(identity, Path(out), size, edited.name, method, (one.layer,), measured, clock, peak)
     hyper = hyper_for(edited, layers, settings or {}, report)
     with report.task("Sampling contexts"):
-        contexts = contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed)
+        contexts = ranks.main_does(
+            lambda: contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed)
+        )
     parts = split(group_facts(edited, chosen, contexts), hyper)
     layers = touched(parts)
-    base = base_weights(edited.path, [edited.weight_name(layer) for layer in layers], report)
-    parents, earlier = _earlier(edited.path, layers) if on is not None else ((), {})
+    names = [edited.weight_name(layer) for layer in layers]
+    base = ranks.main_does(lambda: base_weights(path, names, report))
+    parents, earlier = _earlier(path, layers) if on is not None else ((), {})
     before = measure(edited, chosen, report=report)
 
     with _timed(clock, "covariance"):
@@ -140,9 +149,8 @@ def make(
         after = measure(edited, chosen, report=report)
     measured = effect(before, after)
     origin = Origin(method, chosen, hyper, seed, covariance, base, measured, parents)
-    identity = save(out, edited, found, origin, force)
+    identity, size = ranks.main_does(lambda: (save(out, edited, found, origin, force), Path(out).stat().st_size))
     clock["total"] = time.monotonic() - started
-    size = Path(out).stat().st_size
     return MakeResult(
         identity, Path(out), size, edited.name, method, tuple(layers), measured, clock, peak_memory(edited)
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.edit.groups import Group
 from kpatch.models.load import Model
 from kpatch.models.runs import Calls, align, record
@@ -20,10 +21,9 @@ from kpatch.models.runs import Calls, align, record
 class _Part:
     """Some groups' rows, cut after the subject's last token, with what enters the current layer [B, P, d]."""
 
-    groups: list[int]
     calls: Calls
     hidden: Tensor
-    owner: Tensor  # (B,) position in `groups`
+    owner: Tensor  # (B,) position among the batch's groups
     share: Tensor  # (B, 1) weight of each row in its group's mean key
     bare: Tensor  # (m,) row of each group's bare prompt
 
@@ -45,27 +45,25 @@ class States:
     """Keys and states of all groups, layer after layer in ascending order.
 
     `start(l)` runs up to layer l once; `at(l)` gives keys and h^L under the weights as they are;
-    `advance(l, m)` runs layers l to m - 1 again after W^l has changed.
+    `advance(l, m)` runs layers l to m - 1 again after W^l has changed. Ranks share the batches.
     """
 
     def __init__(self, model: Model, groups: Sequence[Group], budget: int) -> None:
         self.model, self.groups = model, groups
-        self.parts: list[_Part] = []
+        self.batches: list[list[int]] = []
         order = sorted(range(len(groups)), key=lambda i: (max(r.subject_last for r in groups[i].rows), i))
-        batch: list[int] = []
         used = 0
         for index in order:
             width = max(row.subject_last for row in groups[index].rows) + 1
             need = len(groups[index].rows) * width * (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize
-            if batch and used + need > budget:
-                self._add(batch)
-                batch, used = [], 0
-            batch.append(index)
+            if not self.batches or used + need > budget:
+                self.batches.append([])
+                used = 0
+            self.batches[-1].append(index)
             used += need
-        if batch:
-            self._add(batch)
+        self.parts = {n: self._part(batch) for n, batch in enumerate(self.batches) if ranks.mine(n)}
 
-    def _add(self, members: list[int]) -> None:
+    def _part(self, members: list[int]) -> _Part:
         rows = [row for index in members for row in self.groups[index].rows]
         owner = [at for at, index in enumerate(members) for _ in self.groups[index].rows]
         bare, share, first = [], [], 0
@@ -76,21 +74,18 @@ class States:
         device = self.model.device
         ids = [row.ids[: row.subject_last + 1] for row in rows]
         calls = record(self.model, align(ids, [row.subject_last for row in rows], self.model.pad_id, device))
-        self.parts.append(
-            _Part(
-                members,
-                calls,
-                calls.start,
-                torch.tensor(owner, device=device),
-                torch.tensor(share, device=device)[:, None],
-                torch.tensor(bare, device=device),
-            )
+        return _Part(
+            calls,
+            calls.start,
+            torch.tensor(owner, device=device),
+            torch.tensor(share, device=device)[:, None],
+            torch.tensor(bare, device=device),
         )
 
     @torch.no_grad()
     def start(self, layer: int) -> None:
         """Run every row up to what enters `layer`."""
-        for part in self.parts:
+        for part in self.parts.values():
             part.hidden = part.calls.run(part.calls.start, 0, layer)
 
     @torch.no_grad()
@@ -98,17 +93,22 @@ class States:
         """Mean keys [n, f] at `layer` and states h^last [n, d] of the bare rows, both float32 on the CPU."""
         keys = torch.empty(len(self.groups), self.model.mlp_width)
         states = torch.empty(len(self.groups), self.model.width)
-        for part in self.parts:
+
+        def run(number: int) -> tuple[Tensor, Tensor]:
+            part = self.parts[number]
             out, key = part.calls.run_with_key(part.hidden, layer)
             key = key[:, -1].float()  # (B, f)
-            mean = torch.zeros(len(part.groups), key.shape[1], device=key.device)
-            keys[part.groups] = mean.index_add(0, part.owner, key * part.share).cpu()
+            mean = torch.zeros(len(part.bare), key.shape[1], device=key.device)
             above = part.calls.select(part.bare).run(out[part.bare], layer + 1, last + 1)
-            states[part.groups] = above[:, -1].float().cpu()
+            return mean.index_add(0, part.owner, key * part.share).cpu(), above[:, -1].float().cpu()
+
+        found = ranks.share(range(len(self.batches)), run)
+        for members, (mean, above) in zip(self.batches, found, strict=True):
+            keys[members], states[members] = mean, above
         return keys, states
 
     @torch.no_grad()
     def advance(self, layer: int, above: int) -> None:
         """Carry every row from what enters `layer` to what enters `above`, under the weights as they are now."""
-        for part in self.parts:
+        for part in self.parts.values():
             part.hidden = part.calls.run(part.hidden, layer, above)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.errors import BadInput
 from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import logits_after
@@ -159,13 +160,18 @@ def complete(
     results: dict[int, Greedy] = {}
     with report.task(doing, total=len(rows), unit="prompts") as advance:
         # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
-        for places in batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5):
+        planned = batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5)
+
+        def run(places: Sequence[int]) -> list[Greedy]:
             batch = [order[place] for place in places]
             some = None if draws is None else [draws[i] for i in batch]
             asked = [targets[i] for i in batch] if targets else ()
             done = _complete_batch(model, [rows[i] for i in batch], [room[i] for i in batch], top, some, among, asked)
-            results.update(zip(batch, done, strict=True))
             advance(len(batch))
+            return done
+
+        for places, done in zip(planned, ranks.share(planned, run), strict=True):
+            results.update(zip((order[place] for place in places), done, strict=True))
     return [results[index] for index in range(len(rows))]
 
 

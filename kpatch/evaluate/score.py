@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate.batches import batches
 from kpatch.evaluate.forward import logits_at, vocabulary, window
@@ -71,11 +72,16 @@ def score(
     rows = _rows(items)
     with report.task("Scoring", total=len(items), unit="prompts") as advance:
         lengths, columns = [len(row.ids) for row in rows], [len(row.columns) for row in rows]
-        for indices in batches(lengths, columns, batch_tokens, HEAD_NUMBERS // vocabulary(model)):
-            batch = [rows[i] for i in indices]
-            for index, scored in _score_batch(model, batch, items):
+        planned = batches(lengths, columns, batch_tokens, HEAD_NUMBERS // vocabulary(model))
+
+        def run(indices: Sequence[int]) -> list[tuple[int, Scored]]:
+            found = _score_batch(model, [rows[i] for i in indices], items)
+            advance(len(found))
+            return found
+
+        for found in ranks.share(planned, run):
+            for index, scored in found:
                 results[index] = scored
-            advance(sum(len(row.items) for row in batch))
     return [scored for scored in results if scored is not None]
 
 

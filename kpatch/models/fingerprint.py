@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.errors import BadInput, KpatchError
 from kpatch.models.load import Model
@@ -26,8 +27,13 @@ def weights_fingerprint(model: Model, report: Reporter = SILENT) -> str:
 
     For a model loaded from a directory it names the weight files there, whatever was done to the parameters in memory
     since (a patch held in memory, say): collect statistics before such edits. Files are hashed once; the result is
-    kept by path, size, time of change and inode. Raises BadInput when a file cannot be read.
+    kept by path, size, time of change and inode. Raises BadInput when a file cannot be read, and where ranks have
+    different weights.
     """
+    return ranks.same("weights", lambda: _fingerprint(model, report))
+
+
+def _fingerprint(model: Model, report: Reporter) -> str:
     files = weight_files(model.path) if model.path is not None and model.path.is_dir() else []
     if not files:
         return _of_parameters(model)

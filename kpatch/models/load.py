@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kpatch import ranks
 from kpatch.errors import BadInput
 from kpatch.facts.prompts import require_fast
 from kpatch.models.address import Resolved
@@ -200,7 +201,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    local = ranks.local_rank()
+    if name == "cuda" and local is not None:
+        name = f"cuda:{local}"  # each process of this machine has its own
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)

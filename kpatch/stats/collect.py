@@ -7,11 +7,13 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.errors import BadInput
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.load import Model, tokenizer_hash
@@ -69,7 +71,7 @@ def collect(
     given; `row` tokens see each other (256, 128 of `self`, fewer where the model takes fewer); `batch_tokens` bounds
     the memory. Layers and tokens that the cache holds are not computed again: at the same `batch_tokens`, resuming
     after Ctrl-C and asking for more tokens give the same bits as one run. Nothing above the last layer still missing
-    is run.
+    is run. Ranks share the sampling of text; rank 0 alone runs over it, and alone has the moments.
 
     Raises BadInput for a layer the model lacks, a text that is too short or cannot be read, keys that are not finite,
     and a full disk. Source: Meng et al. 2023 (MEMIT), eq. 15.
@@ -90,10 +92,10 @@ def collect(
     name = text.name if text is not None else SELF
     settings = _settings(model, text, row, seed, report)
     about = {"model": model.name, "corpus": name}
-    store = Store(settings, about, keep=use_cache, report=report)
+    store = Store(settings, about, keep=use_cache and ranks.is_main(), report=report)
     with store.locked():
         states = _collect(model, wanted, text, tokens, seed, row, max(1, batch_tokens // row), store, report)
-        moments = {layer: states[layer].moment() for layer in wanted}
+        moments = {layer: states[layer].moment() for layer in wanted if layer in states}
     for layer, moment in moments.items():
         check(moment, f"layer {layer} of {model.name}")
     return Covariance(_sha256({**settings, "tokens": tokens}), name, tokens, moments)
@@ -129,11 +131,15 @@ def _collect(
 ) -> dict[int, State]:
     width = model.mlp_width
     states = {layer: state for layer in wanted if (state := store.finished(layer, tokens, width)) is not None}
-    missing = [layer for layer in wanted if layer not in states]
+    missing = ranks.main_does(lambda: [layer for layer in wanted if layer not in states])
     name = text.name if text is not None else SELF
     if not missing:
         report.note(f"Covariance of {_layers(wanted)} from the cache: {name}, {tokens:,} tokens")
         return states
+    if not ranks.is_main():  # its order decides the last bits, so the sum is one rank's
+        if text is None:
+            _sample(model, tokens, seed, row, store, report)
+        return {}
     whole = row * batch_rows
     store.require_space(width, len(missing) * (1 if tokens % whole == 0 else 2))
     size = len(missing) * width * (width + 1) // 2 * 8
@@ -224,14 +230,30 @@ def _ids(
     """The text as rows of ids, end to end: [tokens] int32."""
     if text is not None:
         return pack(model, text.documents(), tokens, row, text.name, report)
-    size = group_rows(model, row)
-    numbers = range(-(-tokens // (size * row)))
-    new = sum(not store.has_group(number) for number in numbers)
-    if new == 0:
-        return torch.cat([_group(model, row, seed, number, store) for number in numbers]).flatten()[:tokens]
-    with report.task("Sampling text from the model", new * size * row, "tokens") as advance:
-        groups = [_group(model, row, seed, number, store, advance) for number in numbers]
+    sampled = _sample(model, tokens, seed, row, store, report)
+    groups = [
+        store.group(number, partial(sampled.__getitem__, number))  # what other ranks have sampled is kept here
+        if number in sampled
+        else _group(model, row, seed, number, store)
+        for number in _numbers(model, tokens, row)
+    ]
     return torch.cat(groups).flatten()[:tokens]
+
+
+def _sample(model: Model, tokens: int, seed: int, row: int, store: Store, report: Reporter) -> dict[int, Tensor]:
+    """The groups of text that rank 0's cache lacks, each [G, row], sampled by all ranks."""
+    numbers = _numbers(model, tokens, row)
+    new = ranks.main_does(lambda: [number for number in numbers if not store.has_group(number)])
+    if not new:
+        return {}
+    own = sum(ranks.mine(place) for place in range(len(new))) * group_rows(model, row) * row
+    with report.task("Sampling text from the model", own, "tokens") as advance:
+        made = ranks.share(new, lambda number: _group(model, row, seed, number, store, advance))
+    return dict(zip(new, made, strict=True))
+
+
+def _numbers(model: Model, tokens: int, row: int) -> range:
+    return range(-(-tokens // (group_rows(model, row) * row)))
 
 
 def _group(

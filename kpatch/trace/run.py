@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpatch import ranks
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.errors import BadInput
 from kpatch.facts.schema import Fact
@@ -92,7 +93,8 @@ def trace(
     """Trace `facts` (default: the built-in list), or one `prompt` (text with {}, subject).
 
     Of the facts that the model knows at most `limit` are traced, drawn by the seed. `budget` bounds memory in bytes
-    besides the model's own. With `resume`, what earlier runs found is used. Raises BadInput and CheckFailed.
+    besides the model's own. With `resume`, what earlier runs found is used. Ranks share the facts. Raises BadInput
+    and CheckFailed.
     """
     started = time.monotonic()
     settings = settings or Settings()
@@ -100,14 +102,14 @@ def trace(
     given = built_in() if facts is None else tuple(facts)
     known: tuple[Known, ...]
     if prompt is not None:
-        known, tried = (ask_one(model, *prompt),), 1
+        known, tried = (ranks.main_does(lambda: ask_one(model, *prompt)),), 1
     else:
         if not given:
             raise BadInput("There are no facts to trace")
-        selection = find_known(model, given, limit, settings.seed, report)
+        selection = ranks.main_does(lambda: find_known(model, given, limit, settings.seed, report))
         known, tried = selection.known, selection.tried
         report.note(f"{model.name} predicts {len(known):,} of {tried:,} facts tried: these are traced")
-    sigma = spread_of_embeddings(model, subject_items(model, given))
+    sigma = ranks.main_does(lambda: spread_of_embeddings(model, subject_items(model, given)))
     work = _Work(model, settings, settings.noise * sigma, known, resume, report)
     found = work.run(Room(budget))
     return Traces(
@@ -152,19 +154,32 @@ class _Work:
         self.weights = weights_fingerprint(model, report)
         self.folder = cache_dir("traces")
         self.sections = sections(settings.quick)
-        self.kept: list[Kept] = [self._read(fact) if resume else {} for fact in known]
+        self.kept: list[Kept] = ranks.main_does(lambda: [self._read(fact) if resume else {} for fact in known])
 
     def run(self, room: Room) -> list[FactTrace]:
         cells = [self._missing(index) for index in range(len(self.known))]
         todo = [index for index, missing in enumerate(cells) if missing]
         if len(todo) < len(cells):
             self.report.note(f"{len(cells) - len(todo):,} of {len(cells):,} facts were traced before")
-        with self.report.task("Tracing", sum(len(cells[index]) for index in todo), "cells") as advance:
-            while todo:
-                sizes = [(len(self.known[index].item.ids), len(cells[index])) for index in todo]
-                count = room.facts(self.model, sizes, self.settings.samples)
-                done = self._trace(todo[:count], [cells[index] for index in todo[:count]], room, advance)
-                todo = todo[done:]
+        batches: list[list[int]] = []  # the same however many ranks there are
+        while todo:
+            sizes = [(len(self.known[index].item.ids), len(cells[index])) for index in todo]
+            count = room.facts(self.model, sizes, self.settings.samples)
+            batches.append(todo[:count])
+            todo = todo[count:]
+        own = [index for number, batch in enumerate(batches) if ranks.mine(number) for index in batch]
+        with self.report.task("Tracing", sum(len(cells[index]) for index in own), "cells") as advance:
+
+            def run(batch: Sequence[int]) -> list[Kept]:
+                done = 0
+                while done < len(batch):
+                    facts = batch[done:]
+                    done += self._trace(facts, [cells[index] for index in facts], room, advance)
+                return [self.kept[index] for index in batch]
+
+            for batch, found in zip(batches, ranks.share(batches, run), strict=True):
+                for index, kept in zip(batch, found, strict=True):
+                    self.kept[index] = kept
         return [self._result(index) for index in range(len(self.known))]
 
     def _trace(self, facts: Sequence[int], cells: Sequence[dict[Cell, int]], room: Room, advance: Advance) -> int:

@@ -1,0 +1,309 @@
+"""One job in several processes, as `torchrun` starts them: who does what, and how results and errors come together.
+
+Every rank runs the same program. `share` deals tasks out and `main_does` leaves something to rank 0; both give every
+rank the same result. Until `join`, and inside what one rank does by itself, they simply call what they are given.
+
+An error on any rank is left in the store that all ranks see. A rank at work is interrupted there as by Ctrl-C, so that
+what it had finished is kept; all of them then end with the error that came first, and one of them says it.
+"""
+
+from __future__ import annotations
+
+import _thread
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from importlib import import_module
+from typing import Any, TypeVar
+
+from kpatch.errors import BadInput, KpatchError
+
+_BEAT = 1.0  # seconds between a rank's signs of life
+_SILENCE = 300.0  # seconds without one after which a rank counts as lost
+_PATIENCE = 30.0  # seconds for which the others leave it to rank 0 to tell of an error
+_FAREWELL = 10.0  # seconds for which rank 0, whose process may hold the store, waits for the others to leave
+_TIMEOUT = timedelta(minutes=10)  # for meeting at the start, and for handing results over once all have them
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+@dataclass
+class _Group:
+    rank: int
+    world: int
+    store: Any  # a torch.distributed store
+    meetings: int = 0
+    alone: int = 0  # > 0 inside what one rank does by itself
+    broken: KpatchError | None = None  # why this rank's work was interrupted
+    settled: bool = False  # all are done, or have heard of an error
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def check(self) -> None:
+        """Raise the error that ended the job on another rank, if one did."""
+        if self.broken is not None:
+            raise self.broken
+        try:
+            if not self.store.check(["failed"]):
+                return
+            found = pickle.loads(self.store.get("failed"))
+        except RuntimeError as error:
+            raise _lost(error) from error
+        raise found
+
+    def meet(self) -> None:
+        """Wait until every rank has come as far as this one. Raises what `check` does."""
+        self.meetings += 1
+        place, pause = f"meeting {self.meetings}", 0.001
+        self._count(place, 1)
+        while self._count(place, 0) < self.world:
+            self.check()
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    def _count(self, name: str, more: int) -> int:
+        try:
+            return int(self.store.add(name, more))
+        except RuntimeError as error:
+            raise _lost(error) from error
+
+    @contextmanager
+    def by_itself(self) -> Iterator[None]:
+        self.alone += 1
+        try:
+            yield
+        finally:
+            self.alone -= 1
+
+
+_group: _Group | None = None
+
+
+def launched() -> bool:
+    """True in one of several processes that torchrun, or something like it, has started."""
+    return all(name in os.environ for name in _VARIABLES) and int(os.environ["WORLD_SIZE"]) > 1
+
+
+def rank() -> int:
+    """This process's number, from 0; 0 where it is the only one."""
+    return int(os.environ["RANK"]) if launched() else 0
+
+
+def local_rank() -> int | None:
+    """This process's number on its machine, None where it is the only one."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else None
+
+
+def _active() -> _Group | None:
+    return _group if _group is not None and not _group.alone else None
+
+
+def is_main() -> bool:
+    """True for the rank that does what is done once, and inside what a rank does by itself."""
+    group = _active()
+    return group is None or group.rank == 0
+
+
+def mine(index: int) -> bool:
+    """Whether `share` gives task number `index` to this rank."""
+    group = _active()
+    return group is None or index % group.world == group.rank
+
+
+def share(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
+    """work(task) of every task, in their order, on every rank: task i is done by rank i modulo their number.
+
+    Tasks must be the same on every rank, and results must pickle, with tensors on the CPU.
+    """
+    group = _active()
+    if group is None or not tasks:
+        return [work(task) for task in tasks]
+    done = []
+    with group.by_itself():
+        for task in tasks[group.rank :: group.world]:
+            group.check()
+            done.append(work(task))
+    group.meet()
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * group.world
+    dist.all_gather_object(found, done)
+    return [found[index % group.world][index // group.world] for index in range(len(tasks))]
+
+
+def main_does(work: Callable[[], Result]) -> Result:
+    """work() of rank 0 on every rank. It starts when all have come here, and its result must pickle."""
+    group = _active()
+    if group is None:
+        return work()
+    group.meet()
+    found: list[Any] = [None]
+    if group.rank == 0:
+        with group.by_itself():
+            found = [work()]
+    group.meet()
+    import torch.distributed as dist
+
+    sent = list(found)
+    dist.broadcast_object_list(sent, src=0)
+    result: Result = (found if group.rank == 0 else sent)[0]
+    return result
+
+
+def same(what: str, work: Callable[[], Result]) -> Result:
+    """work() of every rank, rank 0 first. Raises BadInput where a rank finds something else than rank 0."""
+    found = main_does(work)
+    group = _active()
+    if group is not None and group.rank:
+        with group.by_itself():
+            own = work()
+        if own != found:
+            raise BadInput(
+                f"Rank {group.rank} has other {what} than rank 0",
+                details=[f"expected {found}", f"found {own}"],
+                hint="give every machine the same files",
+            )
+    return found
+
+
+# The beginning and the end
+
+
+def join() -> None:
+    """Meet the other ranks; all but rank 0 fall silent. Raises KpatchError where they do not come."""
+    global _group
+    dist: Any = import_module("torch.distributed")
+    try:
+        store, number, world = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore("gloo", store), rank=number, world_size=world, timeout=_TIMEOUT
+        )
+    except (RuntimeError, ValueError, OSError) as error:
+        raise KpatchError(
+            "The ranks could not meet", details=[_first_line(error)], hint="start all of them with torchrun"
+        ) from error
+    _group = _Group(number, world, dist.PrefixStore("kpatch", store))
+    if number:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        if os.environ.get("KPATCH_DEBUG") != "1":
+            sys.stderr = sys.stdout
+    threading.Thread(target=_watch, args=(_group,), daemon=True).start()
+
+
+def finish() -> None:
+    """Wait until every rank is done, so that none ends well where another fails. Raises its error."""
+    if _group is not None:
+        _group.meet()
+        _group.settled = True
+
+
+def leave() -> None:
+    """The last thing a rank does."""
+    global _group
+    group, _group = _group, None
+    if group is None:
+        return
+    group.ended.set()
+    with suppress(RuntimeError):
+        if not group.settled:
+            _settle(group, KpatchError(f"Rank {group.rank} ended before its work was done"))
+        left = int(group.store.add("left", int(group.rank > 0)))
+        end = time.monotonic() + _FAREWELL
+        while group.rank == 0 and left < group.world - 1 and time.monotonic() < end:
+            time.sleep(0.02)
+            left = int(group.store.add("left", 0))
+
+
+def first_failure(error: KpatchError) -> KpatchError:
+    """The error that ends all ranks: this one, or the one that came before it."""
+    group = _group
+    if group is None:
+        return error
+    group.ended.set()
+    with suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has begun: whoever still interrupts has been heard
+    try:
+        return _settle(group, group.broken or error)
+    except RuntimeError:
+        return group.broken or error  # nobody is left to agree with
+
+
+def _settle(group: _Group, error: KpatchError) -> KpatchError:
+    group.settled = True
+    if int(group.store.add("failures", 1)) == 1:
+        group.store.set("failed", pickle.dumps(error))
+        return error
+    found: KpatchError = pickle.loads(group.store.get("failed"))
+    return found
+
+
+@contextmanager
+def telling() -> Iterator[bool]:
+    """Whether this rank is the one that tells of an error: rank 0, unless it is lost or deep in something long."""
+    group = _group
+    if group is None:
+        yield True
+        return
+    if _told(group):
+        yield False
+        return
+    if group.rank:
+        sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
+    yield True
+    with suppress(RuntimeError):
+        group.store.set("told", "")
+
+
+def _told(group: _Group) -> bool:
+    """Wait for rank 0 to tell; False for the rank whose turn it is instead."""
+    end = time.monotonic() + _PATIENCE * (group.rank > 0)
+    try:
+        while time.monotonic() < end:
+            if group.store.check(["told"]):
+                return True
+            time.sleep(0.05)
+        return int(group.store.add("tellers", 1)) > 1
+    except RuntimeError:
+        return False
+
+
+def _watch(group: _Group) -> None:
+    """Give signs of life, and interrupt this rank's work where another has failed or is silent for too long."""
+    others = range(1, group.world) if group.rank == 0 else [0]
+    heard = dict.fromkeys(others, (-1, time.monotonic()))
+    while not group.ended.wait(_BEAT):
+        try:
+            group.store.add(f"alive {group.rank}", 1)
+            group.check()
+            for other in others:
+                beat = int(group.store.add(f"alive {other}", 0))
+                if beat != heard[other][0]:
+                    heard[other] = beat, time.monotonic()
+                elif time.monotonic() - heard[other][1] > _SILENCE:
+                    raise KpatchError(f"Rank {other} has given no sign of life for {_SILENCE:.0f} seconds")
+        except Exception as error:
+            group.broken = error if isinstance(error, KpatchError) else _lost(error)
+            if not group.ended.is_set():
+                _thread.interrupt_main()
+            return
+
+
+def _lost(error: BaseException) -> KpatchError:
+    return KpatchError(
+        "The other ranks can no longer be reached",
+        details=[_first_line(error)],
+        hint="run the same command again: what was finished is kept",
+    )
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
