@@ -46,6 +46,7 @@ class _Group:
     broken: KpatchError | None = None  # why this rank's work was interrupted
     settled: bool = False  # all are done, or have heard of an error
     ended: threading.Event = field(default_factory=threading.Event)
+    streams: tuple[Any, Any] = (None, None)  # stdout and stderr as they were
 
     def check(self) -> None:
         """Raise the error that ended the job on another rank, if one did."""
@@ -85,6 +86,7 @@ class _Group:
 
 
 _group: _Group | None = None
+_joined = 0  # how many jobs this process has joined: each has its own names in the store
 
 
 def launched() -> bool:
@@ -179,18 +181,19 @@ def same(what: str, work: Callable[[], Result]) -> Result:
 
 def join() -> None:
     """Meet the other ranks; all but rank 0 fall silent. Raises KpatchError where they do not come."""
-    global _group
+    global _group, _joined
     dist: Any = import_module("torch.distributed")
     try:
         store, number, world = next(dist.rendezvous("env://", timeout=_TIMEOUT))
-        dist.init_process_group(
-            "gloo", store=dist.PrefixStore("gloo", store), rank=number, world_size=world, timeout=_TIMEOUT
-        )
+        _joined += 1
+        store = dist.PrefixStore(f"kpatch {_joined}", store)
+        dist.init_process_group("gloo", store=store, rank=number, world_size=world, timeout=_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         raise KpatchError(
             "The ranks could not meet", details=[_first_line(error)], hint="start all of them with torchrun"
         ) from error
-    _group = _Group(number, world, dist.PrefixStore("kpatch", store))
+    _group = _Group(number, world, dist.PrefixStore("job", store))
+    _group.streams = sys.stdout, sys.stderr
     if number:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         if os.environ.get("KPATCH_DEBUG") != "1":
@@ -220,6 +223,9 @@ def leave() -> None:
         while group.rank == 0 and left < group.world - 1 and time.monotonic() < end:
             time.sleep(0.02)
             left = int(group.store.add("left", 0))
+    with suppress(RuntimeError):
+        import_module("torch.distributed").destroy_process_group()
+    sys.stdout, sys.stderr = group.streams
 
 
 def first_failure(error: KpatchError) -> KpatchError:
@@ -256,7 +262,7 @@ def telling() -> Iterator[bool]:
         yield False
         return
     if group.rank:
-        sys.stdout, sys.stderr = sys.__stdout__ or sys.stdout, sys.__stderr__ or sys.stderr
+        sys.stdout, sys.stderr = group.streams
     yield True
     with suppress(RuntimeError):
         group.store.set("told", "")

@@ -1,0 +1,77 @@
+"""What torchrun starts in tests: several command lines one after another, so that libraries are imported once.
+
+The argument is a JSON file: {"folder", "scenarios": [{"arguments", "trouble", "arguments of rank 1"}]}. Every rank
+leaves code, stdout and stderr of scenario i in folder/<rank>-<i>.json, and what the primitives gave it in
+folder/<rank>-primitives.json.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import kpatch.edit.find
+from kpatch import ranks
+from kpatch.cli.app import main
+from kpatch.errors import BadInput
+
+RANK = int(os.environ["RANK"])
+_optimize = kpatch.edit.find.optimize
+
+
+def troubled(trouble: str) -> Any:
+    """Finding values, with rank 1 in trouble while rank 0 is at work for a long time."""
+
+    def optimize(*arguments: Any) -> Any:
+        if RANK == 1:
+            if trouble == "interrupt":
+                raise KeyboardInterrupt
+            raise BadInput("rank 1 is unwell") if trouble == "error" else ZeroDivisionError("one over nothing")
+        for _ in range(600):
+            time.sleep(0.1)  # a step that can be interrupted
+        return _optimize(*arguments)
+
+    return optimize
+
+
+def primitives() -> dict[str, Any]:
+    """share, main_does and nesting, between join and leave."""
+    ranks.join()
+    try:
+        return {
+            "share": ranks.share(range(5), lambda task: [task, RANK]),
+            "none": ranks.share([], lambda task: task),
+            "main": ranks.main_does(lambda: RANK),
+            "nested": ranks.main_does(lambda: ranks.share([1, 2, 3], lambda task: task + RANK)),
+            "within": ranks.share([0, 1], lambda task: [ranks.is_main(), ranks.main_does(lambda: RANK)]),
+            "main rank": ranks.is_main(),
+            "mine": [ranks.mine(index) for index in range(3)],
+        }
+    finally:
+        ranks.finish()
+        ranks.leave()
+
+
+def scenario(about: dict[str, Any]) -> dict[str, Any]:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    kpatch.edit.find.optimize = troubled(about["trouble"]) if about.get("trouble") else _optimize
+    arguments = about.get("arguments of rank 1", about["arguments"]) if RANK else about["arguments"]
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+
+
+if __name__ == "__main__":
+    given = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    folder = Path(given["folder"])
+    (folder / f"{RANK}-primitives.json").write_text(json.dumps(primitives()), encoding="utf-8")
+    for number, about in enumerate(given["scenarios"]):
+        (folder / f"{RANK}-{number}.json").write_text(json.dumps(scenario(about)), encoding="utf-8")
