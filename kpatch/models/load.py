@@ -127,7 +127,8 @@ def load_model(
     """Load a checkpoint directory for editing.
 
     `dtype` auto is float32 on a CPU and the checkpoint's own elsewhere.
-    Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, or a bad device.
+    Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, or
+    one that the model does not fit on.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -148,6 +149,13 @@ def load_model(
         net = AutoModelForCausalLM.from_pretrained(
             path, dtype=_dtype(dtype, where), trust_remote_code=trust_remote_code
         ).to(where)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            f"{resolved.name} is larger than the memory of {where}",
+            where=path,
+            details=["a model is held by one device as a whole: spreading it over several is not supported"],
+            hint="--dtype bfloat16 takes half of float32; --device cpu takes the machine's memory",
+        ) from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"{resolved.name} could not be loaded", where=path, details=[reason]) from error

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 from kpatch import ranks
+from kpatch.errors import BadInput
+from kpatch.models.address import resolve
+from kpatch.models.load import load_model
 from tests.support.cli import ROOT, Ran, run
 from tests.support.models import tiny
 from tests.support.tracing import known_facts, model_of
@@ -33,7 +36,7 @@ class World:
     single: dict[str, Ran]
     primitives: tuple[dict[str, Any], ...]
     shared: dict[str, tuple[Ran, Ran]]  # of ranks 0 and 1
-    torchrun: str
+    seconds: dict[str, float]  # of rank 0
 
 
 def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -53,6 +56,10 @@ def torchrun(folder: Path, *arguments: object) -> subprocess.CompletedProcess[st
         check=False,
         timeout=300,
     )
+
+
+def ran(found: dict[str, Any]) -> Ran:
+    return Ran(found["code"], found["out"], found["err"])
 
 
 def save(model: Any, folder: Path) -> Path:
@@ -141,8 +148,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         folder,
         alone,
         (read(0, "primitives"), read(1, "primitives")),
-        {name: (Ran(**read(0, n)), Ran(**read(1, n))) for n, name in enumerate(shared)},
-        done.stderr,
+        {name: (ran(read(0, n)), ran(read(1, n))) for n, name in enumerate(shared)},
+        {name: read(0, n)["seconds"] for n, name in enumerate(shared)},
     )
 
 
@@ -165,6 +172,28 @@ def test_a_single_process_just_does_the_work() -> None:
     assert ranks.mine(3)
     ranks.finish()
     ranks.leave()
+
+
+def test_each_process_of_a_machine_takes_its_own_device(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    zeros = torch.zeros
+
+    def fake(*shape: int, device: torch.device) -> torch.Tensor:
+        asked.append(str(device))
+        return zeros(*shape)
+
+    def too_much(*arguments: object, **settings: object) -> object:
+        raise torch.OutOfMemoryError("tried to allocate 30 GiB")
+
+    monkeypatch.setattr(torch, "zeros", fake)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", too_much)
+    for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "MASTER_ADDR": "there", "MASTER_PORT": 1}.items():
+        monkeypatch.setenv(name, str(value))
+    for device in ("auto", "cuda", "cuda:3", "cpu"):
+        with pytest.raises(BadInput, match="larger than the memory of"):
+            load_model(resolve(str(world.folder / "tiny")), device=device)
+    assert asked == ["cuda:1", "cuda:1", "cuda:3", "cpu"]
 
 
 @pytest.mark.parametrize("name", ["make", "again", "rome"])
@@ -226,6 +255,7 @@ def test_an_error_ends_all_ranks_with_one_message(name: str, code: int, said: st
     assert first.err.count("error:") == 1
     assert said in first.err
     assert "Traceback" not in first.err
+    assert world.seconds[name] < 30, "rank 0 was interrupted in work of a minute"
     assert list(world.folder.glob(f"{name.split()[0]}.patch")) == []
 
 

@@ -1,7 +1,7 @@
 """What torchrun starts in tests: several command lines one after another, so that libraries are imported once.
 
 The argument is a JSON file: {"folder", "scenarios": [{"arguments", "trouble", "arguments of rank 1"}]}. Every rank
-leaves code, stdout and stderr of scenario i in folder/<rank>-<i>.json, and what the primitives gave it in
+leaves code, stdout, stderr and seconds of scenario i in folder/<rank>-<i>.json, and what the primitives gave it in
 folder/<rank>-primitives.json.
 """
 
@@ -64,9 +64,10 @@ def scenario(about: dict[str, Any]) -> dict[str, Any]:
     kpatch.edit.find.optimize = troubled(about["trouble"]) if about.get("trouble") else _optimize
     arguments = about.get("arguments of rank 1", about["arguments"]) if RANK else about["arguments"]
     out, err = io.StringIO(), io.StringIO()
+    begun = time.monotonic()
     with redirect_stdout(out), redirect_stderr(err):
         code = main(arguments)
-    return {"code": code, "out": out.getvalue(), "err": err.getvalue()}
+    return {"code": code, "out": out.getvalue(), "err": err.getvalue(), "seconds": time.monotonic() - begun}
 
 
 if __name__ == "__main__":
