@@ -34,7 +34,7 @@ def troubled(trouble: str) -> Any:
             if trouble == "interrupt":
                 raise KeyboardInterrupt
             raise BadInput("rank 1 is unwell") if trouble == "error" else ZeroDivisionError("one over nothing")
-        for _ in range(600):
+        for _ in range(1800):
             time.sleep(0.1)  # a step that can be interrupted
         return _optimize(*arguments)
 
