@@ -12,12 +12,13 @@ import os
 import stat
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from kpatch.patch.container import CutOff, open_regular, read_exactly
+from kpatch.patch.container import CutOff, open_regular
 
 if sys.platform != "win32":
     import fcntl
@@ -57,29 +58,41 @@ def open_write(path: Path) -> FileIO:
 
 
 def read_at(handle: FileIO, offset: int, length: int) -> bytearray:
-    """`length` bytes from `offset`. Raises CutOff when the file ends before."""
-    return read_exactly(handle, offset, length)
+    """`length` bytes from `offset`, whoever else uses the handle. Raises CutOff when the file ends before."""
+    data = bytearray(length)
+    _read(handle, offset, memoryview(data))
+    return data
 
 
 def read_into(handle: FileIO, offset: int, buffer: bytearray, length: int) -> memoryview:
     """The same into the first `length` bytes of a buffer that is used again; gives those."""
     view = memoryview(buffer)[:length]
-    handle.seek(offset)
-    done = 0
-    while done < length:
-        count = handle.readinto(view[done:])
-        if not count:
-            raise CutOff(f"it ends at byte {offset + done:,}; {offset + length:,} were there before")
-        done += count
+    _read(handle, offset, view)
     return view
 
 
+def _read(handle: FileIO, offset: int, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        if sys.platform == "win32":
+            handle.seek(offset + done)
+            count = handle.readinto(view[done:])
+        else:
+            count = os.preadv(handle.fileno(), [view[done:]], offset + done)
+        if not count:
+            raise CutOff(f"it ends at byte {offset + done:,}; {offset + len(view):,} were expected")
+        done += count
+
+
 def write_at(handle: FileIO, offset: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data` at `offset`."""
-    handle.seek(offset)
-    view = memoryview(data)
-    while view:
-        view = view[handle.write(view) or 0 :]
+    """Write all of `data` at `offset`, whoever else uses the handle."""
+    view, done = memoryview(data), 0
+    while done < len(view):
+        if sys.platform == "win32":
+            handle.seek(offset + done)
+            done += handle.write(view[done:]) or 0
+        else:
+            done += os.pwrite(handle.fileno(), view[done:], offset + done)
 
 
 def reserve(handle: FileIO, length: int) -> None:
@@ -164,6 +177,29 @@ def background(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
         raise
     if errors:
         raise errors[0]
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def in_parallel(tasks: Sequence[Callable[[], None]], workers: int) -> None:
+    """Do tasks in so many threads. After an error none is begun any more; it is raised when all at work have ended."""
+    if workers <= 1 or len(tasks) <= 1:
+        for task in tasks:
+            task()
+        return
+    with ThreadPoolExecutor(min(workers, len(tasks))) as pool:
+        futures = [pool.submit(task) for task in tasks]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            for future in futures:
+                future.cancel()
+    for future in futures:
+        if not future.cancelled():
+            future.result()
 
 
 def hash_range(handle: FileIO, begin: int, end: int, advance: Advance = nothing) -> str:

@@ -19,29 +19,38 @@ from kpatch.patch.lowrank import Delta, Dense, LowRank
 
 # Keys looked at per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
 SAMPLE = 32
+# Of a weight's outputs, those looked at: this many or up to twice as many.
+OUTPUTS = 512
 # Families whose MLP output is a Conv1D, stored [in, out]; needed only where W is square.
 _TRANSPOSED = ("gpt2",)
 
 
 class KeyShift:
-    """Sums over the keys of one weight: the intended ΣΔ k at once, and E k a block of rows at a time, in float32."""
+    """Sums over the keys of one weight: the intended ΣΔ k at once, and E k a block of rows at a time, in float32.
+
+    Of a large weight every so many-th output is looked at.
+    """
 
     def __init__(self, keys: Tensor, deltas: Sequence[Delta], transposed: bool) -> None:
         self.keys = keys.float()  # [n, f]
         self.transposed = transposed
+        outputs = deltas[0].shape[1 if transposed else 0]
+        self.step = max(1, outputs // OUTPUTS)
         columns = self.keys.T.double()  # [f, n]
         turned = [_turned(delta) if transposed else delta for delta in deltas]
-        self.intended = float(torch.stack([delta.matmul(columns) for delta in turned]).sum(0).norm())
-        if transposed:  # W is [f, d]: E k sums over its rows
-            self.error = torch.zeros(keys.shape[0], deltas[0].shape[1], dtype=torch.float64)
+        intended = torch.stack([delta.matmul(columns) for delta in turned]).sum(0)  # [outputs, n]
+        self.intended = float(intended[:: self.step].norm())
+        if transposed:  # W is [f, outputs]: E k sums over its rows
+            self.error = torch.zeros(keys.shape[0], -(-outputs // self.step), dtype=torch.float64)
         self.error_square = 0.0
 
     def add(self, rows: tuple[int, int], error: Tensor) -> None:
         """Rows [begin, end) of E."""
         if self.transposed:
-            self.error += self.keys[:, rows[0] : rows[1]] @ error.float()
+            self.error += self.keys[:, rows[0] : rows[1]] @ error[:, :: self.step].float()
         else:
-            self.error_square += float((error.float() @ self.keys.T).norm()) ** 2
+            chosen = error[-rows[0] % self.step :: self.step].float()  # every step-th row of the whole weight
+            self.error_square += float((chosen @ self.keys.T).norm()) ** 2
 
     @property
     def relative(self) -> float:

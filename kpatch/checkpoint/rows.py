@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from kpatch.patch.fingerprint import NAMES, tensor_from
 from kpatch.patch.lowrank import Delta, LowRank
 
 # Entries per block of rows: what is in memory at a time, whatever the weight's size, and enough for a fast product.
-BLOCK = 1 << 20
+BLOCK = 1 << 19
 # Entries of a block that are gone over at a time: few enough to stay in a processor's cache for all the passes, and no
 # more than what torch does on one thread. With several, each of many short passes waits for the slowest of them, which
 # on a busy machine took fifty times as long.
@@ -51,6 +52,17 @@ class Landing:
     def key_error(self) -> float | None:
         """The same for what the delta does to the patches' own keys; None when they carry none for this weight."""
         return None if self.keys is None else self.keys.relative
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Let torch use one thread in each of ours: several weights are computed at a time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:

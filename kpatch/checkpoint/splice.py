@@ -10,13 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.keys import key_shift
 from kpatch.checkpoint.plan import Plan, WeightPlan
-from kpatch.checkpoint.rows import Landing, Overflow, blocks, patch_rows, widen
+from kpatch.checkpoint.rows import Landing, Overflow, blocks, one_thread_each, patch_rows, widen
 from kpatch.checkpoint.store import AppliedWeight, Store
 from kpatch.errors import Damaged, Refused
 from kpatch.patch.format import read_delta
@@ -26,6 +27,8 @@ from kpatch.reporter import Reporter
 
 Outcome = tuple[AppliedWeight, Landing | None]
 
+# Weights that are computed at a time, where there are as many processors; each takes some 30 MB of memory.
+_WORKERS = 4
 # Bytes that are copied before it is asked again whether to go on.
 _STEP = 1 << 26
 
@@ -45,13 +48,22 @@ def stage_files(
         rest = [pair for pair in pairs if not files.clone(pair.old, pair.new)]
         for pair in rest:
             files.reserve(pair.new, pair.status.st_size)
-        # The bytes between the weights are copied, which is the system's work, while the weights are computed here.
-        with files.background(lambda stopped: _copy_rest(rest, stopped, advance)):
-            for pair in pairs:
-                for weight in pair.weights:
-                    with _kept(store, pair.old, weight, pair.status.st_mode & 0o666) as kept:
-                        outcomes[weight.name] = write_weight(plan, kept, pair.new, weight)
-                    advance(weight.ref.end - weight.ref.begin)
+        # Weights with the same bytes keep them in one file, so they follow each other.
+        groups: dict[str, list[tuple[_Pair, WeightPlan]]] = {}
+        for pair in pairs:
+            for weight in pair.weights:
+                groups.setdefault(weight.base, []).append((pair, weight))
+
+        def write(group: Sequence[tuple[_Pair, WeightPlan]]) -> None:
+            for pair, weight in group:
+                with _kept(store, pair.old, weight, pair.status.st_mode & 0o666) as kept:
+                    outcomes[weight.name] = write_weight(plan, kept, pair.new, weight)
+                advance(weight.ref.end - weight.ref.begin)
+
+        # The bytes between the weights are copied, which is the system's work, while the weights are computed.
+        with files.background(lambda stopped: _copy_rest(rest, stopped, advance)), one_thread_each():
+            tasks = [partial(write, group) for group in groups.values()]
+            files.in_parallel(tasks, min(_WORKERS, files.processors()))
         for pair in pairs:
             if os.fstat(pair.new.fileno()).st_size != pair.status.st_size:
                 raise Damaged(

@@ -87,6 +87,7 @@ def _set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(closed, "PAUSE", 0.0)
     monkeypatch.setattr(log, "now", lambda: "2026-01-01T00:00:00Z")
     monkeypatch.setattr(files, "background", faults.at_once)
+    monkeypatch.setattr(files, "in_parallel", faults.one_by_one)
 
 
 @pytest.fixture(autouse=True)

@@ -56,14 +56,15 @@ def count_lines(scenario: Scenario, folder: Path) -> int:
     return lines.seen
 
 
-BACKGROUND = files.background
+THREADS = {"background": files.background, "in_parallel": files.in_parallel}
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_fifty_signals_at_random_lines(
     tmp_path: Path, scenarios: Make, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr(files, "background", BACKGROUND)  # as it is: with a thread beside the one that is hit
+    for function, original in THREADS.items():  # as they are: with threads beside the one that is hit
+        monkeypatch.setattr(files, function, original)
     number, dice, folder = getattr(signal, name), random.Random(name), tmp_path / "run"
     total = {action: count_lines(scenarios(action), folder) for action in COMMANDS}
     codes, states = [], set()

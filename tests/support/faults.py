@@ -29,7 +29,10 @@ from tests.support import cli
 from tests.support.checkpoints import make_checkpoint, make_patch
 
 # What is built from other functions of the façade is counted through them.
-_BUILT = {"write_file", "copy_file", "can_clone", "background", "remove_tree", "hash_range", "nothing"}
+_BUILT = {
+    *("write_file", "copy_file", "can_clone", "remove_tree", "hash_range", "_read"),
+    *("background", "in_parallel", "processors", "nothing"),
+}
 OPERATIONS = [
     name
     for name, value in vars(files).items()
@@ -69,6 +72,12 @@ def at_once(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
     """In place of `files.background`: the same operations in the same order every time."""
     work(lambda: False)
     yield
+
+
+def one_by_one(tasks: Sequence[Callable[[], None]], workers: int) -> None:
+    """In place of `files.in_parallel`, likewise."""
+    for task in tasks:
+        task()
 
 
 def warm_up(folder: Path) -> None:

@@ -26,7 +26,7 @@ from kpatch.checkpoint.status import status
 from kpatch.checkpoint.verify import base_weights, verify_fit
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
-from tests.support.faults import OPERATIONS, at_once
+from tests.support.faults import OPERATIONS, at_once, one_by_one
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,10 +49,11 @@ def failing(number: int, error: Callable[[], BaseException], *, for_good: bool) 
 
         return wrapped
 
-    originals = {name: getattr(files, name) for name in (*OPERATIONS, "background")}
+    originals = {name: getattr(files, name) for name in (*OPERATIONS, "background", "in_parallel")}
+    in_order = {"background": at_once, "in_parallel": one_by_one}
     try:
         for name, operation in originals.items():
-            setattr(files, name, at_once if name == "background" else wrap(name, operation))
+            setattr(files, name, in_order.get(name) or wrap(name, operation))
         yield done
     finally:
         for name, operation in originals.items():

@@ -12,7 +12,7 @@ from kpatch.checkpoint import keys as key_module
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.revert import revert
 from kpatch.patch.format import read_patch
-from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random, weights
+from tests.support.checkpoints import COLS, CONV1D, ROWS, WEIGHTS, make_checkpoint, make_patch, random, weights
 from tests.support.reports import Recorder
 
 FACTS = [{"subject": f"S{n}", "prompt": "{} is in", "target": "Rome", "id": f"f{n}"} for n in range(5)]
@@ -95,6 +95,26 @@ def test_many_keys_are_sampled_evenly_and_no_keys_are_no_error(
     assert weight.key_error == pytest.approx(expected[2], rel=1e-4)
     revert(model)
     assert {weight.key_error for weight in apply([tmp_path / "bare.patch"], model).weights} == {None}
+
+
+@pytest.mark.parametrize("conv1d", [False, True])
+@pytest.mark.parametrize("block", [1 << 20, 25])
+def test_of_a_large_weight_every_so_many_th_output_is_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, conv1d: bool
+) -> None:
+    monkeypatch.setattr("kpatch.checkpoint.rows.BLOCK", block)
+    monkeypatch.setattr(key_module, "OUTPUTS", 2)
+    model = make_checkpoint(tmp_path / "model", "BF16", conv1d=conv1d)
+    old, names = weights(model), CONV1D if conv1d else WEIGHTS
+    make_patch(tmp_path / "a.patch", model, weights=names, scale=1e-3, facts=FACTS)
+    report = apply([tmp_path / "a.patch"], model)
+    new, patch = weights(model), read_patch(tmp_path / "a.patch")
+    for layer, weight in enumerate(report.weights):
+        before, after, change = old[weight.name], new[weight.name], patch.deltas[weight.name].dense()
+        if conv1d:
+            before, after, change = before.T, after.T, change.T
+        expected = reference(before[:: ROWS // 2], after[:: ROWS // 2], change[:: ROWS // 2], patch.keys[layer])
+        assert weight.key_error == pytest.approx(expected[2], rel=1e-4)
 
 
 def test_more_than_a_twentieth_lost_is_warned_of_with_the_way_out(tmp_path: Path) -> None:
