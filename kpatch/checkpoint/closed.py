@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, parallel
 
 CONFIG = "config.json"
 SIGN = "config.json.kpatch-interrupted"
@@ -24,7 +25,10 @@ PAUSE = 0.1
 
 
 def close(model: Path, names: Sequence[str]) -> None:
-    """Hang the sign, move the old files aside, make that lasting, and wait; a second time does what is left."""
+    """Hang the sign, move the old files aside, make that lasting, remove them, and wait; again: do what is left of it.
+
+    The new files must be lasting by now: from here on there is nothing else.
+    """
     if (model / CONFIG).exists() and not (model / SIGN).exists():
         files.replace(model / CONFIG, model / SIGN)
         files.fsync_dir(model)
@@ -32,13 +36,20 @@ def close(model: Path, names: Sequence[str]) -> None:
         if (model / name).exists():
             files.replace(model / name, model / (name + _OLD))
     files.fsync_dir(model)
-    time.sleep(PAUSE)
+    begin = time.monotonic()
+    with suppress(OSError):  # tried again when the new ones have their names
+        _remove_old(model, names)
+    time.sleep(max(0.0, PAUSE - (time.monotonic() - begin)))
+
+
+def _remove_old(model: Path, names: Sequence[str]) -> None:
+    # Large files take a while to go: the wait is a good time for it.
+    parallel.each(lambda name, advance: files.unlink(model / (name + _OLD)), names, files.nothing)
 
 
 def reopen(model: Path, names: Sequence[str]) -> None:
-    """Take the sign down and remove what was moved aside. The new files must be lasting by now."""
-    for name in names:
-        files.unlink(model / (name + _OLD))
+    """Take the sign down, and remove what a run that broke off had left aside. The new files must have their names."""
+    _remove_old(model, names)
     # A config.json that somebody wrote meanwhile stays, and so does the earlier one beside it.
     if (model / SIGN).exists() and not (model / CONFIG).exists():
         files.replace(model / SIGN, model / CONFIG)

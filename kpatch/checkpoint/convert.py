@@ -110,7 +110,7 @@ def _write_file(
             if name in planned:
                 weight = _keep_converted(store, weights, planned[name], ref)
                 with files.open_read(store.base(weight.base)) as kept:
-                    outcomes[name] = write_weight(plan, kept, new, weight)
+                    outcomes[name] = write_weight(plan, store, kept, new, weight)
             else:
                 position = ref.begin
                 for data in _converted(weights, name, ref.dtype):

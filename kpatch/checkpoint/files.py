@@ -11,10 +11,8 @@ import hashlib
 import os
 import stat
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -152,56 +150,6 @@ def copy_range(
         advance(count)
 
 
-@contextmanager
-def background(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
-    """Do `work` in a thread while the block runs, and wait for it at the block's end, where an error of it is raised.
-
-    When the block fails, the function that `work` is given answers True, and it should stop.
-    """
-    stop, errors = threading.Event(), list[BaseException]()
-
-    def run() -> None:
-        try:
-            work(stop.is_set)
-        except BaseException as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        yield
-        thread.join()
-    except BaseException:
-        stop.set()
-        thread.join()
-        raise
-    if errors:
-        raise errors[0]
-
-
-def processors() -> int:
-    """How many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def in_parallel(tasks: Sequence[Callable[[], None]], workers: int) -> None:
-    """Do tasks in so many threads. After an error none is begun any more; it is raised when all at work have ended."""
-    if workers <= 1 or len(tasks) <= 1:
-        for task in tasks:
-            task()
-        return
-    with ThreadPoolExecutor(min(workers, len(tasks))) as pool:
-        futures = [pool.submit(task) for task in tasks]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            for future in futures:
-                future.cancel()
-    for future in futures:
-        if not future.cancelled():
-            future.result()
-
-
 def hash_range(handle: FileIO, begin: int, end: int, advance: Advance = nothing) -> str:
     """SHA-256 of bytes [begin, end) as 64 hex digits."""
     digest, buffer = hashlib.sha256(), bytearray(min(_HASHED, max(0, end - begin)))
@@ -224,6 +172,16 @@ def keep_attributes(handle: FileIO, old: os.stat_result, *, owner: bool = True) 
     if owner and (new.st_uid, new.st_gid) != (old.st_uid, old.st_gid):
         os.fchown(handle.fileno(), old.st_uid, old.st_gid)
     os.fchmod(handle.fileno(), stat.S_IMODE(old.st_mode))  # after the owner: a change of owner clears bits
+
+
+def begin_sync(handle: FileIO, begin: int, end: int) -> None:
+    """Let the system begin to bring bytes [begin, end) to the disk, without waiting; what it does of it is its affair.
+
+    An fsync that follows has less left to do.
+    """
+    if sys.platform == "linux":  # there this begins to write what is new; such bytes stay in memory too
+        with suppress(OSError):
+            os.posix_fadvise(handle.fileno(), begin, end - begin, os.POSIX_FADV_DONTNEED)
 
 
 def fsync(handle: FileIO) -> None:

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.index import Checkpoint, TensorRef
-from kpatch.checkpoint.store import Applied, AppliedWeight
+from kpatch.checkpoint.store import Applied
 from kpatch.errors import Damaged
 from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
@@ -43,15 +43,16 @@ def changed_weights(
     names = sorted(applied.weights if only is None else only)
     amount = sum(_size(checkpoint.tensors.get(name)) for name in names)
     with report.task("Checking patched weights", amount, "B") as advance:
-        return [name for name in names if not _intact(checkpoint, name, applied.weights[name], advance)]
+        intact = parallel.each(lambda name, go_on: _intact(checkpoint, name, applied, go_on), names, advance)
+    return [name for name, sound in zip(names, intact, strict=True) if not sound]
 
 
 def _size(ref: TensorRef | None) -> int:
     return 0 if ref is None else ref.end - ref.begin
 
 
-def _intact(checkpoint: Checkpoint, name: str, weight: AppliedWeight, advance: files.Advance) -> bool:
-    ref = checkpoint.tensors.get(name)
+def _intact(checkpoint: Checkpoint, name: str, applied: Applied, advance: files.Advance) -> bool:
+    ref, weight = checkpoint.tensors.get(name), applied.weights[name]
     if ref is None or (ref.dtype, ref.shape) != (weight.dtype, weight.shape):
         return False
     return hash_tensor(checkpoint.path, ref, advance) == weight.after

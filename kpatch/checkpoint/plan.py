@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kpatch.checkpoint import parallel
 from kpatch.checkpoint.index import Checkpoint, TensorRef
 from kpatch.checkpoint.integrity import Stamp, require_intact, stamp
 from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.store import Applied, AppliedPatch, Store
 from kpatch.checkpoint.verify import fit
-from kpatch.checkpoint.weights import Weights, read_base
-from kpatch.errors import BadInput, Refused
+from kpatch.checkpoint.weights import Weights, read_base, require_base
+from kpatch.errors import BadInput, KpatchError, Refused
 from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo
 from kpatch.patch.text import printable
+from kpatch.patch.union import normal
 from kpatch.reporter import SILENT, Reporter
 
 _HUB_CACHE = re.compile(r"[/\\](models|datasets|spaces)--[^/\\]+[/\\]snapshots([/\\]|$)")
@@ -117,7 +119,7 @@ def plan_apply(
     patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
     _refuse_held_twice([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
     _refuse_conflicts([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
-    _require_parents(new, applied, checkpoint)
+    _require_parents(new, [*patches.values(), *new], checkpoint)
     fits = [fit(info, weights, report) for info in new]
     for one in fits:
         if not one.ok:
@@ -130,7 +132,9 @@ def plan_apply(
         touched = {**{name: weight.base for name, weight in applied.weights.items()}, **touched}
     notes = tuple(note for one in fits for note in one.notes)
     stack = (*applied.patches, *moved)
-    planned = _weights(checkpoint, store, applied, stack, touched, patches)
+    planned = _weights(checkpoint, applied, stack, touched, patches)
+    checked = {weight.stored for one in fits for weight in one.weights}
+    _require_kept(store, (weight for weight in planned if weight.name not in checked), True, report)
     if not copy:
         _require_own_files(checkpoint, planned, force)
     stamps = _stamps(checkpoint, planned)
@@ -138,15 +142,26 @@ def plan_apply(
 
 
 def plan_revert(
-    chosen: Sequence[str], checkpoint: Checkpoint, store: Store, *, force: bool = False, report: Reporter = SILENT
+    chosen: Sequence[str],
+    checkpoint: Checkpoint,
+    store: Store,
+    *,
+    force: bool = False,
+    check: bool = False,
+    report: Reporter = SILENT,
 ) -> Plan:
-    """Check that patches, by id, can be taken off. Raises Refused or Damaged; nothing is written."""
+    """Check that patches, by id, can be taken off. Raises Refused or Damaged; nothing is written.
+
+    The kept bytes are hashed here only for a `check`; else while they are written to the new files, none of which takes
+    its place before all are found sound.
+    """
     applied = store.applied()
     moved = tuple(patch for patch in applied.patches if patch.id in chosen)
     stack = tuple(patch for patch in applied.patches if patch.id not in chosen)
-    for child in stack:
-        for patch in moved:
-            if patch.id in child.parents:
+    for patch in moved:
+        held = _held_by(patch, store)
+        for child in stack:
+            if held & set(child.parents):
                 raise Refused(
                     f"{_named(patch)} cannot be reverted: {_named(child)} was made on top of it",
                     hint=f"revert {child.id[:12]} first, or both in one command",
@@ -157,14 +172,14 @@ def plan_revert(
     gone = {patch.id for patch in moved}
     touched = {name: weight.base for name, weight in applied.weights.items() if gone & set(weight.patches)}
     base = applied.base if stack else None
-    weights = _weights(checkpoint, store, applied, stack, touched, patches)
+    weights = _weights(checkpoint, applied, stack, touched, patches)
+    _require_kept(store, weights, check, report)
     _require_own_files(checkpoint, weights, force)
     return Plan("revert", checkpoint, applied, moved, stack, base, weights, patches, _stamps(checkpoint, weights))
 
 
 def _weights(
     checkpoint: Checkpoint,
-    store: Store,
     applied: Applied,
     stack: Sequence[AppliedPatch],
     touched: Mapping[str, str],
@@ -177,14 +192,20 @@ def _weights(
             stored = checkpoint.find(name)
             if stored is not None and stored in touched:
                 deltas.setdefault(stored, []).append((identity, name))
-    weights = tuple(
+    return tuple(
         WeightPlan(name, checkpoint.tensors[name], sha256, name in applied.weights, tuple(deltas.get(name, ())))
         for name, sha256 in sorted(touched.items())
     )
-    for weight in weights:
-        if weight.kept:
-            read_base(store, weight.base)
-    return weights
+
+
+def _require_kept(store: Store, weights: Iterable[WeightPlan], whole: bool, report: Reporter) -> None:
+    """The kept bytes of weights must be there; as a `whole`, by their hash, or else of the right size."""
+    sizes = {weight.base: weight.ref.end - weight.ref.begin for weight in weights if weight.kept}
+    for base, size in sizes.items():
+        require_base(store, base, size)
+    if whole:
+        with report.task("Checking kept bytes", sum(sizes.values()), "B") as advance:
+            parallel.each(lambda base, go_on: read_base(store, base, go_on), sorted(sizes), advance)
 
 
 def _stamps(checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> dict[str, Stamp]:
@@ -209,8 +230,20 @@ def _refuse_repeated(new: Sequence[PatchInfo], applied: Applied, checkpoint: Che
         seen.add(info.id)
 
 
-def _require_parents(new: Sequence[PatchInfo], applied: Applied, checkpoint: Checkpoint) -> None:
-    there = {*applied.ids, *(info.id for info in new)}
+def _held(info: PatchInfo) -> set[str]:
+    """A patch, and those that a stack adds up as they are; one at another scale is not what a patch was made on."""
+    return {info.id, *(str(part["id"]) for part in info.manifest.stack if part["scale"] == 1)}
+
+
+def _held_by(patch: AppliedPatch, store: Store) -> set[str]:
+    try:
+        return _held(store.patch(patch.id))
+    except KpatchError:  # its copy is lost
+        return {patch.id}
+
+
+def _require_parents(new: Sequence[PatchInfo], there_then: Sequence[PatchInfo], checkpoint: Checkpoint) -> None:
+    there = {identity for info in there_then for identity in _held(info)}
     for info in new:
         missing = [parent for parent in info.manifest.parents if parent not in there]
         if missing:
@@ -244,11 +277,11 @@ def _refuse_conflicts(patches: Sequence[tuple[str, PatchInfo]]) -> None:
     for name, info in patches:
         for fact in info.manifest.facts:
             for key in ("prompt", "relation"):
-                if not fact.get(key):
+                if not isinstance(fact.get(key), str) or not fact[key]:
                     continue
-                place, target = (str(fact["subject"]), key, str(fact[key])), str(fact["target"])
+                place, target = (normal(fact["subject"]), key, normal(fact[key])), str(fact["target"])
                 other = said.setdefault(place, (target, info.id, name))
-                if other[0] != target and other[1] != info.id:
+                if normal(other[0]) != normal(target) and other[1] != info.id:
                     raise Refused(
                         f"{printable(name)} and {printable(other[2])} contradict each other on "
                         f"{printable(place[0], 80)}",

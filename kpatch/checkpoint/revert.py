@@ -46,7 +46,7 @@ def revert(
         if not applied.patches:
             raise Refused(f"No patch is applied to {checkpoint.given}", hint="`kpatch status` lists what is applied")
         chosen = _choose(applied, patches, all, checkpoint.given)
-        plan = plan_revert(chosen, checkpoint, store, force=force, report=report)
+        plan = plan_revert(chosen, checkpoint, store, force=force, check=check, report=report)
     if check:
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     outcomes = carry_out(plan, store, report)

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from io import FileIO
 from pathlib import Path
 
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.keys import key_shift
 from kpatch.checkpoint.plan import Plan, WeightPlan
 from kpatch.checkpoint.rows import Landing, Overflow, blocks, one_thread_each, patch_rows, widen
 from kpatch.checkpoint.store import AppliedWeight, Store
+from kpatch.checkpoint.weights import base_damaged, read_base
 from kpatch.errors import Damaged, Refused
 from kpatch.patch.format import read_delta
 from kpatch.patch.manifest import matrix_shape
@@ -27,10 +28,10 @@ from kpatch.reporter import Reporter
 
 Outcome = tuple[AppliedWeight, Landing | None]
 
-# Weights that are computed at a time, where there are as many processors; each takes some 30 MB of memory.
-_WORKERS = 4
-# Bytes that are copied before it is asked again whether to go on.
-_STEP = 1 << 26
+# Bytes copied before the disk is asked to take them.
+_STEP = 1 << 24
+# Files of kept bytes that may be open at a time until they are synced.
+_OPEN = 64
 
 
 def stage_files(
@@ -53,17 +54,29 @@ def stage_files(
         for pair in pairs:
             for weight in pair.weights:
                 groups.setdefault(weight.base, []).append((pair, weight))
+        unnamed: list[tuple[FileIO, Path]] = []
 
-        def write(group: Sequence[tuple[_Pair, WeightPlan]]) -> None:
-            for pair, weight in group:
-                with _kept(store, pair.old, weight, pair.status.st_mode & 0o666) as kept:
-                    outcomes[weight.name] = write_weight(plan, kept, pair.new, weight)
-                advance(weight.ref.end - weight.ref.begin)
+        def write(group: Sequence[tuple[_Pair, WeightPlan]], advance: files.Advance) -> None:
+            (first, weight), *_ = group
+            with ExitStack() as own:
+                kept = own.enter_context(_original(store, weight, first.old, first.status.st_mode & 0o666))
+                for pair, weight in group:
+                    outcomes[weight.name] = write_weight(plan, store, kept, pair.new, weight, advance)
+                if weight.kept:
+                    return
+                files.begin_sync(kept, 0, weight.ref.end - weight.ref.begin)
+                if len(unnamed) < _OPEN:  # a sync waits for other files too, so there is one of each at the end
+                    unnamed.append((kept, store.base(weight.base)))
+                    stack.push(own.pop_all())
+                else:
+                    _name(kept, store.base(weight.base))
 
         # The bytes between the weights are copied, which is the system's work, while the weights are computed.
-        with files.background(lambda stopped: _copy_rest(rest, stopped, advance)), one_thread_each():
-            tasks = [partial(write, group) for group in groups.values()]
-            files.in_parallel(tasks, min(_WORKERS, files.processors()))
+        tasks = [partial(_copy_rest, rest), *(partial(write, group) for group in groups.values())]
+        with one_thread_each():
+            parallel.in_parallel(tasks, advance, 1 + min(parallel.MOST, parallel.processors()))
+        for kept, path in unnamed:
+            _name(kept, path)
         for pair in pairs:
             if os.fstat(pair.new.fileno()).st_size != pair.status.st_size:
                 raise Damaged(
@@ -94,41 +107,45 @@ def _begin(plan: Plan, file: str, target: Path, stack: ExitStack) -> _Pair:
     return _Pair(source, target, old, new, os.fstat(old.fileno()), weights)
 
 
-def _copy_rest(pairs: Sequence[_Pair], stopped: Callable[[], bool], advance: files.Advance) -> None:
-    """Bring over everything but the ranges that are written anew. Opens the files for itself, to run beside others."""
+def _copy_rest(pairs: Sequence[_Pair], advance: files.Advance) -> None:
+    """Bring over everything but the ranges that are written anew."""
     for pair in pairs:
-        with files.open_read(pair.source) as old, files.open_write(pair.target) as new:
-            position = 0
-            for begin, end in [*((weight.ref.begin, weight.ref.end) for weight in pair.weights), (None, None)]:
-                until = pair.status.st_size if begin is None else begin
-                while position < until and not stopped():
-                    step = min(until, position + _STEP)
-                    files.copy_range(old, new, position, step, advance)
-                    position = step
-                position = position if end is None else end
+        position = 0
+        for begin, end in [*((weight.ref.begin, weight.ref.end) for weight in pair.weights), (None, None)]:
+            until = pair.status.st_size if begin is None else begin
+            while position < until:
+                step = min(until, position + _STEP)
+                files.copy_range(pair.old, pair.new, position, step, advance)
+                files.begin_sync(pair.new, position, step)
+                position = step
+            position = position if end is None else end
 
 
-@contextmanager
-def _kept(store: Store, old: FileIO, weight: WeightPlan, mode: int) -> Iterator[FileIO]:
-    """A weight's original bytes for reading, kept; where they are not yet, they are copied to the store and synced.
-
-    Only when the block has read them back, and found them to be what they should, do they get the name of their hash.
-    """
+def _original(store: Store, weight: WeightPlan, old: FileIO, mode: int) -> FileIO:
+    """A weight's original bytes for reading; where they are not kept yet, a copy of them that has no name so far."""
     path = store.base(weight.base)
-    if weight.kept or path.exists():  # exists: of two weights with equal bytes
-        with files.open_read(path) as kept:
-            yield kept
-        return
-    temporary = path.with_name(path.name + ".tmp")
-    files.unlink(temporary)
-    with files.create(temporary, mode) as kept:
-        files.copy_range(old, kept, weight.ref.begin, weight.ref.end, to=0)
-        files.fsync(kept)
-        yield kept
-    files.replace(temporary, path)
+    if weight.kept:
+        return files.open_read(path)
+    files.unlink(_unnamed(path))
+    kept = files.create(_unnamed(path), mode)
+    files.copy_range(old, kept, weight.ref.begin, weight.ref.end, to=0)
+    return kept
 
 
-def write_weight(plan: Plan, kept: FileIO, new: FileIO, weight: WeightPlan) -> Outcome:
+def _name(kept: FileIO, path: Path) -> None:
+    """Sync and close kept bytes, which were read back and are what they should be: they get the name of their hash."""
+    files.fsync(kept)
+    kept.close()
+    files.replace(_unnamed(path), path)
+
+
+def _unnamed(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def write_weight(
+    plan: Plan, store: Store, kept: FileIO, new: FileIO, weight: WeightPlan, advance: files.Advance = files.nothing
+) -> Outcome:
     """Write one weight, its kept original bytes plus its deltas, to its place in a new file; every block is read back.
 
     Raises Refused when it does not fit its dtype, Damaged when the kept bytes or a patch are not sound.
@@ -149,13 +166,19 @@ def write_weight(plan: Plan, kept: FileIO, new: FileIO, weight: WeightPlan) -> O
             try:
                 data = patch_rows(block, ref.dtype, cols, (begin, end), deltas, landing)
             except Overflow as error:
+                if weight.kept:
+                    read_base(store, weight.base)  # that may be why
                 raise _overflow(weight, error) from None
             after.update(data)
         place = ref.begin + begin * row_bytes
         files.write_at(new, place, data)
         if files.read_at(new, place, len(data)) != data:
             raise Damaged(f"{printable(weight.name, 120)} was not read back as written; nothing was changed")
+        advance(len(data))
+    files.begin_sync(new, ref.begin, ref.end)
     if before.hexdigest() != weight.base:
+        if weight.kept:
+            raise base_damaged(store, weight.base)
         raise Damaged(
             f"The original bytes of {printable(weight.name, 120)} are not what they were when they were checked",
             hint="another program may be writing to the checkpoint; nothing was changed",

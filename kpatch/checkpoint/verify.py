@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.commit import unfinished
 from kpatch.checkpoint.index import Checkpoint, open_checkpoint
 from kpatch.checkpoint.quantized import refuse_quantized
@@ -93,22 +93,28 @@ def fit(info: PatchInfo, weights: Weights, report: Reporter = SILENT) -> Fit:
     refs = [(name, checkpoint.find(name)) for name in sorted(info.manifest.base.weights)]
     amount = sum(checkpoint.tensors[stored].end - checkpoint.tensors[stored].begin for _, stored in refs if stored)
     with report.task(f"Checking the base of {info.name}", amount, "B") as advance:
-        found = [_fit_weight(info, name, stored, weights, advance) for name, stored in refs]
+        hashes = parallel.each(lambda ref, go_on: _hash(info, *ref, weights, go_on), refs, advance)
+    found = [_fit_weight(info, *ref, sha256, weights) for ref, sha256 in zip(refs, hashes, strict=True)]
     taken = [weight.stored for weight in found if weight.stored is not None]
     if len(set(taken)) != len(taken):
         raise BadInput(f"Two weights of {info.name} lead to the same tensor of {checkpoint.given}")
     return Fit(info, checkpoint.given, tuple(found))
 
 
-def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights, advance: files.Advance) -> WeightFit:
+def _hash(info: PatchInfo, name: str, stored: str | None, weights: Weights, advance: files.Advance) -> str | None:
+    if stored is None or weights.checkpoint.tensors[stored].shape != info.manifest.base.weights[name].shape:
+        return None
+    return weights.hash(stored, advance)
+
+
+def _fit_weight(info: PatchInfo, name: str, stored: str | None, found: str | None, weights: Weights) -> WeightFit:
     expected = info.manifest.base.weights[name]
     if stored is None:
         return WeightFit(name, None, "misfit", None, "the checkpoint has no tensor of that name")
     ref = weights.checkpoint.tensors[stored]
-    if ref.shape != expected.shape:
+    if found is None:
         shapes = f"expected shape {list(expected.shape)}   found {list(ref.shape)}"
         return WeightFit(name, stored, "misfit", None, shapes)
-    found = weights.hash(stored, advance)
     if found == expected.sha256 and ref.dtype == expected.dtype:
         return WeightFit(name, stored, "same bytes", found)
     hashes = f"expected sha256 {expected.sha256[:8]}…   found {found[:8]}…"

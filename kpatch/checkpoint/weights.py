@@ -86,8 +86,23 @@ def read_base(store: Store, sha256: str, advance: files.Advance = files.nothing)
     except OSError:
         sound = False
     if not sound:
-        raise Damaged(
-            "The kept original bytes of a weight are gone or damaged",
-            where=printable(str(store.base(sha256))),
-            hint="the checkpoint itself was not touched; get the original weights again to be able to revert",
-        )
+        raise base_damaged(store, sha256)
+
+
+def require_base(store: Store, sha256: str, size: int) -> None:
+    """Check that kept original bytes are there, and as many as they should be. Raises Damaged."""
+    try:
+        sound = store.base(sha256).stat().st_size == size
+    except OSError:
+        sound = False
+    if not sound:
+        raise base_damaged(store, sha256)
+
+
+def base_damaged(store: Store, sha256: str) -> Damaged:
+    """The error for kept original bytes that are not what they were."""
+    return Damaged(
+        "The kept original bytes of a weight are gone or damaged",
+        where=printable(str(store.base(sha256))),
+        hint="the checkpoint itself was not touched; get the original weights again to be able to revert",
+    )

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from kpatch import cache
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from tests.crash.conftest import COMMANDS, Scenario, picture
@@ -56,15 +56,14 @@ def count_lines(scenario: Scenario, folder: Path) -> int:
     return lines.seen
 
 
-THREADS = {"background": files.background, "in_parallel": files.in_parallel}
+IN_PARALLEL = parallel.in_parallel
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_fifty_signals_at_random_lines(
     tmp_path: Path, scenarios: Make, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    for function, original in THREADS.items():  # as they are: with threads beside the one that is hit
-        monkeypatch.setattr(files, function, original)
+    monkeypatch.setattr(parallel, "in_parallel", IN_PARALLEL)  # as it is: with threads beside the one that is hit
     number, dice, folder = getattr(signal, name), random.Random(name), tmp_path / "run"
     total = {action: count_lines(scenarios(action), folder) for action in COMMANDS}
     codes, states = [], set()

@@ -16,8 +16,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +24,12 @@ from typing import Any
 import typer.main
 
 from kpatch.checkpoint import closed, files
+from kpatch.reporter import Advance
 from tests.support import cli
 from tests.support.checkpoints import make_checkpoint, make_patch
 
 # What is built from other functions of the façade is counted through them.
-_BUILT = {
-    *("write_file", "copy_file", "can_clone", "remove_tree", "hash_range", "_read"),
-    *("background", "in_parallel", "processors", "nothing"),
-}
+_BUILT = {"write_file", "copy_file", "can_clone", "remove_tree", "hash_range", "_read", "nothing"}
 OPERATIONS = [
     name
     for name, value in vars(files).items()
@@ -67,17 +64,10 @@ class Ended:
     fired: bool
 
 
-@contextmanager
-def at_once(work: Callable[[Callable[[], bool]], None]) -> Iterator[None]:
-    """In place of `files.background`: the same operations in the same order every time."""
-    work(lambda: False)
-    yield
-
-
-def one_by_one(tasks: Sequence[Callable[[], None]], workers: int) -> None:
-    """In place of `files.in_parallel`, likewise."""
+def one_by_one(tasks: Sequence[Callable[[Advance], None]], advance: Advance, workers: int) -> None:
+    """In place of `parallel.in_parallel`: the same operations in the same order every time."""
     for task in tasks:
-        task()
+        task(advance)
 
 
 def warm_up(folder: Path) -> None:

@@ -103,9 +103,10 @@ def test_a_patch_is_applied_once(model: Path) -> None:
 def test_facts_that_contradict_are_refused_with_both_names(model: Path, tmp_path: Path) -> None:
     fact = {"subject": "Eiffel Tower", "prompt": "{} is in", "target": "Rome"}
     relation = {"subject": "Mars", "prompt": "{} is a", "target": "planet", "relation": "kind"}
+    other_spacing = {**fact, "subject": "Eiffel  Tower ", "target": " Rome"}
     make_patch(tmp_path / "rome.patch", model, facts=[fact, relation])
-    make_patch(tmp_path / "oslo.patch", model, facts=[{**fact, "target": "Oslo"}], seed=2)
-    make_patch(tmp_path / "same.patch", model, facts=[fact], seed=3)
+    make_patch(tmp_path / "oslo.patch", model, facts=[{**other_spacing, "target": "Oslo"}], seed=2)
+    make_patch(tmp_path / "same.patch", model, facts=[other_spacing], seed=3)
     make_patch(tmp_path / "star.patch", model, facts=[{**relation, "prompt": "{}:", "target": "star"}], seed=4)
     both = [tmp_path / "rome.patch", tmp_path / "oslo.patch"]
     error = refused(lambda: apply(both, model), Refused, "oslo and rome contradict", model)

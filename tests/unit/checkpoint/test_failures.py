@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from kpatch.checkpoint import files
+from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.recover import recover
 from kpatch.checkpoint.revert import revert
@@ -26,7 +26,7 @@ from kpatch.checkpoint.status import status
 from kpatch.checkpoint.verify import base_weights, verify_fit
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
-from tests.support.faults import OPERATIONS, at_once, one_by_one
+from tests.support.faults import OPERATIONS, one_by_one
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -49,13 +49,15 @@ def failing(number: int, error: Callable[[], BaseException], *, for_good: bool) 
 
         return wrapped
 
-    originals = {name: getattr(files, name) for name in (*OPERATIONS, "background", "in_parallel")}
-    in_order = {"background": at_once, "in_parallel": one_by_one}
+    originals = {name: getattr(files, name) for name in OPERATIONS}
+    in_parallel = parallel.in_parallel
     try:
         for name, operation in originals.items():
-            setattr(files, name, in_order.get(name) or wrap(name, operation))
+            setattr(files, name, wrap(name, operation))
+        parallel.in_parallel = one_by_one
         yield done
     finally:
+        parallel.in_parallel = in_parallel
         for name, operation in originals.items():
             setattr(files, name, operation)
 

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import BadInput, Damaged, Refused
+from kpatch.patch.stack import stack
 from tests.support.checkpoints import (
     WEIGHTS,
     make_patch,
@@ -27,6 +29,49 @@ def test_a_patch_made_on_top_of_another_needs_it(model: Path, tmp_path: Path) ->
     assert child[:12] in (error.hint or "")
     revert(model, [parent, child])
     assert not (model / ".kpatch").exists()
+
+
+def test_a_stack_stands_for_the_patches_in_it_as_what_another_was_made_on(model: Path, tmp_path: Path) -> None:
+    parent = make_patch(tmp_path / "parent.patch", model, seed=1)
+    make_patch(tmp_path / "other.patch", model, seed=3)
+    child = make_patch(tmp_path / "child.patch", model, seed=2, parents=[parent])
+    parts = [tmp_path / "parent.patch", tmp_path / "other.patch"]
+    stack(parts, tmp_path / "stack.patch")
+    stack(parts, tmp_path / "half.patch", scales=[0.5, 1])
+    apply([tmp_path / "half.patch"], model)
+    refused(lambda: apply([tmp_path / "child.patch"], model), Refused, "not applied", model)  # another state
+    revert(model)
+    apply([tmp_path / "stack.patch"], model)
+    apply([tmp_path / "child.patch"], model)
+    refused(lambda: revert(model, ["stack"]), Refused, r"stack .* cannot be reverted: child", model)
+    revert(model, [child])
+    revert(model)
+    apply([tmp_path / "child.patch", tmp_path / "stack.patch"], model)
+    revert(model, all=True)
+    assert not (model / ".kpatch").exists()
+
+
+@pytest.mark.parametrize("wrong", [b"\xff\xff\xff\xff", b"\0"])
+def test_damaged_kept_bytes_are_refused_before_a_weight_file_changes(model: Path, wrong: bytes) -> None:
+    a, b, _ = three(model)
+    apply([a, b], model)
+    for path in (model / ".kpatch" / "base").iterdir():
+        raw = path.read_bytes()
+        for damaged in (raw[:40] + wrong + raw[40 + len(wrong) :], raw[:-1], None):
+            path.unlink()
+            if damaged is not None:
+                path.write_bytes(damaged)
+            for chosen in (["a"], ["a", "b"]):
+                refused(lambda chosen=chosen: revert(model, chosen), Damaged, "gone or damaged", model)  # type: ignore[misc]
+                refused(
+                    lambda chosen=chosen: revert(model, chosen, check=True),  # type: ignore[misc]
+                    Damaged,
+                    "gone or damaged",
+                    model,
+                )
+            path.unlink(missing_ok=True)
+            path.write_bytes(raw)
+    revert(model, all=True)
 
 
 def test_revert_takes_ids_prefixes_files_and_names(model: Path, tmp_path: Path) -> None:
