@@ -191,7 +191,7 @@ def _misfit(name: str, expected: BaseWeight | None, tensor: Tensor) -> list[str]
 
 def _check_company(state: _State, patch: Patch, tokenizer: Any, report: Reporter) -> None:
     """Warn of what makes a patch less than it was measured to be, but not wrong."""
-    on = {one.id for one in state.applied}
+    on = {identity for one in state.applied for identity in (one.id, *one.holds)}
     missing = [parent[:12] for parent in patch.manifest.parents if parent not in on]
     if missing:
         report.warn(f"{_called(patch.id)} was made on top of {', '.join(missing)}, which this model does not carry")
