@@ -152,8 +152,8 @@ def plan_revert(
 ) -> Plan:
     """Check that patches, by id, can be taken off. Raises Refused or Damaged; nothing is written.
 
-    The kept bytes are hashed here only for a `check`; else while they are written to the new files, none of which takes
-    its place before all are found sound.
+    The kept bytes are hashed here only for a `check`; else while they are written to the new files, none of which
+    takes its place before all are found sound.
     """
     applied = store.applied()
     moved = tuple(patch for patch in applied.patches if patch.id in chosen)
