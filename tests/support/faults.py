@@ -29,7 +29,7 @@ from tests.support import cli
 from tests.support.checkpoints import make_checkpoint, make_patch
 
 # What is built from other functions of the façade is counted through them.
-_BUILT = {"write_file", "copy_file", "can_clone", "remove_tree", "hash_range", "_read", "nothing"}
+_BUILT = {"write_file", "copy_file", "can_clone", "remove_tree", "hash_range", "_read", "_sync_file_range", "nothing"}
 OPERATIONS = [
     name
     for name, value in vars(files).items()
