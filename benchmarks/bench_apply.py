@@ -5,7 +5,9 @@
 Apply in place copies every weight file it touches, keeps the original bytes of the patched weights and writes the new
 ones, all synced to the disk; the yardstick is `cp` of the same files, with an fsync of each. Every row is a process of
 its own: "engine" is what it says of itself (`seconds` in --json), "whole" includes the start of Python and torch.
-Times are the best of the runs, with the files in the page cache; memory is the most that a process held.
+Times are the best of the runs, with the files in the page cache; memory is the most that a process held. Before each a
+few seconds nothing happens: a virtual machine may give idle memory back, and what then takes it first waits for it, `cp`
+like kpatch.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 HEADS = 16
+# Seconds before each measured run.
+REST = 4.0
 # Reads a model and writes it: what one would do without kpatch.
 TRANSFORMERS = """
 import sys
@@ -115,7 +119,8 @@ def make_patch(path: Path, model: Path, weights: Sequence[str], rank: int) -> No
 
 
 def run(command: Sequence[str | Path]) -> tuple[float, int, str]:
-    """Seconds, most memory in bytes, and output of a process."""
+    """Seconds, most memory in bytes, and output of a process, begun after a rest."""
+    time.sleep(REST)
     begin = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=environment, text=True)
@@ -131,6 +136,7 @@ def run(command: Sequence[str | Path]) -> tuple[float, int, str]:
 def copy_files(sources: Sequence[Path], folder: Path, sync: bool) -> float:
     """Seconds that `cp` takes for the files, and with `sync` an fsync of each copy."""
     folder.mkdir()
+    time.sleep(REST)
     begin = time.perf_counter()
     subprocess.run(["cp", "--reflink=never", *map(str, sources), str(folder)], check=True)
     if sync:

@@ -74,7 +74,7 @@ def stage_files(
         # The bytes between the weights are copied, which is the system's work, while the weights are computed.
         tasks = [partial(_copy_rest, rest), *(partial(write, group) for group in groups.values())]
         with one_thread_each():
-            parallel.in_parallel(tasks, advance, 1 + min(parallel.MOST, parallel.processors()))
+            parallel.in_parallel(tasks, advance, max(2, min(1 + parallel.MOST, parallel.processors())))
         for kept, path in unnamed:
             _name(kept, path)
         for pair in pairs:
