@@ -5,9 +5,8 @@
 Apply in place copies every weight file it touches, keeps the original bytes of the patched weights and writes the new
 ones, all synced to the disk; the yardstick is `cp` of the same files, with an fsync of each. Every row is a process of
 its own: "engine" is what it says of itself (`seconds` in --json), "whole" includes the start of Python and torch.
-Times are the best of the runs, with the files in the page cache; memory is the most that a process held. Before each a
-few seconds nothing happens: a virtual machine may give idle memory back, and what then takes it first waits for it, `cp`
-like kpatch.
+Times are the best of the runs, with the files in the page cache; memory is the most that a process held. There is a
+rest before each: a virtual machine may give idle memory back, and what takes it first then waits for it, cp as kpatch.
 """
 
 from __future__ import annotations

@@ -255,14 +255,16 @@ class Store:
                 raise Refused(f"{printable(str(path))} was written by a later kpatch", hint="upgrade kpatch")
             patches = tuple(
                 AppliedPatch(
-                    _sha(patch["id"]), str(patch["name"]), int(patch["facts"]), tuple(map(_sha, patch["parents"]))
+                    _sha(patch["id"]), str(patch["name"]), _count(patch["facts"]), tuple(map(_sha, patch["parents"]))
                 )
                 for patch in value["patches"]
             )
+            if len({patch.id for patch in patches}) != len(patches):
+                raise ValueError("a patch twice")
             weights = {
                 name: AppliedWeight(
                     _dtype(weight["dtype"]),
-                    tuple(map(int, weight["shape"])),
+                    tuple(map(_count, weight["shape"])),
                     _sha(weight["base"]),
                     _sha(weight["after"]),
                     tuple(map(_sha, weight["patches"])),
@@ -299,6 +301,12 @@ def _sha(value: object) -> str:
     if not is_sha256(value):
         raise ValueError("not a SHA-256")
     return str(value)
+
+
+def _count(value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError("not a number of things")
+    return value
 
 
 def _dtype(value: object) -> str:

@@ -258,6 +258,10 @@ RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "base": lambda v: v.update(base=["x"]),
     "dtype": lambda v: v["weights"][WEIGHTS[0]].update(dtype="I8"),
     "parents": lambda v: v["patches"][0].update(parents=["x"]),
+    "more facts than can be written again": lambda v: v["patches"][0].update(facts=1e300),
+    "facts as text": lambda v: v["patches"][0].update(facts="9" * 400),
+    "a shape with a fraction": lambda v: v["weights"][WEIGHTS[0]].update(shape=[1.5, 2]),
+    "a patch twice": lambda v: v["patches"].append(v["patches"][0]),
 }
 
 

@@ -121,8 +121,9 @@ def test_weight_files_and_indexes(tmp_path: Path) -> None:
 
 def test_records_of_kpatch_itself(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", sharded=True)
-    make_patch(tmp_path / "good.patch", model)
-    apply([tmp_path / "good.patch"], model)
+    for number in (1, 2):  # of two, one is still on record when the other is taken off
+        make_patch(tmp_path / f"good{number}.patch", model, seed=number)
+        apply([tmp_path / f"good{number}.patch"], model)
     record = json.loads((model / ".kpatch" / "applied.json").read_text())
     journal = {
         **{"version": 1, "action": "apply", "patches": [record["patches"][0]["id"]], "applied": record},
@@ -139,5 +140,5 @@ def test_records_of_kpatch_itself(tmp_path: Path) -> None:
         for action in (status, recover, revert):
             answer(partial(action, folder))
         assert snapshot(tmp_path / "model") == outside
-        assert sorted(path.name for path in tmp_path.iterdir()) == ["good.patch", "model", "run"]
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["good1.patch", "good2.patch", "model", "run"]
         shutil.rmtree(folder)

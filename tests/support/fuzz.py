@@ -12,6 +12,8 @@ from typing import Any
 
 # Seconds for each fuzz test; .ci/run gives more.
 SECONDS = float(os.environ.get("KPATCH_FUZZ_SECONDS", "6")) / 3
+# Another text makes other files.
+SEED = os.environ.get("KPATCH_FUZZ_SEED", "")
 
 _NASTY: list[Any] = [
     *(None, True, False, 0, -1, 1, 2, 3, 255, 2**31, 2**53, 2**53 + 1, 2**63, 2**64, -(2**63), 10**400),
@@ -27,7 +29,7 @@ def rounds(name: str, minimum: int = 50) -> Iterator[random.Random]:
     """Dice for one file after the other, until the time is up."""
     end, number = time.monotonic() + SECONDS, 0
     while number < minimum or time.monotonic() < end:
-        yield random.Random(f"{name} {number}")
+        yield random.Random(f"{SEED}{name} {number}")
         number += 1
 
 
