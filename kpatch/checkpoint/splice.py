@@ -57,24 +57,27 @@ def stage_files(
         unnamed: list[tuple[FileIO, Path]] = []
 
         def write(group: Sequence[tuple[_Pair, WeightPlan]], advance: files.Advance) -> None:
-            (first, weight), *_ = group
+            path = store.base(group[0][1].base)
             with ExitStack() as own:
-                kept = own.enter_context(_original(store, weight, first.old, first.status.st_mode & 0o666))
+                if any(weight.kept for _, weight in group):
+                    kept = own.enter_context(files.open_read(path))
+                else:
+                    kept = own.enter_context(_copy_original(path, *group[0]))
                 for pair, weight in group:
                     outcomes[weight.name] = write_weight(plan, store, kept, pair.new, weight, advance)
-                if weight.kept:
+                if any(weight.kept for _, weight in group):
                     return
-                files.begin_sync(kept, 0, weight.ref.end - weight.ref.begin)
+                files.begin_sync(kept, 0, os.fstat(kept.fileno()).st_size)
                 if len(unnamed) < _OPEN:  # a sync waits for other files too, so there is one of each at the end
-                    unnamed.append((kept, store.base(weight.base)))
+                    unnamed.append((kept, path))
                     stack.push(own.pop_all())
                 else:
-                    _name(kept, store.base(weight.base))
+                    _name(kept, path)
 
         # The bytes between the weights are copied, which is the system's work, while the weights are computed.
         tasks = [partial(_copy_rest, rest), *(partial(write, group) for group in groups.values())]
         with one_thread_each():
-            parallel.in_parallel(tasks, advance, max(2, min(1 + parallel.MOST, parallel.processors())))
+            parallel.in_parallel(tasks, advance, min(1 + parallel.MOST, parallel.processors()))
         for kept, path in unnamed:
             _name(kept, path)
         for pair in pairs:
@@ -121,14 +124,14 @@ def _copy_rest(pairs: Sequence[_Pair], advance: files.Advance) -> None:
             position = position if end is None else end
 
 
-def _original(store: Store, weight: WeightPlan, old: FileIO, mode: int) -> FileIO:
-    """A weight's original bytes for reading; where they are not kept yet, a copy of them that has no name so far."""
-    path = store.base(weight.base)
-    if weight.kept:
-        return files.open_read(path)
+def _copy_original(path: Path, pair: _Pair, weight: WeightPlan) -> FileIO:
+    """A copy of a weight's original bytes, to be kept at `path` and so far without a name, for reading back."""
     files.unlink(_unnamed(path))
-    kept = files.create(_unnamed(path), mode)
-    files.copy_range(old, kept, weight.ref.begin, weight.ref.end, to=0)
+    kept = files.create(_unnamed(path), pair.status.st_mode & 0o666)
+    with ExitStack() as own:
+        own.enter_context(kept)
+        files.copy_range(pair.old, kept, weight.ref.begin, weight.ref.end, to=0)
+        own.pop_all()
     return kept
 
 

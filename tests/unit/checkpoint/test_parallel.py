@@ -139,6 +139,23 @@ def test_weights_with_equal_bytes_share_what_is_kept(tmp_path: Path, monkeypatch
     assert snapshot(model) == before
 
 
+@pytest.mark.parametrize("first", WEIGHTS[:2])
+def test_what_is_kept_serves_a_weight_with_equal_bytes_later(tmp_path: Path, first: str) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    tensors = weights(model)
+    save_tensors(model, {**tensors, WEIGHTS[1]: tensors[WEIGHTS[0]].clone()}, sharded=True)
+    (model / "model.safetensors").unlink()
+    make_patch(tmp_path / "one.patch", model, weights=[first])
+    make_patch(tmp_path / "both.patch", model, weights=WEIGHTS[:2], seed=2)
+    before = snapshot(model)
+    apply([tmp_path / "one.patch"], model)
+    apply([tmp_path / "both.patch"], model)
+    kept = [path.name for path in (model / ".kpatch" / "base").iterdir()]
+    assert [len(name) for name in kept] == [64]
+    revert(model, all=True)
+    assert snapshot(model) == before
+
+
 def test_more_kept_files_than_may_be_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kpatch.checkpoint.splice._OPEN", 1)
     a, _, _ = three(model)
