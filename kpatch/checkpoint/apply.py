@@ -118,8 +118,7 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
         plan.require_current(store)
         try:
             begin(store)
-            sample = plan.checkpoint.path / plan.files[0]
-            require_space(store.stage, plan.bytes_needed, plan.bytes_written, sample)
+            require_space(store.stage, plan.bytes_needed, plan.bytes_written, plan.sample)
             targets = {file: store.staged(file) for file in plan.files}
             for info in plan.new_patches:
                 files.copy_file(info.path, store.copy(info.id), keep_mode=False)

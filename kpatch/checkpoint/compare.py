@@ -54,7 +54,7 @@ def compare(a: str | Path, b: str | Path, report: Reporter = SILENT) -> Comparis
     if wrong:
         raise Refused(
             f"{one.given} and {other.given} differ in tensors that hold no float numbers",
-            details=_listed([f"{printable(d.name, 120)}: {d.a.dtype} and {d.b.dtype}" for d in wrong]),
+            details=_listed([f"{printable(d.name, 120)}: {_dtypes(d.a, d.b)}" for d in wrong]),
             hint="compare unquantized checkpoints",
         )
     return Comparison(one, other, tuple(changed), same, tuple(_notes(one, other, cast)))
@@ -117,10 +117,14 @@ def _listed(lines: list[str]) -> list[str]:
     return lines[:_SHOWN] + ([f"… and {len(lines) - _SHOWN} more"] if len(lines) > _SHOWN else [])
 
 
+def _dtypes(a: TensorRef, b: TensorRef) -> str:
+    return f"{printable(a.dtype, 20)} and {printable(b.dtype, 20)}"
+
+
 def _notes(a: Checkpoint, b: Checkpoint, cast: int) -> list[str]:
     notes = []
     if cast:
-        pairs = sorted({f"{ref.dtype} and {b.tensors[name].dtype}" for name, ref in a.tensors.items()
+        pairs = sorted({_dtypes(ref, b.tensors[name]) for name, ref in a.tensors.items()
                         if ref.dtype != b.tensors[name].dtype})  # fmt: skip
         notes.append(
             f"{cast} tensors are stored in another dtype ({', '.join(pairs)}): compared by value, "

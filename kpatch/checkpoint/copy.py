@@ -34,7 +34,7 @@ def write_copy(
     """
     target = place_for(out, plan.checkpoint.path)
     with system_errors(target), workplace(target) as folder:
-        require_space(folder, *_needs(plan, dtype if whole else None), plan.checkpoint.path / plan.files[0])
+        require_space(folder, *_needs(plan, dtype if whole else None), plan.sample)
         store = Store(folder)
         for inner in (store.bases, store.copies):
             files.mkdir(inner)

@@ -60,6 +60,11 @@ class Plan:
         return tuple(sorted({weight.ref.file for weight in self.weights}))
 
     @property
+    def sample(self) -> Path | None:
+        """One of these; None where no weight changes."""
+        return next((self.checkpoint.path / file for file in self.files), None)
+
+    @property
     def new_patches(self) -> tuple[PatchInfo, ...]:
         """Patches whose copies are still to be kept."""
         return tuple(self.patches[patch.id] for patch in self.stack if patch.id not in self.before.ids)

@@ -10,7 +10,7 @@ from kpatch.errors import KpatchError
 from kpatch.patch.text import printable
 
 
-def require_space(folder: Path, copied: int, cloned: int, sample: Path) -> None:
+def require_space(folder: Path, copied: int, cloned: int, sample: Path | None) -> None:
     """Raise KpatchError when the disk of `folder` has not the bytes that will be written, and a twentieth more.
 
     These are `cloned` where a copy can share its blocks with the file it is made of (tried out with `sample`), and
@@ -18,7 +18,7 @@ def require_space(folder: Path, copied: int, cloned: int, sample: Path) -> None:
     """
     free = shutil.disk_usage(folder).free
     wanted = copied * 21 // 20
-    if wanted > free and files.can_clone(sample, folder):
+    if wanted > free and sample is not None and files.can_clone(sample, folder):
         wanted = cloned * 21 // 20
     if wanted > free:
         raise KpatchError(

@@ -271,6 +271,9 @@ class Store:
                 )
                 for name, weight in value["weights"].items()
             }
+            ids = {patch.id for patch in patches}
+            if any(not weight.patches or not ids.issuperset(weight.patches) for weight in weights.values()):
+                raise ValueError("a weight changed by no applied patch")
             base = value["base"]
             if not isinstance(base, str | None):
                 raise ValueError("base")

@@ -119,7 +119,7 @@ def _fit_weight(info: PatchInfo, name: str, stored: str | None, found: str | Non
         return WeightFit(name, stored, "same bytes", found)
     hashes = f"expected sha256 {expected.sha256[:8]}…   found {found[:8]}…"
     if ref.dtype not in FLOAT_DTYPES:
-        return WeightFit(name, stored, "misfit", found, f"{hashes}  (stored as {ref.dtype}: quantized)")
+        return WeightFit(name, stored, "misfit", found, f"{hashes}  (stored as {printable(ref.dtype, 20)}: quantized)")
     if ref.dtype != expected.dtype and same_weights(expected.sketch, weights.tensor(stored), expected.dtype):
         said = f"the same weights as it was made for, but stored as {ref.dtype} instead of {expected.dtype}"
         return WeightFit(name, stored, "other dtype", found, said)
@@ -148,7 +148,7 @@ def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter =
         ref = checkpoint.tensors[stored]
         if ref.dtype not in FLOAT_DTYPES or not ref.shape or 0 in ref.shape:
             raise BadInput(
-                f"{stored} of {checkpoint.given} is {ref.dtype} of shape {list(ref.shape)}",
+                f"{stored} of {checkpoint.given} is {printable(ref.dtype, 20)} of shape {list(ref.shape)}",
                 details=["expected a tensor of float numbers, at least one"],
             )
         sha256, sketched = weights.hash(stored), tuple(sketch(weights.tensor(stored)))

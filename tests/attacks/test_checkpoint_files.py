@@ -226,6 +226,19 @@ def test_names_cannot_steer_the_terminal(tmp_path: Path) -> None:
     assert "\x1b" not in str(status(evil).to_dict())
 
 
+def test_a_dtype_cannot_steer_the_terminal(model: Path) -> None:
+    path = model / FIRST
+    raw = path.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header[WEIGHTS[0]]["dtype"] = "\x1b[2J"
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
+    details = refused(model, Refused).details
+    assert "\\x1b" in str(details)
+    assert "\x1b" not in "".join(details)
+
+
 @pytest.mark.parametrize("name", ["", "base", "patches", "stage"])
 def test_a_store_that_leads_elsewhere_is_refused(model: Path, name: str) -> None:
     apply([model.parent / "a.patch"], model)
@@ -261,6 +274,8 @@ RECORDS: dict[str, Callable[[dict[str, Any]], object]] = {
     "more facts than can be written again": lambda v: v["patches"][0].update(facts=1e300),
     "facts as text": lambda v: v["patches"][0].update(facts="9" * 400),
     "a shape with a fraction": lambda v: v["weights"][WEIGHTS[0]].update(shape=[1.5, 2]),
+    "a weight that no patch changes": lambda v: v["weights"][WEIGHTS[0]].update(patches=[]),
+    "a weight that an unknown patch changes": lambda v: v["weights"][WEIGHTS[0]].update(patches=["00" * 32]),
     "a patch twice": lambda v: v["patches"].append(v["patches"][0]),
 }
 
