@@ -85,7 +85,8 @@ PRESETS: Mapping[str, Mapping[str, tuple[OneLayer, str]]] = {
     "ft": {
         "gpt-j": (
             FtHyper(21),
-            f"{_FT}: layer 21, 25 steps, lr 5e-4, stop at 1e-2; decay 5e-4, which the paper chose for 10,000 edits",
+            f"{_FT}: layer 21, 25 steps, lr 5e-4, stop at 1e-2; decay 5e-4, near what their power law gives for"
+            " 10,000 edits (3.9e-4)",
         ),
         "gpt2-xl": (
             FtHyper(1),
