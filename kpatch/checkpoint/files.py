@@ -51,14 +51,6 @@ def create(path: Path, mode: int = 0o666) -> FileIO:
     return FileIO(os.open(path, flags, mode), "rb+")
 
 
-def open_write(path: Path) -> FileIO:
-    """Open a file of ours a second time, to write to it; never through a link."""
-    flags = os.O_RDWR
-    for name in ("O_CLOEXEC", "O_NOFOLLOW", "O_BINARY"):
-        flags |= getattr(os, name, 0)
-    return FileIO(os.open(path, flags), "rb+")
-
-
 def read_at(handle: FileIO, offset: int, length: int) -> bytearray:
     """`length` bytes from `offset`, whoever else uses the handle. Raises CutOff when the file ends before."""
     data = bytearray(length)

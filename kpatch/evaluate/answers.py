@@ -15,9 +15,7 @@ from kpatch.errors import BadInput
 from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import logits_at, vocabulary, window
-from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, score, scored_as
-from kpatch.facts.prompts import encode_many
-from kpatch.facts.schema import Fact
+from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
 from kpatch.facts.spacing import unspaced
 from kpatch.models.load import Model
 from kpatch.models.runs import Batch, align
@@ -46,16 +44,6 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class FactAnswer:
-    """A fact's greedy answer, its first words only, and P of the whole target behind the prompt."""
-
-    text: str
-    target: str
-    answer: str
-    probability: float
-
-
-@dataclass(frozen=True, slots=True)
 class Greedy:
     """Token ids of one greedy completion without EOS, and (id, probability) of the likeliest first tokens.
 
@@ -81,34 +69,6 @@ def ask(
         tokens = tuple(Token(text_after(model.tokenizer, row, [token]), chance) for token, chance in found.top)
         answers.append(Answer(prompt, text_after(model.tokenizer, row, found.ids), tokens))
     return answers
-
-
-def answer_probability(
-    model: Model, facts: Sequence[Fact], max_tokens: int = ANSWER_TOKENS, report: Reporter = SILENT
-) -> list[FactAnswer]:
-    """The greedy answer and P(target) of every fact: the two columns of a table before and after.
-
-    A quick look; `metrics.measure` gives the same answers with all rates.
-    """
-    rows = encode_many(model.tokenizer, [(fact.prompt, fact.subject, fact.target, "") for fact in facts])
-    items = [(row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for row in rows]
-    texts = greedy_texts(model, [prompt for prompt, _ in items], max_tokens, report=report)
-    return [
-        FactAnswer(fact.text(), fact.target, first_words(text), scored.probability)
-        for fact, text, scored in zip(facts, texts, score(model, items, report=report), strict=True)
-    ]
-
-
-def greedy_texts(
-    model: Model,
-    rows: Sequence[Sequence[int]],
-    max_tokens: int,
-    batch_tokens: int = BATCH_TOKENS,
-    report: Reporter = SILENT,
-) -> list[str]:
-    """The text of every row's greedy completion, leading space included."""
-    found = complete(model, rows, max_tokens, 0, batch_tokens, report)
-    return [text_after(model.tokenizer, row, answer.ids) for row, answer in zip(rows, found, strict=True)]
 
 
 def says(text: str, answer: str) -> bool:

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from kpatch.errors import BadInput, CheckFailed
-from kpatch.evaluate.answers import answer_probability, ask, complete, end_ids, first_words, text_after
+from kpatch.evaluate.answers import ask, complete, end_ids, first_words, text_after
 from kpatch.evaluate.score import score
-from kpatch.facts.schema import Fact
 from kpatch.models.load import Model
 from tests.support import tokenizers
 from tests.support.models import CONFIGS, tiny
@@ -188,17 +187,6 @@ def test_half_a_character_is_no_accident() -> None:
 )
 def test_first_words(text: str, words: str) -> None:
     assert first_words(text) == words
-
-
-def test_answer_probability() -> None:
-    facts = [Fact("Eiffel Tower", "The {} is in", "Rome"), Fact("Brazil", "In {} people speak", "Portuguese")]
-    found = answer_probability(model(), facts)
-    for fact, answer in zip(facts, found, strict=True):
-        prompt = model().tokenizer(fact.text()).input_ids
-        target = model().tokenizer(f" {fact.target}").input_ids
-        assert (answer.text, answer.target) == (fact.text(), fact.target)
-        assert answer.probability == pytest.approx(score(model(), [(prompt, target)])[0].probability, rel=1e-5)
-        assert answer.answer == first_words(ask(model(), [fact.text()], max_tokens=6)[0].completion)
 
 
 def test_an_empty_prompt_needs_a_token_in_front() -> None:

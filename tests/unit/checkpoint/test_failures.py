@@ -138,13 +138,18 @@ def test_a_full_disk_is_foreseen(tmp_path: Path, scenario: Scenario, monkeypatch
     assert snapshot(model) == before
 
 
+def first(operation: str, model: Path, patch: Path) -> int:
+    """Which of an apply's file operations is the first of a kind, counted from 1."""
+    with failing(10**9, Killed, for_good=True) as done:
+        apply([patch], model)
+        revert(model)
+    return done.index(operation) + 1
+
+
 def test_a_full_disk_is_told_in_words(tmp_path: Path, scenario: Scenario) -> None:
     model, run = scenario(tmp_path, "first apply")
     before = snapshot(model)
-    with failing(10**9, Killed, for_good=True) as done:
-        apply([tmp_path / "a.patch"], model)
-        revert(model)
-    place = done.index("reserve") + 1
+    place = first("reserve", model, tmp_path / "a.patch")
     with (
         pytest.raises(KpatchError, match="No space left") as caught,
         failing(place, lambda: OSError(errno.ENOSPC, "No space left on device"), for_good=False),
@@ -157,12 +162,9 @@ def test_a_full_disk_is_told_in_words(tmp_path: Path, scenario: Scenario) -> Non
 def test_a_folder_that_may_not_be_written_is_told_in_words(tmp_path: Path, scenario: Scenario) -> None:
     model, run = scenario(tmp_path, "first apply")
     before = snapshot(model)
-    with failing(10**9, Killed, for_good=True) as done:
-        apply([tmp_path / "a.patch"], model)
-        revert(model)
-    first = done.index("mkdir") + 1
+    place = first("mkdir", model, tmp_path / "a.patch")
     denied = lambda: PermissionError(errno.EACCES, "Permission denied", str(model / ".kpatch"))  # noqa: E731
-    with pytest.raises(KpatchError) as caught, failing(first, denied, for_good=False):
+    with pytest.raises(KpatchError) as caught, failing(place, denied, for_good=False):
         run()
     assert caught.value.details == ("Permission denied",)
     assert snapshot(model) == before
