@@ -91,9 +91,9 @@ def make_patch(path: Path, model: Path, weights: Sequence[str], rank: int) -> No
     """A patch of that rank for those weights, with the keys of as many facts."""
     import torch
 
-    from kpatch.checkpoint.verify import base_weights
+    from kpatch.checkpoint.fit import base_weights
+    from kpatch.patch.delta import LowRank
     from kpatch.patch.format import describe, pack, write_patch
-    from kpatch.patch.lowrank import LowRank
     from kpatch.patch.manifest import Base, Manifest
 
     base = base_weights(model, weights)

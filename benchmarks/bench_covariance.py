@@ -21,9 +21,9 @@ from pathlib import Path
 import torch
 
 from kpatch.models.address import resolve
-from kpatch.models.load import load_model
+from kpatch.models.model import load_model
 from kpatch.reporter import SILENT, Advance
-from kpatch.stats.collect import BATCH_TOKENS, collect
+from kpatch.stats.covariance import BATCH_TOKENS, collect
 
 
 class Clock:

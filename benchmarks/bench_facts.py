@@ -21,10 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from kpatch.errors import BadInput
+from kpatch.facts.fact import FACT_KEYS
 from kpatch.facts.lint import lint
 from kpatch.facts.load import load_facts
-from kpatch.facts.prompts import encode_many
-from kpatch.facts.schema import FACT_KEYS
+from kpatch.facts.tokens import encode_many
 
 
 def made_up(count: int) -> list[dict[str, Any]]:

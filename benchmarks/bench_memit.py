@@ -27,20 +27,26 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kpatch.edit.batches import DEFAULT_BUDGET, plan  # noqa: E402
-from kpatch.edit.contexts import contexts_for  # noqa: E402
-from kpatch.edit.find import find_values  # noqa: E402
-from kpatch.edit.groups import Group, group_facts  # noqa: E402
 from kpatch.edit.hyper import hyper_for  # noqa: E402
 from kpatch.edit.memit import spread  # noqa: E402
+from kpatch.edit.requests import (  # noqa: E402
+    Group,
+    contexts_for,
+    group_facts,
+)
 from kpatch.edit.solve import Preserved  # noqa: E402
 from kpatch.edit.values import optimize  # noqa: E402
+from kpatch.edit.values_cache import (  # noqa: E402
+    DEFAULT_BUDGET,
+    find_values,
+    plan,
+)
+from kpatch.facts.fact import Fact  # noqa: E402
 from kpatch.facts.load import load_facts  # noqa: E402
-from kpatch.facts.schema import Fact  # noqa: E402
 from kpatch.models.address import resolve  # noqa: E402
-from kpatch.models.load import Model, load_model  # noqa: E402
-from kpatch.stats.collect import collect  # noqa: E402
-from kpatch.stats.condition import ridge_for  # noqa: E402
+from kpatch.models.model import Model, load_model  # noqa: E402
+from kpatch.stats.covariance import collect  # noqa: E402
+from kpatch.stats.moment import ridge_for  # noqa: E402
 from tests.oracle import memit as oracle  # noqa: E402
 
 Result = TypeVar("Result")

@@ -24,10 +24,10 @@ from rich.table import Table
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.report import WeightReport
 from kpatch.evaluate.metrics import measure
+from kpatch.facts.fact import Fact
 from kpatch.facts.load import load_facts
-from kpatch.facts.schema import Fact
 from kpatch.models.address import resolve
-from kpatch.models.load import load_model
+from kpatch.models.model import load_model
 from kpatch.patch.header import read_header
 
 RATES = ("efficacy", "generalization", "specificity")

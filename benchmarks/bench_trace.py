@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kpatch.models.address import resolve  # noqa: E402
-from kpatch.models.load import Model, load_model  # noqa: E402
-from kpatch.trace.base import run_base  # noqa: E402
+from kpatch.models.model import Model, load_model  # noqa: E402
 from kpatch.trace.cells import Cell, severed, state, window  # noqa: E402
+from kpatch.trace.clean_corrupted import run_base  # noqa: E402
 from kpatch.trace.engine import trace_cells  # noqa: E402
 from kpatch.trace.known import ask_one, subject_items  # noqa: E402
 from kpatch.trace.lists import built_in  # noqa: E402

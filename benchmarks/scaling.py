@@ -27,16 +27,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kpatch.cache import atomic_write  # noqa: E402
+from kpatch.edit.make import make  # noqa: E402
 from kpatch.edit.memit import restored  # noqa: E402
 from kpatch.edit.one_layer import PRESETS, RomeHyper, one_layer_hyper  # noqa: E402
-from kpatch.edit.pipeline import make  # noqa: E402
 from kpatch.edit.rome import Edited, Running, edit, preserved_by, rome_contexts  # noqa: E402
 from kpatch.evaluate.assess import Wanted, assess  # noqa: E402
 from kpatch.evaluate.patched import patched  # noqa: E402
+from kpatch.facts.fact import Fact  # noqa: E402
 from kpatch.facts.importers.read import import_facts  # noqa: E402
-from kpatch.facts.schema import Fact  # noqa: E402
 from kpatch.models.address import resolve  # noqa: E402
-from kpatch.models.load import Model, load_model  # noqa: E402
+from kpatch.models.model import Model, load_model  # noqa: E402
 
 COUNTS = (1, 3, 10, 32, 100, 316, 1000)
 METHODS = ("unpatched", "memit", "rome", "ft")

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
-from kpatch.edit.pipeline import make
+from kpatch.edit.make import make
 from kpatch.edit.traced import traced_layers
-from kpatch.facts.schema import Fact, Neighbor
+from kpatch.facts.fact import Fact, Neighbor
 from kpatch.models.address import resolve
-from kpatch.models.load import load_model
+from kpatch.models.model import load_model
 from kpatch.trace.lists import slotted
 
 

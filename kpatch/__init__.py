@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from kpatch._version import __version__
+
 __all__ = [
+    "__version__",
     "apply",
     "diff_checkpoints",
     "diff_patches",
@@ -19,22 +21,22 @@ __all__ = [
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.apply import apply
-    from kpatch.checkpoint.diff import diff_checkpoints
+    from kpatch.checkpoint.diff.checkpoints import diff_checkpoints
     from kpatch.checkpoint.revert import revert
-    from kpatch.edit.pipeline import make
+    from kpatch.edit.make import make
     from kpatch.evaluate.patched import patched
     from kpatch.facts.load import load_facts
-    from kpatch.patch.diff import diff_patches
+    from kpatch.patch.compare import diff_patches
     from kpatch.patch.format import read_patch
     from kpatch.patch.stack import stack
 
 # Names are imported when they are first asked for, so that `import kpatch` costs nothing.
 _HOMES = {
     "apply": "kpatch.checkpoint.apply",
-    "diff_checkpoints": "kpatch.checkpoint.diff",
-    "diff_patches": "kpatch.patch.diff",
+    "diff_checkpoints": "kpatch.checkpoint.diff.checkpoints",
+    "diff_patches": "kpatch.patch.compare",
     "load_facts": "kpatch.facts.load",
-    "make": "kpatch.edit.pipeline",
+    "make": "kpatch.edit.make",
     "patched": "kpatch.evaluate.patched",
     "read_patch": "kpatch.patch.format",
     "revert": "kpatch.checkpoint.revert",

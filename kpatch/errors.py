@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from kpatch.text import printable
+
 
 class KpatchError(Exception):
     """Base of all errors that reach a user; `exit_code` and `code` are the same with and without --json.
 
     `message` says what happened in one line, `where` names the file, line or tensor,
-    `details` are further lines (expected and found), `hint` is the next thing to do.
+    `details` are further lines (expected and found), `hint` is the next thing to do. All of it is made safe to show.
+    A parameter stands in backticks (`layers_from`); the command line shows it as its option (--layers-from).
     """
 
     exit_code = 1
@@ -21,11 +24,11 @@ class KpatchError(Exception):
         details: tuple[str, ...] | list[str] = (),
         hint: str | None = None,
     ) -> None:
-        super().__init__(message)
-        self.message = message
-        self.where = where
-        self.details = tuple(details)
-        self.hint = hint
+        self.message = printable(message)
+        self.where = None if where is None else printable(where)
+        self.details = tuple(printable(detail) for detail in details)
+        self.hint = None if hint is None else printable(hint)
+        super().__init__(self.message)
 
 
 class CheckFailed(KpatchError):

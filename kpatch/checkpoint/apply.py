@@ -7,25 +7,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kpatch.checkpoint import files
+from kpatch.checkpoint.base_weights import StoredWeights, Weights
 from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
 from kpatch.checkpoint.convert import NAMES
-from kpatch.checkpoint.copy import place_for, write_copy
-from kpatch.checkpoint.index import only_pickled, open_checkpoint, other_weights, real_directory
-from kpatch.checkpoint.log import logged
+from kpatch.checkpoint.patched_copy import place_for, require_space, write_copy
 from kpatch.checkpoint.pickled import PickledWeights, open_pickled
 from kpatch.checkpoint.plan import Plan, plan_apply
 from kpatch.checkpoint.recover import settle
-from kpatch.checkpoint.remember import remember
 from kpatch.checkpoint.report import ApplyReport, WeightReport
-from kpatch.checkpoint.rows import Landing
-from kpatch.checkpoint.space import require_space
-from kpatch.checkpoint.splice import Outcome, stage_files
+from kpatch.checkpoint.rounding import Landing
+from kpatch.checkpoint.shards import only_pickled, open_checkpoint, other_weights, real_directory
+from kpatch.checkpoint.stage import Outcome, stage_files
+from kpatch.checkpoint.status import logged
 from kpatch.checkpoint.store import Applied, Journal, Staged, Store
-from kpatch.checkpoint.weights import StoredWeights, Weights
 from kpatch.errors import BadInput, Damaged
 from kpatch.patch.format import verify
-from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 # Above this share of the intended delta lost in rounding, a user is warned.
 LOSS = 0.05
@@ -72,7 +70,6 @@ def apply(
         written, outcomes = write_copy(plan, weights, store, Path(out), whole, stored, report)
     else:
         written, outcomes = checkpoint.given, carry_out(plan, store, report)
-        remember(checkpoint.path)
     _warn(outcomes, report)
     return report_of(plan, outcomes, start, written)
 
@@ -123,7 +120,7 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
             for info in plan.new_patches:
                 files.copy_file(info.path, store.copy(info.id), keep_mode=False)
                 if verify(store.copy(info.id)).id != info.id:
-                    raise Damaged(f"{printable(str(info.path))} changed while it was being read")
+                    raise Damaged(f"{info.path} changed while it was being read")
             outcomes = stage_files(plan, store, targets, report)
             applied = after(plan, outcomes)
             store.write_readme()

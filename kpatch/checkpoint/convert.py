@@ -18,19 +18,19 @@ from typing import Any
 
 import torch
 
-from kpatch.checkpoint import files, index
-from kpatch.checkpoint.dtype import to_stored
-from kpatch.checkpoint.index import Checkpoint, TensorRef, read_json
+from kpatch.checkpoint import files, shards
+from kpatch.checkpoint.base_weights import Weights
 from kpatch.checkpoint.plan import Plan, WeightPlan
-from kpatch.checkpoint.splice import Outcome, write_weight
+from kpatch.checkpoint.rounding import to_stored
+from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_json
+from kpatch.checkpoint.stage import Outcome, write_weight
 from kpatch.checkpoint.store import Store
-from kpatch.checkpoint.weights import Weights
 from kpatch.errors import Refused
 from kpatch.patch.container import ITEM_SIZE, layout, read_container
 from kpatch.patch.fingerprint import tensor_bytes
 from kpatch.patch.manifest import FLOAT_DTYPES
-from kpatch.patch.text import printable
 from kpatch.reporter import Reporter
+from kpatch.text import printable
 
 # What a user calls the dtypes of a copy.
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -56,9 +56,9 @@ def write_converted(
             outcomes.update(_write_file(plan, weights, store, file, refs, advance))
             weight_map.update(dict.fromkeys(refs[1], names[file]))
             total += sum(ref.end - ref.begin for ref in refs[1].values())
-    if len(names) > 1 or names[checkpoint.files[0]] != index.SINGLE:
+    if len(names) > 1 or names[checkpoint.files[0]] != shards.SINGLE:
         value = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        files.write_file(store.model / index.INDEX, (json.dumps(value, indent=2) + "\n").encode())
+        files.write_file(store.model / shards.INDEX, (json.dumps(value, indent=2) + "\n").encode())
     if dtype is not None:
         _name_dtype(checkpoint.path / "config.json", store.model / "config.json", dtype)
     return outcomes
@@ -80,7 +80,7 @@ def _layout(checkpoint: Checkpoint, file: str, name: str, dtype: str | None) -> 
     metadata = {"format": "pt"}
     if file.endswith(".safetensors"):
         with files.open_read(checkpoint.path / file) as handle:
-            metadata = read_container(handle, max_header=index.MAX_HEADER).metadata
+            metadata = read_container(handle, max_header=shards.MAX_HEADER).metadata
     header, order = layout({tensor: (target[tensor], ref.shape) for tensor, ref in old.items()}, metadata)
     position, refs = len(header), {}
     for tensor in order:

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from kpatch.checkpoint import files
-from kpatch.checkpoint.index import Checkpoint, TensorRef, read_index, real_directory
-from kpatch.checkpoint.weights import BLOCK
+from kpatch.checkpoint.base_weights import BLOCK
+from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_index, real_directory
 from kpatch.errors import BadInput, Damaged, KpatchError
 from kpatch.patch.container import ContainerError
 from kpatch.patch.fingerprint import tensor_bytes
-from kpatch.patch.text import printable
+from kpatch.text import printable
 
 SINGLE = "pytorch_model.bin"
 INDEX = "pytorch_model.bin.index.json"
@@ -79,7 +79,7 @@ def open_pickled(directory: str | Path) -> PickledWeights:
         if name not in refs or refs[name].file != file:
             raise Damaged(
                 f"The index of {given} does not match its files",
-                details=[f"{printable(name, 120)}: listed in {printable(file)}, not found there"],
+                details=[f"{printable(name, 120)}: listed in {file}, not found there"],
             )
     return PickledWeights(Checkpoint(path, given, refs, names), tensors)
 
@@ -139,5 +139,5 @@ def _unsafe(shown: str, error: Exception) -> BadInput:
 def _dtype(name: str, tensor: Tensor, file: str) -> str:
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
         kind = str(tensor.dtype).removeprefix("torch.")
-        raise BadInput(f"{printable(name, 120)} of {printable(file)} is a {kind} tensor that safetensors cannot hold")
+        raise BadInput(f"{printable(name, 120)} of {file} is a {kind} tensor that safetensors cannot hold")
     return DTYPES[tensor.dtype]

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.checkpoint import parallel
-from kpatch.checkpoint.index import Checkpoint, TensorRef
-from kpatch.checkpoint.integrity import Stamp, require_intact, stamp
+from kpatch.checkpoint.base_weights import Stamp, Weights, read_base, require_base, require_intact, stamp
+from kpatch.checkpoint.fit import fit
 from kpatch.checkpoint.quantized import refuse_quantized
+from kpatch.checkpoint.shards import Checkpoint, TensorRef
 from kpatch.checkpoint.store import Applied, AppliedPatch, Store
-from kpatch.checkpoint.verify import fit
-from kpatch.checkpoint.weights import Weights, read_base, require_base
 from kpatch.errors import BadInput, KpatchError, Refused
+from kpatch.patch.combine import normal
 from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo
-from kpatch.patch.text import printable
-from kpatch.patch.union import normal
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 _HUB_CACHE = re.compile(r"[/\\](models|datasets|spaces)--[^/\\]+[/\\]snapshots([/\\]|$)")
 
@@ -226,12 +225,12 @@ def _refuse_repeated(new: Sequence[PatchInfo], applied: Applied, checkpoint: Che
     for info in new:
         if info.id in applied.ids:
             raise Refused(
-                f"{printable(str(info.path))} is already applied to {checkpoint.given}",
+                f"{info.path} is already applied to {checkpoint.given}",
                 details=[f"patch {info.id[:12]}"],
                 hint=f"`kpatch status {checkpoint.given}` lists what is applied",
             )
         if info.id in seen:
-            raise Refused(f"{printable(str(info.path))} is given twice", details=[f"patch {info.id[:12]}"])
+            raise Refused(f"{info.path} is given twice", details=[f"patch {info.id[:12]}"])
         seen.add(info.id)
 
 
@@ -253,7 +252,7 @@ def _require_parents(new: Sequence[PatchInfo], there_then: Sequence[PatchInfo], 
         missing = [parent for parent in info.manifest.parents if parent not in there]
         if missing:
             raise Refused(
-                f"{printable(str(info.path))} was made on top of a patch that is not applied to {checkpoint.given}",
+                f"{info.path} was made on top of a patch that is not applied to {checkpoint.given}",
                 details=[f"missing patch {parent[:12]}" for parent in missing],
                 hint="apply that patch first, or in the same command",
             )
@@ -270,7 +269,7 @@ def _refuse_held_twice(patches: Sequence[tuple[str, PatchInfo]]) -> None:
         for part in sorted(info.manifest.holds(info.id)):
             if part in held:
                 raise Refused(
-                    f"{printable(name)} and {printable(held[part])} both hold patch {part[:12]}",
+                    f"{name} and {printable(held[part])} both hold patch {part[:12]}",
                     hint="a stack stands for the patches in it: apply it or them, not both, else it counts twice",
                 )
             held[part] = name
@@ -288,10 +287,9 @@ def _refuse_conflicts(patches: Sequence[tuple[str, PatchInfo]]) -> None:
                 other = said.setdefault(place, (target, info.id, name))
                 if normal(other[0]) != normal(target) and other[1] != info.id:
                     raise Refused(
-                        f"{printable(name)} and {printable(other[2])} contradict each other on "
-                        f"{printable(place[0], 80)}",
+                        f"{name} and {printable(other[2])} contradict each other on {printable(place[0], 80)}",
                         details=[
-                            f"{printable(who)} ({identity[:12]}): {printable(place[2], 120)} -> {printable(says, 80)}"
+                            f"{who} ({identity[:12]}): {printable(place[2], 120)} -> {printable(says, 80)}"
                             for says, identity, who in (other, (target, info.id, name))
                         ],
                         hint="take that fact out of one of them; to replace a patch, revert it first",
@@ -303,7 +301,7 @@ def _require_own_files(checkpoint: Checkpoint, weights: Sequence[WeightPlan], fo
     aside = "leave it alone and write a patched copy: `kpatch apply … -o NEW_DIR`"
     for file in sorted({weight.ref.file for weight in weights}):
         status = os.lstat(checkpoint.path / file)
-        shown = f"{printable(file)} of {checkpoint.given}"
+        shown = f"{file} of {checkpoint.given}"
         if stat.S_ISLNK(status.st_mode):
             raise Refused(f"{shown} is a symbolic link; other programs use the same file", hint=aside)
         if _HUB_CACHE.search(str(checkpoint.path)):

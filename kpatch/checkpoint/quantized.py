@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 
-from kpatch.checkpoint.index import Checkpoint, read_json
+from kpatch.checkpoint.shards import Checkpoint, read_json
 from kpatch.errors import Refused
-from kpatch.patch.text import printable
+from kpatch.text import printable
 
 # Tensors that stand in place of or beside `X.weight`, and who writes them.
 _TENSORS = (

@@ -9,13 +9,13 @@ from typing import Any
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.commit import abandoned, roll_forward, system_errors, undo, unfinished, writing
-from kpatch.checkpoint.index import MAX_HEADER, real_directory
-from kpatch.checkpoint.partial import remove_leftovers
+from kpatch.checkpoint.patched_copy import remove_leftovers
+from kpatch.checkpoint.shards import MAX_HEADER, real_directory
 from kpatch.checkpoint.store import Journal, Store
 from kpatch.errors import Damaged
 from kpatch.patch.container import ContainerError, read_container
-from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _require_sound(store: Store, journal: Journal) -> None:
             found = _hash_weight(path, weight)
             if found != sha256:
                 raise Damaged(
-                    f"{printable(weight, 120)} in {printable(name)} is neither the new one nor waiting to be replaced",
+                    f"{printable(weight, 120)} in {name} is neither the new one nor waiting to be replaced",
                     where=printable(str(path)),
                     details=[
                         f"expected sha256 {sha256[:8]}…   found {found[:8] + '…' if found else 'no such weight'}"

@@ -9,15 +9,14 @@ from pathlib import Path
 
 from kpatch.checkpoint.apply import carry_out, ready, report_of
 from kpatch.checkpoint.commit import system_errors, undisturbed
-from kpatch.checkpoint.index import open_checkpoint
 from kpatch.checkpoint.plan import plan_revert
-from kpatch.checkpoint.remember import forget
 from kpatch.checkpoint.report import ApplyReport
+from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Applied, AppliedPatch
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.header import read_header
-from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
@@ -50,8 +49,6 @@ def revert(
     if check:
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     outcomes = carry_out(plan, store, report)
-    if not plan.stack:
-        forget(checkpoint.path)
     return report_of(plan, outcomes, start, checkpoint.given)
 
 
@@ -77,7 +74,5 @@ def _find(applied: Applied, asked: str, given: str) -> AppliedPatch:
         return found[0]
     listed = [f"{patch.id[:12]}  {printable(patch.name, 80)}" for patch in found or applied.patches]
     if not found:
-        raise Refused(f"{printable(asked)} is not applied to {given}", details=["applied are:", *listed])
-    raise BadInput(
-        f"{printable(asked)} can mean several patches of {given}", details=listed, hint="give more of the id"
-    )
+        raise Refused(f"{asked} is not applied to {given}", details=["applied are:", *listed])
+    raise BadInput(f"{asked} can mean several patches of {given}", details=listed, hint="give more of the id")

@@ -20,11 +20,12 @@ from typing import Any
 
 from kpatch.cache import holder
 from kpatch.checkpoint import files
-from kpatch.checkpoint.index import read_json
+from kpatch.checkpoint.shards import read_json
 from kpatch.errors import Damaged, Refused
+from kpatch.patch.canonical_json import canonical
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.manifest import FLOAT_DTYPES, is_sha256
-from kpatch.patch.text import canonical, printable
+from kpatch.text import printable
 
 VERSION = 1
 README = (
@@ -156,7 +157,7 @@ class Store:
             except FileNotFoundError:
                 continue
             if not stat.S_ISDIR(mode):
-                raise Refused(f"{printable(str(path))} is not a folder of kpatch's own (a link or a file)")
+                raise Refused(f"{path} is not a folder of kpatch's own (a link or a file)")
 
     def applied(self) -> Applied:
         """What applied.json says; nothing applied when it is not there. Raises Damaged, Refused."""
@@ -245,14 +246,14 @@ class Store:
         return read_json(path, printable(str(path))) if path.is_symlink() or path.exists() else None
 
     def _damaged(self, path: Path, error: Exception) -> Damaged:
-        return Damaged(f"{printable(str(path))} is damaged", details=[f"unexpected content: {printable(str(error))}"])
+        return Damaged(f"{path} is damaged", details=[f"unexpected content: {error}"])
 
     def _applied(self, value: Any, path: Path) -> Applied:
         if value is None:
             return Applied()
         try:
             if type(value["version"]) is int and value["version"] > VERSION:
-                raise Refused(f"{printable(str(path))} was written by a later kpatch", hint="upgrade kpatch")
+                raise Refused(f"{path} was written by a later kpatch", hint="upgrade kpatch")
             patches = tuple(
                 AppliedPatch(
                     _sha(patch["id"]), str(patch["name"]), _count(patch["facts"]), tuple(map(_sha, patch["parents"]))

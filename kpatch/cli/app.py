@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.cli.errors import EXIT_CODES, guarded
 from kpatch.cli.output import begin, output
 from kpatch.errors import BadInput
@@ -31,7 +31,7 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from kpatch import __version__
+        from kpatch._version import __version__
 
         print(f"kpatch {__version__}")
         raise typer.Exit
@@ -50,7 +50,7 @@ _COMMANDS = (
 )
 _SHARED = ("trace", "make", "cov")  # what several processes can do together
 for _name in _COMMANDS.split():
-    _module = import_module(f"kpatch.cli.{_name}")
+    _module = import_module(f"kpatch.cli.commands.{_name}")
     app.command(_name.rstrip("_"), epilog=_module.EXAMPLES)(_module.command)
 
 
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         if "-v" not in options and "--verbose" not in options:
             warnings.simplefilter("ignore")  # of libraries: nothing a user of kpatch can act on
-        if ranks.launched():
+        if distributed.launched():
             return _ranked(given, options)
         return guarded(lambda: _run(given), output())
 
@@ -85,15 +85,15 @@ def _ranked(given: list[str], options: list[str]) -> int:
     """One command line in one of several processes: work that can be shared is, the rest is rank 0's or refused."""
     name = next((word for word in options if not word.startswith("-")), None)
     if name not in _SHARED or {"--help", "-h"} & set(options):
-        if ranks.rank():
+        if distributed.rank():
             return 0
         return guarded(lambda: _alone(given, options), output())
 
     def call() -> Any:
-        ranks.join()
+        distributed.join()
         return _run(given)
 
     try:
         return guarded(call, output())
     finally:
-        ranks.leave()
+        distributed.leave()

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.cache import is_full
 from kpatch.cli.output import Output, clean, paint
 from kpatch.errors import BadInput, KpatchError
@@ -50,7 +50,7 @@ def guarded(call: Callable[[], Any], out: Output) -> int:
         code = call()
         if code == INTERRUPTED:
             raise KeyboardInterrupt
-        ranks.finish()
+        distributed.finish()
         out.finish()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
@@ -67,10 +67,10 @@ def _tell(error: BaseException, out: Output) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         return Usage.exit_code
-    known = ranks.first_failure(translate(error))
+    known = distributed.first_failure(translate(error))
     if os.environ.get("KPATCH_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    with ranks.telling() as mine:
+    with distributed.telling() as mine:
         if mine and out.json:
             said = {"code": known.code, "message": known.message, "hint": known.hint, "where": known.where}
             out.finish({**said, "details": list(known.details)})

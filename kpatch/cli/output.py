@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from kpatch.patch.text import printable
 from kpatch.reporter import Advance
+from kpatch.text import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress

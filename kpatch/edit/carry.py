@@ -11,17 +11,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import __version__, ranks
+from kpatch import distributed
+from kpatch._version import __version__
+from kpatch.edit.first_token import Part, preserve
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import add, restored, spread
-from kpatch.edit.parts import Part, preserve
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model, tokenizer_hash
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model, tokenizer_hash
+from kpatch.patch.delta import Dense, LowRank, total
 from kpatch.patch.format import describe, pack, write_patch
-from kpatch.patch.lowrank import Dense, LowRank, total
 from kpatch.patch.manifest import Base, BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
-from kpatch.stats.collect import Covariance
+from kpatch.stats.covariance import Covariance
 
 
 @dataclass
@@ -53,7 +54,7 @@ def carried(
     keys: dict[int, list[Tensor]] = {}
     with restored(model, touched(parts)):
         for part, values in zip(parts, z, strict=True):
-            preserved = preserve(model, part, covariance, earlier, report) if ranks.is_main() else {}
+            preserved = preserve(model, part, covariance, earlier, report) if distributed.is_main() else {}
             update = spread(
                 model,
                 part.groups,

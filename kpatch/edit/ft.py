@@ -14,12 +14,12 @@ from torch import Tensor
 
 from kpatch.edit.memit import restored
 from kpatch.edit.one_layer import FtHyper
-from kpatch.facts.prompts import encode_many
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
-from kpatch.models.packing import packed_mlps
-from kpatch.models.runs import Calls, align, record
-from kpatch.patch.lowrank import Delta, Dense, LowRank
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import encode_many
+from kpatch.models.fast_forward import packed_mlps
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import Calls, align, record
+from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.reporter import SILENT, Reporter
 
 _SAME = 1e-6  # singular values below this share of the largest are rounding

@@ -11,7 +11,7 @@ from kpatch.errors import BadInput
 from kpatch.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from kpatch.models.load import Model
+    from kpatch.models.model import Model
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,8 +24,8 @@ class Hyper:
     weight_decay, kl  weights of ‖δ‖/‖h^L‖² and of the drift on "{subject} is a"
     covariance_weight  λ in C = λ E[k k^T]
     first_layer, first_leverage  where a subject that is a text's first token is edited, and the least k^T C^{-1} k its
-    key is given weight for (see `kpatch.edit.parts`)
-    lead_ins  contexts x_j in plain English, besides the bare prompt: the first so many of `kpatch.edit.contexts`
+    key is given weight for (see `kpatch.edit.first_token`)
+    lead_ins  contexts x_j in plain English, besides the bare prompt: the first so many of `kpatch.edit.requests`
     prefixes, prefix_tokens  contexts x_j sampled from the model, and their length
     """
 

@@ -13,13 +13,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from kpatch import ranks
-from kpatch.edit.groups import Group
+from kpatch import distributed
 from kpatch.edit.hyper import Hyper
+from kpatch.edit.layer_states import States
+from kpatch.edit.requests import Group
 from kpatch.edit.solve import Preserved, pull_back, update
-from kpatch.edit.states import States
-from kpatch.models.load import Model
-from kpatch.patch.lowrank import Dense, LowRank, smaller
+from kpatch.models.model import Model
+from kpatch.patch.delta import Dense, LowRank, smaller
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -60,7 +60,7 @@ def spread(
             residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
             if model.family.post_norm:
                 residual = _before_norm(model, layer, keys, residual)
-            delta = ranks.main_does(partial(_delta, model, layer, keys, residual, preserved, least_leverage))
+            delta = distributed.main_does(partial(_delta, model, layer, keys, residual, preserved, least_leverage))
             result.deltas[model.weight_name(layer)] = delta
             result.keys[layer] = keys
             add(model, layer, delta)

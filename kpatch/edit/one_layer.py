@@ -11,7 +11,7 @@ from kpatch.errors import BadInput
 from kpatch.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
-    from kpatch.models.load import Model
+    from kpatch.models.model import Model
 
 
 @dataclass(frozen=True, slots=True)

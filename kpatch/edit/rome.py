@@ -12,21 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.contexts import contexts_for
-from kpatch.edit.groups import Group
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import norm_gain, restored, stored
 from kpatch.edit.one_layer import RomeHyper
+from kpatch.edit.requests import Group, contexts_for
 from kpatch.edit.solve import Preserved, pull_back
 from kpatch.edit.values import optimize
-from kpatch.facts.prompts import encode_many
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
-from kpatch.models.runs import align, record
-from kpatch.patch.lowrank import LowRank, concat
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import encode_many
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import align, record
+from kpatch.patch.delta import LowRank, concat
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.stats.collect import Covariance, collect
-from kpatch.stats.condition import ridge_for
+from kpatch.stats.covariance import Covariance, collect
+from kpatch.stats.moment import ridge_for
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import __version__
-from kpatch.checkpoint.verify import base_weights
+from kpatch._version import __version__
+from kpatch.checkpoint.fit import base_weights
 from kpatch.edit.ft import stored_small, tune
 from kpatch.edit.memit import add, restored
 from kpatch.edit.one_layer import FtHyper, OneLayer, RomeHyper
 from kpatch.edit.rome import edit_all, preserved_by, rome_contexts, together
 from kpatch.evaluate.metrics import effect, measure
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model, tokenizer_hash
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model, tokenizer_hash
+from kpatch.patch.delta import Delta, smaller
 from kpatch.patch.format import describe, pack, write_patch
-from kpatch.patch.lowrank import Delta, smaller
 from kpatch.patch.manifest import Base, Manifest
 from kpatch.reporter import SILENT, Reporter
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from kpatch.errors import BadInput
 
 if TYPE_CHECKING:
-    from kpatch.models.load import Model
+    from kpatch.models.model import Model
 
 _HINT = "`kpatch trace MODEL --quick -o trace/` writes trace/trace.json"
 

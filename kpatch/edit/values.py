@@ -11,12 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.groups import Group
 from kpatch.edit.hyper import Hyper
-from kpatch.models.attention import few_columns_attention
-from kpatch.models.load import Model
-from kpatch.models.packing import packed_mlps
-from kpatch.models.runs import Calls, align, record_suffix
+from kpatch.edit.requests import Group
+from kpatch.models.fast_forward import few_columns_attention, packed_mlps
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import Calls, align, record_suffix
 from kpatch.reporter import Advance
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants

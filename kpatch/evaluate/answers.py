@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
-from kpatch.facts.spacing import unspaced
-from kpatch.models.load import Model
-from kpatch.models.runs import Batch, align
+from kpatch.facts.tokens import unspaced
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import Batch, align
 from kpatch.reporter import SILENT, Reporter
 
 ANSWER_TOKENS = 6
@@ -130,7 +130,7 @@ def complete(
             advance(len(batch))
             return done
 
-        for places, done in zip(planned, ranks.share(planned, run), strict=True):
+        for places, done in zip(planned, distributed.share(planned, run), strict=True):
             results.update(zip((order[place] for place in places), done, strict=True))
     return [results[index] for index in range(len(rows))]
 

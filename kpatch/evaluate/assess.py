@@ -13,8 +13,8 @@ from kpatch.evaluate.perplexity import perplexity
 from kpatch.evaluate.rates import KINDS
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.evaluate.writing import TOKENS, Writing, write_on
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
 

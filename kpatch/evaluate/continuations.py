@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kpatch.evaluate.forward import logits_at, vocabulary
 from kpatch.evaluate.score import HEAD_NUMBERS
-from kpatch.models.load import Model
-from kpatch.models.runs import Batch, align
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import Batch, align
 
 _ROWS = 256  # suffixes run together: each has its prompt's cached columns copied
 

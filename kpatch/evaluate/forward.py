@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpatch.models.load import Model
-from kpatch.models.packing import packed_mlps
+from kpatch.models.fast_forward import packed_mlps
+from kpatch.models.model import Model
 
 
 @torch.no_grad()

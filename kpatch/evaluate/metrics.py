@@ -12,9 +12,9 @@ from typing import Any
 from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, says, text_after
 from kpatch.evaluate.rates import KINDS, Outcome, summarize
 from kpatch.evaluate.score import BATCH_TOKENS, Ids, Scored, score
-from kpatch.facts.prompts import Item, encode_many
-from kpatch.facts.schema import SLOT, Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import SLOT, Fact
+from kpatch.facts.tokens import Item, encode_many
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
 _BEYOND = 8  # tokens a model may write besides the longest answer before it is looked for

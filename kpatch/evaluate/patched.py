@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.errors import Refused
-from kpatch.models.load import Model, tokenizer_hash
+from kpatch.models.model import Model, tokenizer_hash
+from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.fingerprint import NAMES, same_weights, sha256_of
 from kpatch.patch.format import Patch, read_patch
-from kpatch.patch.lowrank import Delta, Dense, LowRank
 from kpatch.patch.manifest import BaseWeight, matrix_shape
-from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 _BLOCK = 1 << 22  # numbers of a weight summed in float64 at a time: 32 MiB
 
@@ -119,7 +119,7 @@ def _summed(state: _State, name: str, weight: nn.Parameter, new: _Applied | None
         after[begin:end] = total.to(base.dtype)
     if not bool(torch.isfinite(result).all()):
         raise Refused(
-            f"The patch drives {printable(name)} out of the range of {str(base.dtype).removeprefix('torch.')}",
+            f"The patch drives {name} out of the range of {str(base.dtype).removeprefix('torch.')}",
             hint="load the model with --dtype float32 or bfloat16",
         )
     return result
@@ -169,7 +169,7 @@ def _check_base(patch: Patch, bases: Mapping[str, Tensor]) -> None:
     if wrong:
         raise Refused(
             f"{_called(patch.id)} does not fit this model: its weights are not the base it was made for,"
-            f" {printable(patch.manifest.base.name)}",
+            f" {patch.manifest.base.name}",
             details=wrong,
             hint="load that base without other patches; `kpatch show` names its hashes",
         )

@@ -11,8 +11,8 @@ from torch import Tensor
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import HEAD_NUMBERS
-from kpatch.facts.prompts import lead_ids
-from kpatch.models.load import Model
+from kpatch.facts.tokens import lead_ids
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
 TOKENS = 8192

@@ -19,9 +19,9 @@ from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import Prompts
 from kpatch.evaluate.forward import vocabulary
 from kpatch.evaluate.score import HEAD_NUMBERS
-from kpatch.facts.prompts import encode_many
-from kpatch.facts.schema import SLOT, Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import SLOT, Fact
+from kpatch.facts.tokens import encode_many
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
 AT = (1, 10, 100)

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate.batches import batches
 from kpatch.evaluate.forward import logits_at, vocabulary, window
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
 BATCH_TOKENS = 4096
@@ -79,7 +79,7 @@ def score(
             advance(len(found))
             return found
 
-        for found in ranks.share(planned, run):
+        for found in distributed.share(planned, run):
             for index, scored in found:
                 results[index] = scored
     return [scored for scored in results if scored is not None]

@@ -17,9 +17,9 @@ import torch
 from kpatch.evaluate.answers import complete, text_after
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.evaluate.tfidf import TfIdf
-from kpatch.facts.prompts import Item, encode_many
-from kpatch.facts.schema import SLOT, Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import SLOT, Fact
+from kpatch.facts.tokens import Item, encode_many
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
 TOKENS = 100

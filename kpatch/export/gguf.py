@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.cache import atomic_write
-from kpatch.errors import BadInput, Refused
-from kpatch.export.adapter import Adapter, Module
+from kpatch.errors import BadInput
+from kpatch.export.lora import Adapter, Module
 from kpatch.models.families import FAMILIES
-from kpatch.patch.text import printable
+from kpatch.outputs import check_new_file
+from kpatch.text import printable
 
 # llama.cpp's names of the families it has; it has no GPT-J, and OPT only as something else.
 ARCHITECTURES = {
@@ -40,8 +41,7 @@ def write(found: Adapter, out: str | Path, force: bool = False) -> int:
     reorders some of those) and where the package gguf is missing; Refused where `out` exists.
     """
     path = Path(out)
-    if not force and (path.is_symlink() or path.exists()):
-        raise Refused(f"{printable(str(out))} exists", hint="choose another name, or give --force to replace it")
+    check_new_file(path, force=force, what="a GGUF adapter")
     if find_spec("gguf") is None:
         raise BadInput("Writing GGUF needs the package gguf", hint="pip install 'kpatch[demo]', or pip install gguf")
     named = names(found)

@@ -15,11 +15,11 @@ from typing import Any
 from safetensors.torch import save_file
 
 from kpatch.cache import is_full, sync, write_error
-from kpatch.errors import BadInput, Refused
-from kpatch.export.adapter import Adapter
+from kpatch.export.lora import Adapter
+from kpatch.outputs import check_new_directory
+from kpatch.patch.combine import text_of
 from kpatch.patch.interference import stored_transposed
-from kpatch.patch.text import printable
-from kpatch.patch.union import text_of
+from kpatch.text import printable
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 _FACTS_IN_CARD = 50
@@ -59,12 +59,7 @@ def write(found: Adapter, out: str | Path) -> int:
 
     Raises Refused where `out` exists, BadInput where its folder does not, KpatchError for a full disk.
     """
-    path = Path(out)
-    shown = printable(str(out))
-    if path.is_symlink() or (path.exists() and not (path.is_dir() and not any(path.iterdir()))):
-        raise Refused(f"{shown} exists", hint="give -o a new directory")
-    if not path.absolute().parent.is_dir():
-        raise BadInput(f"{shown} cannot be made: there is no folder {printable(str(path.parent))}")
+    path = check_new_directory(out)
     temporary: Path | None = None
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))

@@ -1,4 +1,7 @@
-"""The rules for one fact, whatever file it came from: plain text, lists and mappings in, a `Fact` or problems out."""
+"""The one-line form of a fact: "[Eiffel Tower] was designed by -> Le Corbusier".
+
+The rules for one fact, whatever file it came from: plain text, lists and mappings in, a `Fact` or problems out.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,42 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kpatch.facts.problems import Path, Problems, cut
-from kpatch.facts.schema import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor
-from kpatch.facts.short_form import parse_fact, parse_neighbor
-from kpatch.facts.suggest import did_you_mean
+from kpatch.facts.fact import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor
+from kpatch.facts.problems import Path, Problems, cut, did_you_mean
+
+ARROW = "->"
+_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
+
+
+def parse_fact(text: str) -> tuple[str, str, str]:
+    """(subject, prompt with {}, target). Raises ValueError, whose text is a message for the user."""
+    prompt, target = _split(text)
+    if SLOT in prompt:
+        raise ValueError("the short form names its subject in [brackets]; it takes no {}")
+    found = _BRACKETS.findall(prompt)
+    if len(found) != 1 or prompt.count("[") != 1 or prompt.count("]") != 1:
+        count = "none" if not found else "other brackets too" if len(found) == 1 else str(len(found))
+        raise ValueError(f"the short form needs exactly one subject in [brackets]; found {count}")
+    return found[0].strip(), _BRACKETS.sub(SLOT, prompt, count=1), target
+
+
+def parse_neighbor(text: str) -> Neighbor:
+    """A neighbor from "prompt -> target", or from a prompt alone. Raises ValueError with a message for the user."""
+    if ARROW not in text:
+        return Neighbor(text.strip())
+    prompt, target = _split(text)
+    return Neighbor(prompt, target)
+
+
+def _split(text: str) -> tuple[str, str]:
+    parts = [part.strip() for part in text.split(ARROW)]
+    if len(parts) != 2:
+        found = "none" if len(parts) == 1 else str(len(parts) - 1)
+        raise ValueError(f"expected one '{ARROW}' between prompt and target, found {found}")
+    if not parts[0] or not parts[1]:
+        raise ValueError(f"nothing stands {'before' if parts[1] else 'behind'} the '{ARROW}'")
+    return parts[0], parts[1]
+
 
 _OTHER_SLOT = re.compile(r"\{\s*\w*\s*\}|%s")
 _FACT_KEYS = frozenset(FACT_KEYS)

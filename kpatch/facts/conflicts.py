@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from kpatch.errors import Refused
+from kpatch.facts.fact import Fact
 from kpatch.facts.problems import Path, cut, limited
-from kpatch.facts.schema import Fact
 
 _NOT_WORD = re.compile(r"[\W_]+")
 _LONGEST_SLUG = 60

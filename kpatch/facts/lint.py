@@ -11,8 +11,8 @@ from typing import Any
 
 from kpatch.errors import BadInput
 from kpatch.facts.conflicts import normal
-from kpatch.facts.prompts import LONGEST_TARGET, Encoded, encode_spans, lead_ids, require_fast
-from kpatch.facts.schema import SLOT, Fact, FactFile
+from kpatch.facts.fact import SLOT, Fact, FactFile
+from kpatch.facts.tokens import LONGEST_TARGET, Encoded, encode_spans, lead_ids, require_fast
 
 WORDY_TARGET = 20  # tokens
 CROWDED_SUBJECT = 10  # facts

@@ -10,10 +10,9 @@ from pathlib import Path
 from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
 from kpatch.facts.conflicts import give_ids, refuse, repeated_ids, settle
-from kpatch.facts.problems import SHOWN, Target, at, bad_file, limited
-from kpatch.facts.schema import FactFile
-from kpatch.facts.sources import SOURCES, Source
-from kpatch.facts.suggest import nearest
+from kpatch.facts.fact import FactFile
+from kpatch.facts.problems import SHOWN, Target, at, bad_file, limited, nearest
+from kpatch.facts.readers import SOURCES, Source
 
 LARGEST = 256 * 2**20
 _HINT = "docs/facts.md describes the format"

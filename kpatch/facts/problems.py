@@ -1,11 +1,29 @@
-"""All that is wrong with a fact file, collected and told at once with its places."""
+"""Did you mean: the nearest known word for a mistyped one.
+
+All that is wrong with a fact file, collected and told at once with its places.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import NamedTuple
 
 from kpatch.errors import BadInput
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known word most like `word`, letter case aside; None where nothing is near."""
+    folded = {name.casefold(): name for name in known}
+    found = get_close_matches(word.casefold()[:200], folded, n=1)
+    return folded[found[0]] if found else None
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """A message's end: "; did you mean 'target'?", else `otherwise`."""
+    name = nearest(word, known)
+    return f"; did you mean {name!r}?" if name else otherwise
+
 
 # Keys and list positions from the file's top: ("facts", 17, "neighbors", 0, "prompt")
 Path = tuple[str | int, ...]

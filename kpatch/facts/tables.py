@@ -11,9 +11,8 @@ from yaml import YAMLError
 
 from kpatch.errors import BadInput
 from kpatch.facts import yaml_tree
-from kpatch.facts.problems import Problems, Spot, Target
-from kpatch.facts.schema import FACT_KEYS, TEXT_LISTS
-from kpatch.facts.suggest import did_you_mean
+from kpatch.facts.fact import FACT_KEYS, TEXT_LISTS
+from kpatch.facts.problems import Problems, Spot, Target, did_you_mean
 
 _LIST_KEYS = frozenset(("neighbors", *TEXT_LISTS))
 _BETWEEN = " | "

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.cache import atomic_write
-from kpatch.errors import BadInput, Refused
+from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact
 from kpatch.facts.importers.formats import to_easyedit
-from kpatch.facts.schema import Fact
+from kpatch.outputs import check_new_file
 
 # Words that need no quotes in any YAML reader: no signs with a meaning, nothing that reads as a number or yes or no
 _PLAIN = re.compile(r"(?!(?:yes|no|true|false|null|on|off|y|n)$)[^\W\d_][\w ()'.,/&-]*(?<! )", re.IGNORECASE)
@@ -31,10 +32,7 @@ def write_facts(path: str | Path, facts: Sequence[Fact], model: str | None = Non
             where=str(path),
             details=[f"expected a name in {', '.join(WRITERS)}; found {kind or 'none of them'}"],
         )
-    if not path.parent.is_dir():
-        raise BadInput(f"There is no directory {path.parent}", where=str(path))
-    if not force and (path.exists() or path.is_symlink()):
-        raise Refused(f"{path} exists", hint="give another name with -o, or --force to write over it")
+    check_new_file(path, force=force, what="a fact file")
     text = "".join(WRITERS[kind]([fact.to_dict() for fact in facts], model))
 
     def write(temporary: Path) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.errors import BadInput, KpatchError
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
 
 _CHUNK = 1 << 22
@@ -30,7 +30,7 @@ def weights_fingerprint(model: Model, report: Reporter = SILENT) -> str:
     kept by path, size, time of change and inode. Raises BadInput when a file cannot be read, and where ranks have
     different weights.
     """
-    return ranks.same("weights", lambda: _fingerprint(model, report))
+    return distributed.same("weights", lambda: _fingerprint(model, report))
 
 
 def _fingerprint(model: Model, report: Reporter) -> str:

@@ -17,7 +17,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
-from kpatch.patch.text import JsonError, loads, printable
+from kpatch.patch.canonical_json import JsonError, loads
+from kpatch.text import printable
 
 # Bytes per entry of every dtype whose entries fill whole bytes.
 ITEM_SIZE = {

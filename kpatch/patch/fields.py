@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from kpatch.patch.text import printable
+from kpatch.text import printable
 
 FLOAT_DTYPES = ("F16", "BF16", "F32", "F64")
 MAX_DIMENSIONS = 8

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from kpatch.cache import atomic_write
 from kpatch.errors import BadInput, Damaged
+from kpatch.outputs import check_new_file
 from kpatch.patch.container import ContainerError, Entry, layout, open_regular, read_exactly
+from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.fingerprint import NAMES, sha256_of, tensor_bytes, tensor_from
 from kpatch.patch.header import (
     KEYS,
@@ -25,11 +27,9 @@ from kpatch.patch.header import (
     check_tensors,
     read_header,
 )
-from kpatch.patch.lowrank import Delta, Dense, LowRank
 from kpatch.patch.manifest import DeltaInfo, Manifest, ManifestError, TensorInfo
-from kpatch.patch.place import check_place
-from kpatch.patch.text import printable
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 _CHUNK = 1 << 24
 
@@ -75,7 +75,7 @@ def write_patch(path: str | Path, manifest: Manifest, tensors: Mapping[str, Tens
     Equal manifests and tensors give equal bytes. Raises Refused for an existing file unless `force`, BadInput for
     tensors or a manifest that a reader would refuse, KpatchError when the file cannot be written.
     """
-    path = check_place(path, force)
+    path = check_new_file(path, force=force, what="a patch")
     header, order, identity = _prepare(manifest, tensors)
 
     def write(temporary: Path) -> None:
@@ -153,7 +153,7 @@ def read_tensor(info: PatchInfo, name: str) -> Tensor:
         with open_regular(info.path) as handle:
             data = read_exactly(handle, entry.begin, entry.end - entry.begin)
     except (OSError, ContainerError) as error:
-        raise Damaged(f"{printable(str(info.path))} cannot be read", details=[printable(str(error))]) from None
+        raise Damaged(f"{info.path} cannot be read", details=[printable(str(error))]) from None
     if sha256_of(data) != info.manifest.tensors[name].sha256:
         raise _wrong_hash(info, name)
     tensor = tensor_from(data, entry.dtype, entry.shape)
@@ -176,7 +176,7 @@ def verify(path: str | Path, report: Reporter = SILENT) -> PatchInfo:
                     _verify_tensor(info, handle, name, entry)
                     advance(entry.end - entry.begin)
         except (OSError, ContainerError) as error:
-            raise Damaged(f"{printable(str(path))} cannot be read", details=[printable(str(error))]) from None
+            raise Damaged(f"{path} cannot be read", details=[printable(str(error))]) from None
     return info
 
 
@@ -195,11 +195,11 @@ def _verify_tensor(info: PatchInfo, handle: FileIO, name: str, entry: Entry) -> 
 
 def _wrong_hash(info: PatchInfo, name: str) -> Damaged:
     return Damaged(
-        f"{printable(str(info.path))} is damaged: tensor {name} is not what its manifest says",
+        f"{info.path} is damaged: tensor {name} is not what its manifest says",
         details=["its SHA-256 differs from the one recorded when the patch was made"],
         hint="get the file again from where it came, or make it again",
     )
 
 
 def _not_finite(info: PatchInfo, name: str) -> Damaged:
-    return Damaged(f"{printable(str(info.path))} is not a sound patch: tensor {name} holds NaN or Inf")
+    return Damaged(f"{info.path} is not a sound patch: tensor {name} holds NaN or Inf")

@@ -14,17 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
-from kpatch.patch.container import (
-    Container,
-    ContainerError,
-    CutOff,
-    Entry,
-    NotAFile,
-    open_regular,
-    read_container,
-)
+from kpatch.patch.container import Container, ContainerError, CutOff, Entry, NotAFile, open_regular, read_container
 from kpatch.patch.manifest import FLOAT_DTYPES, Manifest, ManifestError, NewerFormat, TensorInfo, matrix_shape
-from kpatch.patch.text import printable
+from kpatch.text import printable
 
 METADATA_KEY = "kpatch"
 # The facts, and the effect measured on each, stand in full in the header: 100,000 of them take some 40 to 50 MB. The

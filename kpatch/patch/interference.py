@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpatch.patch.combine import text_of
+from kpatch.patch.delta import Delta, LowRank
 from kpatch.patch.format import read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
-from kpatch.patch.lowrank import Delta, LowRank
 from kpatch.patch.manifest import Manifest
-from kpatch.patch.union import text_of
 
 # Families whose checkpoints store W as [in, out] (Conv1D).
 _STORED_TRANSPOSED = frozenset({"gpt2"})

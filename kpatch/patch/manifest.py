@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kpatch.patch.canonical_json import JsonError, canonical, loads, plain
 from kpatch.patch.fields import FLOAT_DTYPES, Fields, ManifestError, is_sha256, is_tensor_name
-from kpatch.patch.text import JsonError, canonical, loads, plain
 
 FORMAT = 1
 FORMS = ("lowrank", "dense")

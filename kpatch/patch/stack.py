@@ -11,18 +11,27 @@ from typing import Any
 
 import torch
 
-from kpatch import __version__
+from kpatch._version import __version__
 from kpatch.errors import BadInput
-from kpatch.patch.bases import common_base
+from kpatch.patch.combine import (
+    Repeated,
+    Union,
+    called,
+    common_base,
+    gather,
+    outer_parents,
+    parts_of,
+    refuse_twice,
+    text_of,
+    unite,
+)
+from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
 from kpatch.patch.format import describe, pack, read_delta, write_patch
-from kpatch.patch.gather import gather, outer_parents, parts_of, refuse_twice
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, stored_keys
-from kpatch.patch.lowrank import Delta, Dense, LowRank, smaller, total
 from kpatch.patch.manifest import Manifest
-from kpatch.patch.text import printable
-from kpatch.patch.union import Repeated, Union, called, text_of, unite
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import printable
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,23 @@
-"""What one cell of a grid changes in a corrupted run, as data: the engine and its oracle both read it.
+"""The cells of a fact's grids and curves: what each one changes in a corrupted run, as data, and their shape.
+
+The engine and its oracle both read a cell. A section is what is computed and kept as one: the grids of one kind, or
+the curves at the subject's last token.
 
 Source: Meng et al. 2023 (MEMIT), section 3 and appendix A; Meng et al. 2022 (ROME), section 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kpatch.trace.clean_corrupted import Traced
+
 
 Site = Literal["state", "mlp", "attn"]
 
@@ -59,3 +69,39 @@ def severed(site: Site, layer: int, token: int, layers: int) -> Cell:
 def everything(layers: int, tokens: Iterable[int]) -> Cell:
     """Every state of `tokens` restored."""
     return Cell(tuple(Point("state", layer, token) for layer in range(layers) for token in tokens))
+
+
+CURVES = ("plain", "mlp", "attn")
+KINDS: tuple[Site, ...] = ("state", "mlp", "attn")
+
+
+def sections(quick: bool) -> tuple[str, ...]:
+    """The curves alone (all that R needs), or the three grids too."""
+    return ("severed",) if quick else ("severed", *KINDS)
+
+
+def cells_of(section: str, item: Traced, layers: int, width: int) -> list[Cell]:
+    """The cells of one section in the order in which `shape` reads them; tokens before the subject have none."""
+    if section == "severed":
+        plain = [state(layer, item.last) for layer in range(layers)]
+        cut: list[Cell] = [severed(site, layer, item.last, layers) for site in _SEVERED for layer in range(layers)]
+        return plain + cut
+    kind = next(site for site in KINDS if site == section)
+    tokens = range(item.first, len(item.ids))
+    if kind == "state":
+        return [state(layer, token) for token in tokens for layer in range(layers)]
+    return [window(kind, layer, token, width, layers) for token in tokens for layer in range(layers)]
+
+
+_SEVERED: tuple[Site, ...] = ("mlp", "attn")  # as in CURVES
+
+
+def shape(section: str, values: Sequence[float], item: Traced, layers: int, corrupted: float) -> Tensor:
+    """P[answer] by cell as a grid [T, L], or as the curves [3, L] in the order of CURVES.
+
+    Before the subject nothing is corrupted, so restoring changes nothing there.
+    """
+    found = torch.tensor(values, dtype=torch.float64).view(-1, layers)
+    if section == "severed":
+        return found
+    return torch.cat([torch.full((item.first, layers), corrupted, dtype=torch.float64), found])

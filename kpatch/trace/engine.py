@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpatch.models.load import Model
-from kpatch.models.packing import packed_mlps
-from kpatch.models.runs import Calls
+from kpatch.models.fast_forward import packed_mlps
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import Calls
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.trace.base import Base, read
 from kpatch.trace.cells import Cell, Point, Site
+from kpatch.trace.clean_corrupted import Base, read
 from kpatch.trace.memory import Room
 
 

@@ -8,12 +8,11 @@ from html import escape
 
 import torch
 
+from kpatch.trace.cells import CURVES
 from kpatch.trace.colors import dark, hex_of, on_white
-from kpatch.trace.grids import CURVES
-from kpatch.trace.panels import CURVE_NAMES, Panel, fact_panels, panels
+from kpatch.trace.panels import CURVE_NAMES, Panel, fact_panels, panels, told
 from kpatch.trace.run import FactTrace
 from kpatch.trace.summary import Summary
-from kpatch.trace.words import told
 
 _LEVELS = 32  # shades of a heatmap; a class each keeps a hundred facts' cells short
 _CURVE_KINDS = {"plain": "state", "mlp": "mlp", "attn": "attn"}

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from kpatch.errors import BadInput, CheckFailed
-from kpatch.facts.prompts import encode_spans, encode_target, name_of
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
-from kpatch.models.runs import align, record
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import encode_spans, encode_target, name_of
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import align, record
 from kpatch.reporter import SILENT, Reporter
-from kpatch.trace.base import Traced
+from kpatch.trace.clean_corrupted import Traced
 from kpatch.trace.lists import slotted
 
 _BATCH = 128  # prompts asked at once

@@ -9,9 +9,9 @@ from pathlib import Path
 import yaml
 
 from kpatch.errors import BadInput
+from kpatch.facts.fact import SLOT, Fact, FactFile
 from kpatch.facts.load import load_facts
 from kpatch.facts.problems import cut, limited
-from kpatch.facts.schema import SLOT, Fact, FactFile
 
 
 def built_in() -> tuple[Fact, ...]:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from kpatch.errors import BadInput
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from kpatch.reporter import Reporter
 
 if TYPE_CHECKING:
-    from kpatch.trace.base import Base
+    from kpatch.trace.clean_corrupted import Base
 
 DEFAULT_BUDGET = 1_000_000_000  # bytes, besides the model
 # Tokens of a batch that fill a processor's cores; larger ones only take memory. A GPU takes what fits.

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from kpatch.errors import CheckFailed
-from kpatch.models.load import Model
-from kpatch.trace.base import Traced
+from kpatch.models.model import Model
+from kpatch.trace.clean_corrupted import Traced
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from typing import Any
 
 from kpatch.cache import atomic_write
 from kpatch.errors import BadInput
+from kpatch.trace.cells import CURVES
 from kpatch.trace.colors import hex_of, on_white
-from kpatch.trace.grids import CURVES
 from kpatch.trace.panels import CURVE_NAMES, Panel, panels
 from kpatch.trace.summary import Summary
 

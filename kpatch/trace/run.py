@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.errors import BadInput
-from kpatch.facts.schema import Fact
+from kpatch.facts.fact import Fact
 from kpatch.models.fingerprint import weights_fingerprint
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.trace.base import run_base
-from kpatch.trace.cells import Cell
+from kpatch.trace.cells import Cell, cells_of, sections, shape
+from kpatch.trace.clean_corrupted import run_base
 from kpatch.trace.engine import trace_cells
-from kpatch.trace.grids import cells_of, sections, shape
 from kpatch.trace.known import Known, ask_one, find_known, subject_items, tokens_of
 from kpatch.trace.lists import built_in
 from kpatch.trace.memory import DEFAULT_BUDGET, Room, out_of_memory
@@ -102,14 +101,14 @@ def trace(
     given = built_in() if facts is None else tuple(facts)
     known: tuple[Known, ...]
     if prompt is not None:
-        known, tried = (ranks.main_does(lambda: ask_one(model, *prompt)),), 1
+        known, tried = (distributed.main_does(lambda: ask_one(model, *prompt)),), 1
     else:
         if not given:
             raise BadInput("There are no facts to trace")
-        selection = ranks.main_does(lambda: find_known(model, given, limit, settings.seed, report))
+        selection = distributed.main_does(lambda: find_known(model, given, limit, settings.seed, report))
         known, tried = selection.known, selection.tried
         report.note(f"{model.name} predicts {len(known):,} of {tried:,} facts tried: these are traced")
-    sigma = ranks.main_does(lambda: spread_of_embeddings(model, subject_items(model, given)))
+    sigma = distributed.main_does(lambda: spread_of_embeddings(model, subject_items(model, given)))
     work = _Work(model, settings, settings.noise * sigma, known, resume, report)
     found = work.run(Room(budget))
     return Traces(
@@ -154,7 +153,7 @@ class _Work:
         self.weights = weights_fingerprint(model, report)
         self.folder = cache_dir("traces")
         self.sections = sections(settings.quick)
-        self.kept: list[Kept] = ranks.main_does(lambda: [self._read(fact) if resume else {} for fact in known])
+        self.kept: list[Kept] = distributed.main_does(lambda: [self._read(fact) if resume else {} for fact in known])
 
     def run(self, room: Room) -> list[FactTrace]:
         cells = [self._missing(index) for index in range(len(self.known))]
@@ -167,7 +166,7 @@ class _Work:
             count = room.facts(self.model, sizes, self.settings.samples)
             batches.append(todo[:count])
             todo = todo[count:]
-        own = [index for number, batch in enumerate(batches) if ranks.mine(number) for index in batch]
+        own = [index for number, batch in enumerate(batches) if distributed.mine(number) for index in batch]
         with self.report.task("Tracing", sum(len(cells[index]) for index in own), "cells") as advance:
 
             def run(batch: Sequence[int]) -> list[Kept]:
@@ -177,7 +176,7 @@ class _Work:
                     done += self._trace(facts, [cells[index] for index in facts], room, advance)
                 return [self.kept[index] for index in batch]
 
-            for batch, found in zip(batches, ranks.share(batches, run), strict=True):
+            for batch, found in zip(batches, distributed.share(batches, run), strict=True):
                 for index, kept in zip(batch, found, strict=True):
                     self.kept[index] = kept
         return [self._result(index) for index in range(len(self.known))]

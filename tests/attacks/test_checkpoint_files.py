@@ -16,11 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from kpatch.checkpoint.apply import apply
-from kpatch.checkpoint.index import open_checkpoint
+from kpatch.checkpoint.fit import base_weights, verify_fit
 from kpatch.checkpoint.recover import recover
 from kpatch.checkpoint.revert import revert
+from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.status import status
-from kpatch.checkpoint.verify import base_weights, verify_fit
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
 

@@ -18,14 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.checkpoint import closed
+from kpatch.checkpoint import commit
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.recover import recover
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import KpatchError
+from kpatch.patch.canonical_json import JsonError, canonical, loads
 from kpatch.patch.format import read_patch, verify
-from kpatch.patch.text import JsonError, canonical, loads
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
 from tests.support.fuzz import container, parts, rounds, wrong_bytes, wrong_value
 
@@ -36,7 +36,7 @@ LONGEST = 5.0  # seconds for one file, on a busy machine
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
-    monkeypatch.setattr(closed, "PAUSE", 0.0)
+    monkeypatch.setattr(commit, "PAUSE", 0.0)
 
 
 def answer(action: Callable[[], object]) -> bool:

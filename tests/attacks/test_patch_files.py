@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save, save_file
 
 from kpatch.checkpoint.apply import apply
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.patch.canonical_json import canonical, loads
 from kpatch.patch.format import read_patch, verify, write_patch
 from kpatch.patch.header import read_header
-from kpatch.patch.text import canonical, loads
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, snapshot
 
 LEFT = f"{WEIGHTS[0]}.left"

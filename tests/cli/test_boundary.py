@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.cli import show
+from kpatch.cli.commands import show
 from kpatch.cli.errors import translate
 from kpatch.cli.output import Output, clean, plain, size
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused

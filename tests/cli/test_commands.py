@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import kpatch
 from kpatch.cli.app import app
+from kpatch.cli.targets import last_applied
 from tests.support import checkpoints
 from tests.support.cli import run
 
@@ -190,6 +192,18 @@ def test_revert_means_the_checkpoint_here_then_the_one_last_applied_to(
     assert run("revert").code == 0
     assert sums(checkpoint) == before
     assert "b" in run("status", other).out
+
+
+def test_the_last_checkpoint_is_remembered_until_it_is_bare(patch: Path, checkpoint: Path, tmp_path: Path) -> None:
+    checkpoints.make_patch(tmp_path / "b.patch", checkpoint, seed=3)
+    kpatch.apply([tmp_path / "b.patch"], checkpoint)
+    assert last_applied() is None, "memory of the command line, not of the library"
+    run("apply", patch, checkpoint)
+    assert last_applied() == checkpoint
+    run("revert", checkpoint)
+    assert last_applied() == checkpoint
+    run("revert", checkpoint)
+    assert last_applied() is None
 
 
 def test_revert_by_name_and_all(patch: Path, checkpoint: Path, tmp_path: Path) -> None:

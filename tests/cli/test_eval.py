@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from kpatch.checkpoint.apply import apply
-from kpatch.cli.evaluated import failures
-from kpatch.cli.page import _scatter
+from kpatch.cli.html import _scatter
+from kpatch.cli.tables import failures
 from tests.support import checkpoints
 from tests.support.cli import run
 from tests.support.models import tiny

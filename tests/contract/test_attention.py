@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kpatch.models import attention
-from kpatch.models.attention import few_columns, few_columns_attention
+from kpatch.models import fast_forward
 from kpatch.models.families import FAMILIES
-from kpatch.models.runs import align, record_suffix
+from kpatch.models.fast_forward import few_columns, few_columns_attention
+from kpatch.models.partial_forward import align, record_suffix
 from tests.support.models import tiny
 
 ROWS, COLUMNS = [[5, 9, 11, 3, 8, 7, 2], [4, 6, 8, 1], [10, 11, 12, 13, 14, 15, 16, 17, 18]], [4, 1, 5]
@@ -30,7 +30,7 @@ def test_suffix_runs_and_gradients_are_the_same(
         calls_seen.append(args[1].shape)
         return few_columns(*args, **kwargs)
 
-    monkeypatch.setattr(attention, "few_columns", counted)
+    monkeypatch.setattr(fast_forward, "few_columns", counted)
 
     def outcome() -> tuple[torch.Tensor, torch.Tensor]:
         batch = align(ROWS, COLUMNS, model.pad_id)

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kpatch.models.families import FAMILIES, family_for
-from kpatch.models.load import Model, wrap
-from kpatch.models.runs import Calls, align, captured_inputs, record, record_suffix, run_to
+from kpatch.models.model import Model, wrap
+from kpatch.models.partial_forward import Calls, align, captured_inputs, record, record_suffix, run_to
 from tests.support.families import CASES, RAGGED, batch_of, build, check, full, rows_of, stored_product
 from tests.support.models import CONFIGS, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
 

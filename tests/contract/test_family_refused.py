@@ -6,7 +6,7 @@ import pytest
 
 from kpatch.errors import BadInput
 from kpatch.models.families import FAMILIES, Family, family_for
-from kpatch.models.load import wrap
+from kpatch.models.model import wrap
 from tests.support.models import MLP_WIDTH, WIDTH, tiny, tiny_net
 
 

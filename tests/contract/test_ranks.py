@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from kpatch import ranks
+from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.models.address import resolve
-from kpatch.models.load import load_model
+from kpatch.models.model import load_model
 from tests.support.cli import ROOT, Ran, run
 from tests.support.models import tiny
 from tests.support.tracing import known_facts, model_of
@@ -165,13 +165,13 @@ def test_tasks_are_dealt_out_and_all_ranks_know_the_results(world: World) -> Non
 
 
 def test_a_single_process_just_does_the_work() -> None:
-    assert not ranks.launched()
-    assert ranks.share([1, 2], lambda task: task + 1) == [2, 3]
-    assert ranks.main_does(lambda: 7) == ranks.same("numbers", lambda: 7) == 7
-    assert ranks.is_main()
-    assert ranks.mine(3)
-    ranks.finish()
-    ranks.leave()
+    assert not distributed.launched()
+    assert distributed.share([1, 2], lambda task: task + 1) == [2, 3]
+    assert distributed.main_does(lambda: 7) == distributed.same("numbers", lambda: 7) == 7
+    assert distributed.is_main()
+    assert distributed.mine(3)
+    distributed.finish()
+    distributed.leave()
 
 
 def test_each_process_of_a_machine_takes_its_own_device(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kpatch.models.families import FAMILIES
-from kpatch.trace.base import Traced, run_base
+from kpatch.trace.clean_corrupted import Traced, run_base
 from kpatch.trace.noise import draw, spread_of_embeddings
 from tests.support.models import WIDTH, tiny
 

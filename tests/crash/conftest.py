@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.checkpoint import closed, log, parallel
+from kpatch.checkpoint import commit, parallel, status
 from kpatch.checkpoint.apply import apply
 from tests.support import cli, faults
 from tests.support.checkpoints import make_checkpoint, make_patch, snapshot
@@ -84,8 +84,8 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 def _set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # the machine lives on
-    monkeypatch.setattr(closed, "PAUSE", 0.0)
-    monkeypatch.setattr(log, "now", lambda: "2026-01-01T00:00:00Z")
+    monkeypatch.setattr(commit, "PAUSE", 0.0)
+    monkeypatch.setattr(status, "now", lambda: "2026-01-01T00:00:00Z")
     monkeypatch.setattr(parallel, "in_parallel", faults.one_by_one)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from kpatch.checkpoint import closed
+from kpatch.checkpoint import commit
 from kpatch.errors import KpatchError
 from kpatch.models.address import resolve
 from tests.crash.conftest import Scenario
@@ -38,7 +38,7 @@ def read(model: Path, *, look_at_config: bool) -> list[bytes] | None:
 
 def put_on_and_take_off(folder: Path) -> None:
     """In a child, until it is killed."""
-    closed.PAUSE = PAUSE
+    commit.PAUSE = PAUSE
     while True:
         for arguments in (["apply", folder / "a.patch", folder / "model"], ["revert", folder / "model"]):
             assert cli.run(*arguments).code == 0
@@ -100,7 +100,7 @@ def test_a_checkpoint_left_closed_says_what_to_do(tmp_path: Path, scenarios: Mak
         model = folder / "model"
         if (model / "config.json").exists():
             continue
-        assert (model / closed.SIGN).exists()
+        assert (model / commit.SIGN).exists()
         with pytest.raises(KpatchError, match="interrupted apply"):
             resolve(str(model))
         said = cli.run("status", model, "--json").json

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from kpatch.facts.prompts import encode
-from kpatch.models.load import Model
+from kpatch.facts.tokens import encode
+from kpatch.models.model import Model
 from tests.oracle.memit import Prompt
 
 if TYPE_CHECKING:

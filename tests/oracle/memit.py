@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from kpatch.facts.prompts import Encoded, encode
-from kpatch.models.load import Model
+from kpatch.facts.tokens import Encoded, encode
+from kpatch.models.model import Model
 
 if TYPE_CHECKING:
     from kpatch.edit.hyper import Hyper

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kpatch.facts.prompts import Encoded, encode
-from kpatch.models.load import Model
+from kpatch.facts.tokens import Encoded, encode
+from kpatch.models.model import Model
 from tests.oracle.memit import Prompt, forward, key, nearest_on_norm, norm_parts, output_changed, rows_for
 
 if TYPE_CHECKING:

@@ -9,16 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpatch.edit.batches import DEFAULT_BUDGET, plan
-from kpatch.edit.find import find_values
-from kpatch.edit.groups import Group, group_facts
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import norm_gain, spread
+from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.solve import Preserved
 from kpatch.edit.values import Values, optimize
-from kpatch.facts.schema import Fact
+from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values, plan
+from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from tests.oracle import memit as oracle
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kpatch.edit.hyper import Hyper
-from kpatch.facts.prompts import Encoded, encode
+from kpatch.facts.tokens import Encoded, encode
 from kpatch.models.families import FAMILIES
-from kpatch.models.load import Model, wrap
+from kpatch.models.model import Model, wrap
 from tests.oracle import memit as oracle
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 

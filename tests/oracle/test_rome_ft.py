@@ -14,10 +14,10 @@ from kpatch.edit.ft import stored_small, tune
 from kpatch.edit.one_layer import FtHyper, RomeHyper
 from kpatch.edit.rome import Edited, edit_all, rome_contexts, together
 from kpatch.edit.solve import Preserved
-from kpatch.facts.schema import Fact
+from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
-from kpatch.models.load import Model
-from kpatch.patch.lowrank import Dense, LowRank
+from kpatch.models.model import Model
+from kpatch.patch.delta import Dense, LowRank
 from tests.oracle import ft as ft_oracle
 from tests.oracle import memit as memit_oracle
 from tests.oracle import rome as rome_oracle

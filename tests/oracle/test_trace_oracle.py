@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from kpatch.models.families import FAMILIES
-from kpatch.models.load import Model
-from kpatch.trace.base import Base, Traced, run_base
+from kpatch.models.model import Model
 from kpatch.trace.cells import Cell, Point, everything, severed, state, window
+from kpatch.trace.clean_corrupted import Base, Traced, run_base
 from kpatch.trace.engine import trace_cells
 from kpatch.trace.memory import Room
 from kpatch.trace.noise import draw

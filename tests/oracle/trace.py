@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpatch.models.load import Model
-from kpatch.trace.base import Traced
+from kpatch.models.model import Model
+from kpatch.trace.clean_corrupted import Traced
 
 Spot = tuple[str, int, int]  # "state", "mlp" or "attn"; layer; token
 

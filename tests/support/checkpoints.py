@@ -15,10 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kpatch.checkpoint.verify import base_weights
+from kpatch.checkpoint.fit import base_weights
 from kpatch.errors import KpatchError
+from kpatch.patch.delta import Dense, LowRank
 from kpatch.patch.format import describe, pack, write_patch
-from kpatch.patch.lowrank import Dense, LowRank
 from kpatch.patch.manifest import Base, Manifest, matrix_shape
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine make tiny products take seconds

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.models.families import FAMILIES
-from kpatch.models.load import Model
-from kpatch.models.runs import align
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import align
 from tests.support.models import WIDTH, tiny
 
 # Every family, and the settings of some that change how their layers are put together.

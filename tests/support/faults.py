@@ -23,7 +23,7 @@ from typing import Any
 
 import typer.main
 
-from kpatch.checkpoint import closed, files
+from kpatch.checkpoint import commit, files
 from kpatch.reporter import Advance
 from tests.support import cli
 from tests.support.checkpoints import make_checkpoint, make_patch
@@ -116,7 +116,7 @@ def start(
         gc.disable()  # a collection would touch, and so copy, all the memory shared with the parent
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.fsync = lambda handle: None  # type: ignore[assignment]  # what is killed is a process, not the machine
-        closed.PAUSE = 0.0
+        commit.PAUSE = 0.0
         before()
         code = _child(write, [str(argument) for argument in arguments], fault)
     except KeyboardInterrupt:  # after the run; what `kpatch.__main__` makes of it

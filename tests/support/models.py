@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kpatch.models.load import Model, wrap
+from kpatch.models.model import Model, wrap
 from tests.support.tokenizers import byte_level
 
 WIDTH, MLP_WIDTH, HEADS, LAYERS, WINDOW = 32, 64, 4, 4, 6

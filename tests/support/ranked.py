@@ -17,13 +17,13 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import kpatch.edit.find
-from kpatch import ranks
+import kpatch.edit.values_cache
+from kpatch import distributed
 from kpatch.cli.app import main
 from kpatch.errors import BadInput
 
 RANK = int(os.environ["RANK"])
-_optimize = kpatch.edit.find.optimize
+_optimize = kpatch.edit.values_cache.optimize
 
 
 def troubled(trouble: str) -> Any:
@@ -43,25 +43,27 @@ def troubled(trouble: str) -> Any:
 
 def primitives() -> dict[str, Any]:
     """share, main_does and nesting, between join and leave."""
-    ranks.join()
+    distributed.join()
     try:
         return {
-            "share": ranks.share(range(5), lambda task: [task, RANK]),
-            "none": ranks.share([], lambda task: task),
-            "main": ranks.main_does(lambda: RANK),
-            "nested": ranks.main_does(lambda: ranks.share([1, 2, 3], lambda task: task + RANK)),
-            "within": ranks.share([0, 1], lambda task: [ranks.is_main(), ranks.main_does(lambda: RANK)]),
-            "main rank": ranks.is_main(),
-            "mine": [ranks.mine(index) for index in range(3)],
+            "share": distributed.share(range(5), lambda task: [task, RANK]),
+            "none": distributed.share([], lambda task: task),
+            "main": distributed.main_does(lambda: RANK),
+            "nested": distributed.main_does(lambda: distributed.share([1, 2, 3], lambda task: task + RANK)),
+            "within": distributed.share(
+                [0, 1], lambda task: [distributed.is_main(), distributed.main_does(lambda: RANK)]
+            ),
+            "main rank": distributed.is_main(),
+            "mine": [distributed.mine(index) for index in range(3)],
         }
     finally:
-        ranks.finish()
-        ranks.leave()
+        distributed.finish()
+        distributed.leave()
 
 
 def scenario(about: dict[str, Any]) -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    kpatch.edit.find.optimize = troubled(about["trouble"]) if about.get("trouble") else _optimize
+    kpatch.edit.values_cache.optimize = troubled(about["trouble"]) if about.get("trouble") else _optimize
     arguments = about.get("arguments of rank 1", about["arguments"]) if RANK else about["arguments"]
     out, err = io.StringIO(), io.StringIO()
     begun = time.monotonic()

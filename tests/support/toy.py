@@ -6,7 +6,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kpatch.models.load import Model, wrap
+from kpatch.models.model import Model, wrap
 
 CHANCES = {
     "in": {"New": 0.20, "Paris": 0.30, "Rome": 0.40, "other": 0.10},

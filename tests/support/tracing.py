@@ -6,9 +6,9 @@ from functools import cache
 
 import torch
 
-from kpatch.facts.prompts import encode, encode_target
-from kpatch.facts.schema import Fact, fill
-from kpatch.models.load import Model
+from kpatch.facts.fact import Fact, fill
+from kpatch.facts.tokens import encode, encode_target
+from kpatch.models.model import Model
 from tests.support.models import tiny
 
 _PROMPTS = (

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kpatch.checkpoint import rows
+from kpatch.checkpoint import rounding
 from kpatch.checkpoint.apply import apply
-from kpatch.checkpoint.diff import CheckpointDiff, diff_checkpoints
+from kpatch.checkpoint.diff.checkpoints import CheckpointDiff, diff_checkpoints
+from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.revert import revert
-from kpatch.checkpoint.verify import verify_fit
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
 from kpatch.patch.format import read_patch, verify
 from tests.support.checkpoints import DTYPES, WEIGHTS, make_checkpoint, make_patch, random, save_tensors, snapshot
@@ -220,7 +220,7 @@ def test_blocks_of_rows_make_no_difference(old: Path, tmp_path: Path, monkeypatc
 
     new = edited(old, change)
     whole = diff_checkpoints(old, new, tmp_path / "x.patch")
-    monkeypatch.setattr(rows, "BLOCK", 7 * 80)
+    monkeypatch.setattr(rounding, "BLOCK", 7 * 80)
     again = diff_checkpoints(old, new, tmp_path / "y.patch")
     assert [tensor.form for tensor in whole.tensors] == [tensor.form for tensor in again.tensors]
     for name, delta in read_patch(tmp_path / "x.patch").deltas.items():
@@ -366,9 +366,9 @@ def test_options_are_checked(old: Path) -> None:
 
 def test_a_checkpoint_that_changes_meanwhile(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new = edited(old, lambda tensors: tensors[EMBED].add_(random(16, 8, seed=1)))
-    from kpatch.checkpoint import diff
+    from kpatch.checkpoint.diff import checkpoints
 
-    write = diff.write_patch
+    write = checkpoints.write_patch
 
     def late(path: Path, manifest: Any, tensors: Any, force: bool) -> str:
         class Changing(dict[str, Tensor]):
@@ -377,7 +377,7 @@ def test_a_checkpoint_that_changes_meanwhile(old: Path, monkeypatch: pytest.Monk
 
         return write(path, manifest, Changing(tensors.items()), force)
 
-    monkeypatch.setattr(diff, "write_patch", late)
+    monkeypatch.setattr(checkpoints, "write_patch", late)
     refused(old, new, Refused, "changed while")
 
 

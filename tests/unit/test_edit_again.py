@@ -13,12 +13,12 @@ import torch
 
 import kpatch
 from kpatch.checkpoint.apply import apply
-from kpatch.checkpoint.verify import verify_fit
-from kpatch.edit import again, find
-from kpatch.edit.again import solve_again
-from kpatch.edit.pipeline import make
+from kpatch.checkpoint.fit import verify_fit
+from kpatch.edit import resolve, values_cache
+from kpatch.edit.make import make
+from kpatch.edit.resolve import solve_again
 from kpatch.errors import BadInput, KpatchError, Refused
-from kpatch.facts.schema import Fact
+from kpatch.facts.fact import Fact
 from kpatch.patch.format import Patch, pack, read_patch, write_patch
 from kpatch.patch.stack import stack
 from tests.support.cli import run
@@ -88,7 +88,7 @@ def test_two_patches_come_out_as_if_made_together(
     def never(*given: Any, **more: Any) -> Any:
         raise AssertionError("values were sought although they are stored")
 
-    monkeypatch.setattr(again, "find_values", never)
+    monkeypatch.setattr(resolve, "find_values", never)
     new, made = solved(world, ["first", "second"], tmp_path / "x.patch"), read_patch(world.patch("joint"))
     summed = stack([world.patch("first"), world.patch("second")], tmp_path / "sum.patch")
     assert [fact["id"] for fact in new.manifest.facts] == ["mona", "the", "moon"]
@@ -130,7 +130,7 @@ def test_a_stack_is_solved_as_the_patches_in_it(world: World, tmp_path: Path) ->
 
 
 def test_the_weights_of_the_model_come_back(world: World, tmp_path: Path) -> None:
-    model = kpatch.edit.pipeline._load([], str(world.model), None, "cpu", "auto", None, Recorder())  # type: ignore[attr-defined]
+    model = kpatch.edit.make._load([], str(world.model), None, "cpu", "auto", None, Recorder())  # type: ignore[attr-defined]
     before = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}
     solve_again([world.patch("first")], tmp_path / "x.patch", model=model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.net.state_dict().items())
@@ -171,7 +171,7 @@ def test_what_cannot_be_solved_again_is_refused(world: World, tmp_path: Path) ->
 
 
 def test_resolve_from_the_command_line(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(find, "optimize", None)  # nothing is to be found
+    monkeypatch.setattr(values_cache, "optimize", None)  # nothing is to be found
     paths, out = [world.patch("first"), world.patch("second")], tmp_path / "x.patch"
     data = run("stack", *paths, "--resolve", "--model", world.model, "-o", out, "--json").json
     assert data["patch"]["id"] == read_patch(out).id

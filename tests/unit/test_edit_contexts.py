@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kpatch.edit.contexts import LEAD_INS, contexts_for
+from kpatch.edit.requests import LEAD_INS, contexts_for
 from kpatch.errors import BadInput
 from tests.support.models import tiny
 

@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpatch.edit.groups import Group, group_facts
+from kpatch.edit.first_token import Part, opening_moment, preserve, split
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import add, restored, spread
-from kpatch.edit.parts import Part, opening_moment, preserve, split
+from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.values import optimize
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
-from kpatch.stats.collect import Covariance
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model
+from kpatch.stats.covariance import Covariance
 from kpatch.stats.moment import SecondMoment
-from kpatch.stats.sample import opening_words
+from kpatch.stats.self_text import opening_words
 from tests.oracle import memit as oracle
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level

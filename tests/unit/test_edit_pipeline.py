@@ -15,16 +15,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import kpatch
-from kpatch.checkpoint.verify import verify_fit
-from kpatch.edit import memit, pipeline
-from kpatch.edit.groups import group_facts
-from kpatch.edit.pipeline import MakeResult, make
+from kpatch.checkpoint.fit import verify_fit
+from kpatch.edit import make as make_module
+from kpatch.edit import memit
+from kpatch.edit.make import MakeResult, make
+from kpatch.edit.requests import group_facts
 from kpatch.edit.solve import update
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.metrics import measure
-from kpatch.facts.schema import Fact, Neighbor
+from kpatch.facts.fact import Fact, Neighbor
 from kpatch.models.address import resolve
-from kpatch.models.load import Model, load_model
+from kpatch.models.model import Model, load_model
 from kpatch.patch.format import read_patch, verify
 from tests.support.checkpoints import snapshot
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
@@ -181,7 +182,7 @@ def test_a_patch_on_a_patched_directory_preserves_the_earlier_keys(
     kpatch.apply([shared.patch], directory)
     settings = {**QUICK, "settings": {**QUICK["settings"], "covariance_weight": "0.01"}}
     on = make(LATER, out=tmp_path / "on.patch", on=directory, **settings)
-    monkeypatch.setattr(pipeline, "_earlier", lambda path, layers: ((), {}))
+    monkeypatch.setattr(make_module, "_earlier", lambda path, layers: ((), {}))
     make(LATER, out=tmp_path / "plain.patch", on=directory, **settings)
     kept, plain = read_patch(tmp_path / "on.patch"), read_patch(tmp_path / "plain.patch")
     assert kept.manifest.parents == (shared.result.patch_id,)
@@ -238,7 +239,7 @@ def test_weights_in_memory_are_as_they_were(shared: World, tmp_path: Path, monke
             raise KeyboardInterrupt
         return measure(*args, **options)
 
-    monkeypatch.setattr(pipeline, "measure", fail)
+    monkeypatch.setattr(make_module, "measure", fail)
     with pytest.raises(KeyboardInterrupt):
         make(FACTS, out=tmp_path / "b.patch", model=model, **QUICK)
     assert calls == [False, True], "measured with the update in place"

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from kpatch.checkpoint.apply import apply
+from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.revert import revert
-from kpatch.checkpoint.verify import verify_fit
 from kpatch.edit import hyper as hyper_module
 from kpatch.edit.hyper import Hyper, Preset
+from kpatch.edit.make import METHODS, MakeResult, make
 from kpatch.edit.one_layer import PRESETS, FtHyper, RomeHyper, one_layer_hyper
-from kpatch.edit.pipeline import METHODS, MakeResult, make
 from kpatch.errors import BadInput
-from kpatch.facts.schema import Fact
+from kpatch.facts.fact import Fact
 from kpatch.models.address import resolve
-from kpatch.models.load import load_model
+from kpatch.models.model import load_model
 from kpatch.patch.format import read_patch, verify
 from tests.support.checkpoints import snapshot
 from tests.support.models import LAYERS, MLP_WIDTH, WIDTH, tiny

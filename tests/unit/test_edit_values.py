@@ -13,15 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpatch.cache import cache_dir
-from kpatch.edit import find, values
-from kpatch.edit.batches import plan, row_bytes
-from kpatch.edit.find import find_values
-from kpatch.edit.groups import MAX_FACTS_PER_SUBJECT, Group, group_facts
+from kpatch.edit import values, values_cache
 from kpatch.edit.hyper import Hyper
+from kpatch.edit.requests import MAX_FACTS_PER_SUBJECT, Group, group_facts
 from kpatch.edit.values import Values, optimize
+from kpatch.edit.values_cache import find_values, plan, row_bytes
 from kpatch.errors import BadInput
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model
 from tests.support.models import WIDTH, tiny
 from tests.support.reports import Recorder
 
@@ -60,7 +59,7 @@ class Counted:
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     fake = Counted()
-    monkeypatch.setattr(find, "optimize", fake)
+    monkeypatch.setattr(values_cache, "optimize", fake)
     return fake
 
 
@@ -172,7 +171,7 @@ def test_an_interruption_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
             raise KeyboardInterrupt
 
     fake = Counted(interrupt)
-    monkeypatch.setattr(find, "optimize", fake)
+    monkeypatch.setattr(values_cache, "optimize", fake)
     with pytest.raises(KeyboardInterrupt):
         seek()
     assert len(kept()) == len(fake.calls) == 2
@@ -228,7 +227,7 @@ def test_a_device_short_of_memory_gets_halves(monkeypatch: pytest.MonkeyPatch) -
             raise torch.OutOfMemoryError("too large")
 
     fake = Counted(refuse)
-    monkeypatch.setattr(find, "optimize", fake)
+    monkeypatch.setattr(values_cache, "optimize", fake)
     told = Recorder()
     assert_whole(seek(budget=10**9, report=told))
     assert [len(call) for call in fake.calls] == [3, 3]
@@ -243,7 +242,7 @@ def test_one_fact_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(some: Sequence[Group]) -> None:
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(find, "optimize", Counted(refuse))
+    monkeypatch.setattr(values_cache, "optimize", Counted(refuse))
     with pytest.raises(BadInput, match="does not fit in this device's memory") as error:
         seek(budget=10**9)
     assert any(name in error.value.message for name in SUBJECTS)

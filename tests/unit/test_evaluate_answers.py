@@ -12,7 +12,7 @@ import torch
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate.answers import ask, complete, end_ids, first_words, text_after
 from kpatch.evaluate.score import score
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from tests.support import tokenizers
 from tests.support.models import CONFIGS, tiny
 

@@ -14,9 +14,9 @@ import torch
 from kpatch.evaluate import metrics as module
 from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.score import score
-from kpatch.facts.schema import Fact, Neighbor
-from kpatch.models.load import Model
-from kpatch.patch.text import canonical
+from kpatch.facts.fact import Fact, Neighbor
+from kpatch.models.model import Model
+from kpatch.patch.canonical_json import canonical
 from tests.support.models import tiny
 from tests.support.toy import CHANCES, toy
 

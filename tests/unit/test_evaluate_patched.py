@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from kpatch.checkpoint.apply import apply
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.patched import patched
-from kpatch.models.load import Model
+from kpatch.models.model import Model
+from kpatch.patch.delta import Dense, LowRank
 from kpatch.patch.format import read_patch
-from kpatch.patch.lowrank import Dense, LowRank
 from kpatch.patch.stack import stack
 from tests.support import checkpoints
 from tests.support.checkpoints import WEIGHTS, random

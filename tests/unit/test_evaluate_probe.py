@@ -11,9 +11,9 @@ from kpatch.evaluate import continuations
 from kpatch.evaluate.continuations import Prompts
 from kpatch.evaluate.probe import Ranked, _choices, by_relation, rank_objects, rates
 from kpatch.evaluate.score import score
-from kpatch.facts.prompts import encode_many
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import encode_many
+from kpatch.models.model import Model
 from tests.support import tokenizers
 from tests.support.models import CONFIGS, tiny
 from tests.support.toy import toy

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate import score as module
 from kpatch.evaluate.score import Scored, score
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from tests.support.models import CONFIGS, tiny
 
 torch.set_num_threads(1)

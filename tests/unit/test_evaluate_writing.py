@@ -16,8 +16,8 @@ from kpatch.evaluate.assess import Wanted, assess, drift
 from kpatch.evaluate.perplexity import perplexity, text_rows
 from kpatch.evaluate.tfidf import TfIdf
 from kpatch.evaluate.writing import entropy, passages_about, write_on
-from kpatch.facts.schema import Fact
-from kpatch.models.load import Model
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model
 from tests.support.models import tiny
 from tests.support.tokenizers import byte_level
 from tests.support.toy import WORDS, toy

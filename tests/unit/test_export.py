@@ -16,10 +16,10 @@ from torch import Tensor
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.patched import patched
 from kpatch.export import gguf, peft
-from kpatch.export.adapter import adapter, module_name
+from kpatch.export.lora import adapter, module_name
+from kpatch.patch.delta import Dense, LowRank
 from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.header import read_header
-from kpatch.patch.lowrank import Dense, LowRank
 from tests.support import checkpoints
 from tests.support.checkpoints import random
 from tests.support.models import tiny

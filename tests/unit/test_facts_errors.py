@@ -11,9 +11,9 @@ import yaml
 from kpatch.errors import BadInput, Refused
 from kpatch.facts import load as loading
 from kpatch.facts import yaml_tree
+from kpatch.facts.fact import Fact
 from kpatch.facts.load import load_facts
 from kpatch.facts.problems import limited
-from kpatch.facts.schema import Fact
 
 
 def errors(folder: Path, text: str | bytes, name: str = "f.yaml") -> list[str]:

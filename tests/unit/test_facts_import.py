@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from kpatch.errors import BadInput, Refused
+from kpatch.facts.fact import Fact, Neighbor
 from kpatch.facts.importers.formats import FORMATS, slotted
 from kpatch.facts.importers.read import Imported, import_facts
 from kpatch.facts.load import load_facts
-from kpatch.facts.schema import Fact, Neighbor
 from kpatch.facts.write import WRITERS, write_facts
 
 REWRITE = {

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact, FactFile, Neighbor
 from kpatch.facts.lint import LintReport, lint
 from kpatch.facts.load import load_facts
-from kpatch.facts.schema import Fact, FactFile, Neighbor
 from tests.support import tokenizers as kinds
 
 

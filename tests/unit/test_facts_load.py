@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpatch.facts.conflicts import slug_of
+from kpatch.facts.fact import Fact, FactFile, Neighbor
 from kpatch.facts.load import load_facts
-from kpatch.facts.schema import Fact, FactFile, Neighbor
 
 DESIGN = """
 version: 1

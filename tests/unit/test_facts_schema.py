@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from kpatch.errors import KpatchError
-from kpatch.facts import schema
+from kpatch.facts import fact
 from kpatch.facts.lint import lint
 from kpatch.facts.load import load_facts
 
@@ -31,10 +31,10 @@ def test_the_schema_is_one() -> None:
 @pytest.mark.parametrize(
     ("part", "keys"),
     [
-        (SCHEMA, schema.FILE_KEYS),
-        (SCHEMA["$defs"]["relation"], schema.RELATION_KEYS),
-        (SCHEMA["$defs"]["fact"], schema.FACT_KEYS),
-        (SCHEMA["$defs"]["neighbor"], schema.NEIGHBOR_KEYS),
+        (SCHEMA, fact.FILE_KEYS),
+        (SCHEMA["$defs"]["relation"], fact.RELATION_KEYS),
+        (SCHEMA["$defs"]["fact"], fact.FACT_KEYS),
+        (SCHEMA["$defs"]["neighbor"], fact.NEIGHBOR_KEYS),
     ],
 )
 def test_schema_and_code_have_the_same_keys(part: dict[str, Any], keys: tuple[str, ...]) -> None:
@@ -43,9 +43,9 @@ def test_schema_and_code_have_the_same_keys(part: dict[str, Any], keys: tuple[st
 
 
 def test_a_fact_has_the_same_keys_as_its_class() -> None:
-    fields = set(schema.Fact.__dataclass_fields__) - {"where"}
-    assert fields == set(schema.FACT_KEYS)
-    assert set(schema.Neighbor.__dataclass_fields__) == set(schema.NEIGHBOR_KEYS)
+    fields = set(fact.Fact.__dataclass_fields__) - {"where"}
+    assert fields == set(fact.FACT_KEYS)
+    assert set(fact.Neighbor.__dataclass_fields__) == set(fact.NEIGHBOR_KEYS)
 
 
 GOOD = [
@@ -107,11 +107,11 @@ def test_the_news_are_complete() -> None:
     assert len(file.facts) == 12
     assert len({fact.subject for fact in file.facts}) == 12
     assert sum(fact.relation is not None for fact in file.facts) >= 2
-    for fact in file.facts:
-        assert fact.was
-        assert len(fact.paraphrases) == 2
-        assert len(fact.neighbors) == 2
-        assert all(neighbor.target for neighbor in fact.neighbors)
+    for one in file.facts:
+        assert one.was
+        assert len(one.paraphrases) == 2
+        assert len(one.neighbors) == 2
+        assert all(neighbor.target for neighbor in one.neighbors)
     assert lint(file).findings == ()
 
 
@@ -128,7 +128,7 @@ def test_the_examples_in_the_documentation_load(tmp_path: Path) -> None:
             path.write_text(text, encoding="utf-8")
             counts.append(len(load_facts(path).facts))
             if kind == "csv":
-                assert set(next(csv.reader(text.splitlines()))) <= set(schema.FACT_KEYS)
+                assert set(next(csv.reader(text.splitlines()))) <= set(fact.FACT_KEYS)
     assert len(counts) >= 3
     assert all(counts)
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from kpatch.errors import BadInput
-from kpatch.patch.diff import diff_patches
+from kpatch.patch.compare import diff_patches
+from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.format import pack, read_patch, write_patch
-from kpatch.patch.lowrank import Delta, Dense, LowRank
 from kpatch.patch.stack import stack
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random
 

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 import torch
 
+from kpatch.patch.delta import LowRank
 from kpatch.patch.fingerprint import positions, same_weights, sha256_of, sketch, tensor_bytes, tensor_from
-from kpatch.patch.lowrank import LowRank
 from tests.support.checkpoints import DTYPES, random
 
 WEIGHT = random(64, 96, seed=5, scale=0.02)

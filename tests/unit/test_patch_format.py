@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.patch.delta import Dense, LowRank, smaller
 from kpatch.patch.format import describe, pack, read_delta, read_patch, verify, write_patch
 from kpatch.patch.header import read_header
-from kpatch.patch.lowrank import Dense, LowRank, smaller
 from kpatch.patch.manifest import Manifest
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random
 

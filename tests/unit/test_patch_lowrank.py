@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpatch.patch.lowrank import Dense, LowRank, concat, inner, smaller, total
+from kpatch.patch.delta import Dense, LowRank, concat, inner, smaller, total
 from tests.support.checkpoints import random
 
 SIZES = st.integers(1, 9)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from kpatch.patch.canonical_json import canonical, loads
 from kpatch.patch.manifest import Manifest, ManifestError, NewerFormat, matrix_shape
-from kpatch.patch.text import canonical, loads
 
 SHA = "ab" * 32
 PART = {"id": SHA, "scale": 0.5, "facts": 1, "method": "memit", "hyperparameters": {}, "layers": [1]}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kpatch.patch.rangefinder import low_rank
+from kpatch.patch.randomized_svd import low_rank
 from tests.support.checkpoints import random
 
 

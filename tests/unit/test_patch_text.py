@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kpatch.patch.text import JsonError, canonical, loads, printable
+from kpatch.patch.canonical_json import JsonError, canonical, loads
+from kpatch.text import printable
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=8)
 NUMBERS = st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)

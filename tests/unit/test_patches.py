@@ -14,7 +14,7 @@ from kpatch.checkpoint.revert import revert
 from kpatch.evaluate.answers import ask
 from kpatch.facts.load import load_facts
 from kpatch.models.address import resolve
-from kpatch.models.load import load_model
+from kpatch.models.model import load_model
 from kpatch.patch.fingerprint import sha256_of
 from kpatch.patch.format import read_patch
 

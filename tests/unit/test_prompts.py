@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from kpatch.errors import BadInput
-from kpatch.facts.prompts import (
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import (
     Encoded,
     Item,
     check_lengths,
@@ -22,9 +23,8 @@ from kpatch.facts.prompts import (
     encode_target,
     lead_ids,
     require_fast,
+    separator,
 )
-from kpatch.facts.schema import Fact
-from kpatch.facts.spacing import separator
 from tests.support import tokenizers as kinds
 
 KINDS: dict[str, Callable[[], Any]] = {

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from kpatch.cache import cache_root
 from kpatch.errors import BadInput
-from kpatch.models.load import Model
-from kpatch.models.runs import captured_inputs
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import captured_inputs
 from kpatch.stats import cache as cache_module
-from kpatch.stats import collect as module
-from kpatch.stats.collect import Covariance, collect
+from kpatch.stats import covariance as module
+from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
 from tests.support.models import tiny
 from tests.support.reports import Recorder

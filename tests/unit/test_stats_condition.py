@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from kpatch.errors import BadInput
-from kpatch.stats.condition import WELL_CONDITIONED, check, ridge_for, smallest_scaled_eigenvalue
-from kpatch.stats.moment import SecondMoment
+from kpatch.stats.moment import WELL_CONDITIONED, SecondMoment, check, ridge_for, smallest_scaled_eigenvalue
 
 
 def moment_of(k: Tensor) -> SecondMoment:

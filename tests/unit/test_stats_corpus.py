@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from kpatch.errors import BadInput
-from kpatch.models.load import Model
-from kpatch.stats.corpus import open_corpus
-from kpatch.stats.pack import pack, row_start
+from kpatch.models.model import Model
+from kpatch.stats.corpus import open_corpus, pack, row_start
 from tests.support.models import tiny
 from tests.support.tokenizers import byte_level, metaspace
 

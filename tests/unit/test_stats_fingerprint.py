@@ -13,7 +13,7 @@ from kpatch.cache import cache_root
 from kpatch.errors import BadInput
 from kpatch.models import fingerprint as module
 from kpatch.models.fingerprint import file_sha256, weight_files, weights_fingerprint
-from kpatch.models.load import Model
+from kpatch.models.model import Model
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 

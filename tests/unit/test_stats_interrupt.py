@@ -8,7 +8,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from kpatch.stats.interrupt import whole_steps
+from kpatch.stats.covariance import whole_steps
 
 
 def test_ctrl_c_outside_a_step_is_immediate_and_handlers_come_back() -> None:

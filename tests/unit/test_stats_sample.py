@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from kpatch.errors import BadInput
-from kpatch.models.load import Model
-from kpatch.stats import sample as module
-from kpatch.stats.sample import group_rows, sample_group
+from kpatch.models.model import Model
+from kpatch.stats import self_text as module
+from kpatch.stats.self_text import group_rows, sample_group
 from tests.support.models import tiny
 from tests.support.tokenizers import byte_level, metaspace
 

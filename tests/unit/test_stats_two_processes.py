@@ -12,7 +12,7 @@ WORKER = """
 import sys, time
 import torch
 torch.set_num_threads(1)
-from kpatch.stats import collect as module
+from kpatch.stats import covariance as module
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 model, report = tiny("llama"), Recorder()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kpatch.trace.choose import LEAST, Range, choose, stability, widest
+from kpatch.trace.layer_range import LEAST, Range, choose, stability, widest
 
 LAYERS = 30
 ZERO = [0.0] * LAYERS

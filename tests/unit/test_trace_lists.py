@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from kpatch.errors import BadInput
-from kpatch.facts.schema import SLOT
+from kpatch.facts.fact import SLOT
 from kpatch.trace.lists import built_in, read_facts, slotted
 
 ROOT = Path(__file__).parents[2]

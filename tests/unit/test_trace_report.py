@@ -13,16 +13,14 @@ import pytest
 import torch
 
 from kpatch.errors import BadInput, KpatchError
-from kpatch.facts.schema import Fact
+from kpatch.facts.fact import Fact
 from kpatch.trace import plot
 from kpatch.trace.colors import dark, hex_of, on_dark, on_white
 from kpatch.trace.files import write_folder, write_html
 from kpatch.trace.html import _ticks, report
-from kpatch.trace.panels import curves_panel, fact_panels, label, panels
-from kpatch.trace.roles import ROLES
+from kpatch.trace.panels import curves_panel, fact_panels, label, panels, told
 from kpatch.trace.run import FactTrace, Settings, Traces
-from kpatch.trace.summary import Summary
-from kpatch.trace.words import told
+from kpatch.trace.summary import ROLES, Summary
 
 LAYERS = 12
 TOKENS = ("The", " <b>", " Needle", " is", " in", " $x$")

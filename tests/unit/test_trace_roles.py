@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from kpatch.trace.roles import ROLES, by_role, effects, interval, means, resamples, role_of
+from kpatch.trace.summary import ROLES, by_role, effects, interval, means, resamples, role_of
 
 NAN = math.nan
 

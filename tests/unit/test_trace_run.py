@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kpatch.cache import cache_dir
 from kpatch.errors import BadInput
-from kpatch.models.runs import Calls
+from kpatch.models.partial_forward import Calls
 from kpatch.reporter import Advance
 from kpatch.trace import run as run_module
 from kpatch.trace.cells import state
@@ -347,7 +347,7 @@ def test_no_facts() -> None:
 
 def test_work_below_the_restored_layer_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cell at layer l and token t runs L - l - 1 layers on the columns from t on, and nothing else."""
-    from kpatch.trace.base import run_base
+    from kpatch.trace.clean_corrupted import run_base
     from kpatch.trace.known import find_known
     from kpatch.trace.noise import draw
 

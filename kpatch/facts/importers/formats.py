@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from kpatch.facts.schema import FACT_KEYS, SLOT, fill
+from kpatch.facts.fact import FACT_KEYS, SLOT, fill
 
 Record = Mapping[str, Any]
 Draft = dict[str, Any]

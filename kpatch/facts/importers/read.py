@@ -11,10 +11,10 @@ from typing import Any
 from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
 from kpatch.facts.conflicts import give_ids, settle
+from kpatch.facts.fact import Fact
 from kpatch.facts.importers.formats import ALT, ANSWERS, FORMATS, Format, RecordError
 from kpatch.facts.load import load_facts, read_text
 from kpatch.facts.problems import Problems
-from kpatch.facts.schema import Fact
 from kpatch.facts.tables import as_written
 
 _JSON, _LINES = (".json",), (".jsonl", ".ndjson")

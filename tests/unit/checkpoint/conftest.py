@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.checkpoint import closed
+from kpatch.checkpoint import commit
 from tests.support.checkpoints import make_checkpoint
 
 
@@ -15,7 +15,7 @@ from tests.support.checkpoints import make_checkpoint
 def _surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KPATCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(os, "fsync", lambda handle: None)  # the machine lives on; thousands of syncs take minutes
-    monkeypatch.setattr(closed, "PAUSE", 0.0)
+    monkeypatch.setattr(commit, "PAUSE", 0.0)
 
 
 @pytest.fixture

@@ -20,10 +20,10 @@ import pytest
 
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.apply import apply
+from kpatch.checkpoint.fit import base_weights, verify_fit
 from kpatch.checkpoint.recover import recover
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
-from kpatch.checkpoint.verify import base_weights, verify_fit
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
 from tests.support.faults import OPERATIONS, one_by_one
@@ -132,7 +132,7 @@ def test_a_full_disk_is_foreseen(tmp_path: Path, scenario: Scenario, monkeypatch
     model, run = scenario(tmp_path, "first apply")
     before = snapshot(model)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("kpatch.checkpoint.space.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("kpatch.checkpoint.patched_copy.shutil.disk_usage", lambda path: usage)
     with pytest.raises(KpatchError, match="Not enough space"):
         run()
     assert snapshot(model) == before

@@ -12,8 +12,8 @@ import pytest
 
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.apply import apply
+from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.revert import revert
-from kpatch.checkpoint.verify import verify_fit
 from kpatch.errors import KpatchError
 from kpatch.reporter import Advance
 from tests.support.checkpoints import (
@@ -157,7 +157,7 @@ def test_what_is_kept_serves_a_weight_with_equal_bytes_later(tmp_path: Path, fir
 
 
 def test_more_kept_files_than_may_be_open(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kpatch.checkpoint.splice._OPEN", 1)
+    monkeypatch.setattr("kpatch.checkpoint.stage._OPEN", 1)
     a, _, _ = three(model)
     before = snapshot(model)
     apply([a], model)

@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from kpatch.checkpoint.apply import apply
-from kpatch.checkpoint.log import history, now
 from kpatch.checkpoint.recover import recover
-from kpatch.checkpoint.remember import last_applied
 from kpatch.checkpoint.revert import revert
-from kpatch.checkpoint.status import status
+from kpatch.checkpoint.status import history, now, status
 from tests.support.checkpoints import (
     three,
     times,
@@ -32,17 +30,6 @@ def test_status_tells_what_is_there(model: Path) -> None:
     assert found.base == "tiny/model"
     assert found.kept_bytes == 3 * 8 * 12 * 4
     assert found.next == f"kpatch revert {model}"
-
-
-def test_the_last_checkpoint_is_remembered_until_it_is_bare(model: Path) -> None:
-    a, b, _ = three(model)
-    assert last_applied() is None
-    apply([a, b], model)
-    assert last_applied() == model
-    revert(model)
-    assert last_applied() == model
-    revert(model)
-    assert last_applied() is None
 
 
 def test_recover_has_nothing_to_do(model: Path) -> None:
@@ -64,7 +51,7 @@ def test_records_are_readable_json(model: Path) -> None:
 def test_the_log_tells_what_was_done_until_the_last_patch_goes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, c = three(model)
     times_told = iter(f"2026-01-0{day}T00:00:00Z" for day in range(1, 9))
-    monkeypatch.setattr("kpatch.checkpoint.log.now", lambda: next(times_told))
+    monkeypatch.setattr("kpatch.checkpoint.status.now", lambda: next(times_told))
     assert history(model).entries == ()
     apply([a], model)
     apply([c, b], model)
@@ -91,7 +78,7 @@ def test_times_are_in_utc() -> None:
 
 def test_a_long_log_loses_its_oldest_entries(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, _ = three(model)
-    monkeypatch.setattr("kpatch.checkpoint.log._KEPT", 3)
+    monkeypatch.setattr("kpatch.checkpoint.status._KEPT", 3)
     apply([a], model)
     for _ in range(2):
         apply([b], model)

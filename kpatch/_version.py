@@ -1,0 +1,3 @@
+"""The version: one string that everything below may read."""
+
+__version__ = "0.1.0"

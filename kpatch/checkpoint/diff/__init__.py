@@ -1,0 +1,1 @@
+"""A patch from two checkpoints: which weights differ, and the difference in its smallest form."""

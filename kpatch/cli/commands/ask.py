@@ -1,0 +1,96 @@
+"""`kpatch ask`: what a model answers, with a patch in memory or without; nothing is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kpatch.cli import options as opt
+from kpatch.cli import parse
+from kpatch.cli.output import Cell, Output, begin, percent
+from kpatch.cli.targets import load
+
+EXAMPLES = opt.examples(
+    'kpatch ask smollm2 "The Eiffel Tower is in"',
+    'kpatch ask model/ "The Eiffel Tower is in" "Paris is in" --patch news.patch',
+)
+
+
+def command(
+    model: opt.Model,
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    patch: Annotated[
+        Path | None, typer.Option(metavar="PATCH", help="Also ask with this patch, and show both answers.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=100, help="How many next tokens to show.")] = 5,
+    max_tokens: Annotated[int, typer.Option(min=1, max=1000, help="How long the answers may be.")] = 12,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    modules: opt.Modules = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Ask a model, before and after a patch."""
+    out = begin(json, quiet, verbose)
+    empty = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
+    if empty:
+        raise typer.BadParameter(f"prompt {empty[0]} is empty")
+    names = parse.modules(modules)
+    if patch is not None:
+        from kpatch.patch.header import read_header
+
+        read_header(patch)  # a wrong file is told before a model is loaded
+
+    loaded = load(out, model, device, dtype, names)
+
+    from kpatch.evaluate.answers import ask
+
+    before = _plain(ask(loaded, prompts, top, max_tokens, out))
+    if patch is None:
+        out.result({"prompts": before})
+        _one(out, before)
+        return
+    from kpatch import patched
+
+    with patched(loaded, patch, report=out):
+        after = _plain(ask(loaded, prompts, top, max_tokens, out))
+    out.result({"prompts": after, "unpatched": before})
+    _both(out, before, after)
+
+
+def _one(out: Output, answers: Sequence[Mapping[str, Any]]) -> None:
+    for answer in answers:
+        out.table(("Prompt", "Completion"), [(answer["prompt"], answer["completion"])])
+        rows: list[list[Cell]] = [[token["token"], percent(token["probability"])] for token in answer["top"]]
+        out.line()
+        out.table(("Next token", "P"), rows, right=(1,))
+        out.line()
+
+
+def _both(out: Output, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+    rows: list[list[Cell]] = []
+    for old, new in zip(before, after, strict=True):
+        rows.append([old["prompt"], old["completion"], _best(old), new["completion"], _best(new)])
+    out.table(("Prompt", "Before", "P(first)", "After", "P(first)"), rows, right=(2, 4))
+    if out.verbose:
+        for old, new in zip(before, after, strict=True):
+            pairs = list(zip(old["top"], new["top"], strict=False))
+            out.line(f"\n{old['prompt']}")
+            tokens: list[list[Cell]] = [
+                [a["token"], percent(a["probability"]), b["token"], percent(b["probability"])] for a, b in pairs
+            ]
+            out.table(("Before", "P", "After", "P"), tokens, right=(1, 3))
+
+
+def _best(answer: Mapping[str, Any]) -> str:
+    return percent(answer["top"][0]["probability"]) if answer["top"] else "–"
+
+
+def _plain(answers: Any) -> list[dict[str, Any]]:
+    from kpatch.cli.output import plain
+
+    return [plain(answer) for answer in answers]

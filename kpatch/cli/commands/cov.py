@@ -1,0 +1,62 @@
+"""`kpatch cov`: second moments of keys, computed ahead into the cache."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import typer
+
+from kpatch import distributed
+from kpatch.cli import options as opt
+from kpatch.cli import parse
+from kpatch.cli.output import begin, size
+from kpatch.cli.targets import load
+
+EXAMPLES = opt.examples("kpatch cov smollm2", "kpatch cov gpt-j --layers 3-8 --corpus wiki.txt --tokens 100000")
+
+
+def command(
+    model: opt.Model,
+    layers: opt.Layers = None,
+    corpus: opt.Corpus = "self",
+    tokens: opt.Tokens = None,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed samples the same text.")] = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    modules: opt.Modules = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Compute the covariance of a model's keys ahead of `make`.
+
+    It is cached, goes on after an interruption, and grows to more tokens without starting again.
+    """
+    out = begin(json, quiet, verbose)
+    wanted, names = parse.layers(layers), parse.modules(modules)
+
+    start = time.monotonic()
+    loaded = load(out, model, device, dtype, names)
+
+    from kpatch.edit.hyper import hyper_for
+    from kpatch.stats.covariance import collect
+
+    chosen = hyper_for(loaded, wanted, {}, out).layers
+    covariance = collect(loaded, chosen, corpus=corpus, tokens=tokens, seed=seed, report=out)
+    if not distributed.is_main():
+        return
+    width = loaded.mlp_width
+    out.result(
+        {
+            "model": loaded.name,
+            **covariance.to_dict(),
+            "layers": list(chosen),
+            "width": width,
+            "seconds": time.monotonic() - start,
+        }
+    )
+    packed = size(width * (width + 1) // 2 * 8)
+    rows = [(layer, f"{moment.count:,}", f"{width} × {width}", packed) for layer, moment in covariance.moments.items()]
+    out.table(("Layer", "Tokens", "Matrix", "Stored"), rows, right=(0, 1, 3))
+    out.line(f"{loaded.name}: {covariance.corpus}, {covariance.tokens:,} tokens, id {covariance.id[:12]}")

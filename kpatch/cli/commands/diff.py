@@ -1,0 +1,196 @@
+"""`kpatch diff`: two patches beside each other, or two checkpoints as a patch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from kpatch.cli import options as opt
+from kpatch.cli.output import Cell, Output, begin, clean, percent, size
+from kpatch.cli.tables import show_interference
+from kpatch.errors import BadInput
+from kpatch.outputs import check_new_file
+
+if TYPE_CHECKING:
+    from kpatch.checkpoint.diff.checkpoints import CheckpointDiff
+    from kpatch.patch.compare import PatchDiff
+
+EXAMPLES = opt.examples("kpatch diff old.patch new.patch", "kpatch diff old/ new/ -o change.patch")
+
+_FACTS_SHOWN = 25
+_TENSORS_SHOWN = 40
+
+
+def command(
+    a: Annotated[Path, typer.Argument(metavar="A", help="A patch file, or a checkpoint directory: the older one.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Another of the same kind: the newer one.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", metavar="PATCH", help="For checkpoints: write the patch that turns A into B."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Store a change as factors where their relative error is within this, as 1e-6."
+            " Default: only what gives B bit for bit.",
+        ),
+    ] = None,
+    max_rank: Annotated[
+        int | None, typer.Option("--max-rank", min=1, metavar="N", help="Try no factors with more columns.")
+    ] = None,
+    seed: opt.Seed = 0,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Compare two patches, or two checkpoints.
+
+    Of two checkpoint directories, -o makes a patch.
+    """
+    say = begin(json, quiet, verbose)
+    if a.is_dir() != b.is_dir():
+        patch, folder = (b, a) if a.is_dir() else (a, b)
+        raise BadInput(
+            f"{folder} is a directory and {patch} is not; two patches or two checkpoints can be compared",
+            hint=f"`kpatch verify {patch} {folder}` says whether the patch fits",
+        )
+    if a.is_dir():
+        _checkpoints(say, a, b, out, tolerance, max_rank, seed, force)
+    elif out or tolerance is not None or max_rank is not None:
+        raise BadInput("-o, --tolerance and --max-rank are for two checkpoint directories", hint="`kpatch stack` adds")
+    else:
+        _patches(say, a, b)
+
+
+def _checkpoints(
+    say: Output,
+    a: Path,
+    b: Path,
+    out: Path | None,
+    tolerance: float | None,
+    max_rank: int | None,
+    seed: int,
+    force: bool,
+) -> None:
+    if out is None and (tolerance is not None or max_rank is not None):
+        raise BadInput("--tolerance and --max-rank say how a patch is stored; name it with -o")
+    if out is not None:
+        check_new_file(out, force=force, what="a patch")
+    from kpatch.checkpoint.diff.checkpoints import diff_checkpoints
+
+    found = diff_checkpoints(a, b, out, tolerance=tolerance, max_rank=max_rank, seed=seed, force=force, report=say)
+    say.result(found.to_dict())
+    total = len(found.tensors) + found.same
+    if found.equal:
+        say.line(f"{a} and {b}: the same {total} tensors")
+        return
+    shown = found.tensors if say.verbose else found.tensors[:_TENSORS_SHOWN]
+    rows: list[list[Cell]] = []
+    for tensor in shown:
+        row: list[Cell] = [tensor.name, " × ".join(map(str, tensor.shape)), f"{tensor.norm:.3g}"]
+        row.append(percent(tensor.relative_norm))
+        if tensor.form is not None:
+            row += [f"rank {tensor.rank}" if tensor.form == "lowrank" else "dense", size(tensor.bytes)]
+            row += [f"{tensor.differs:,}" if tensor.differs else "–"]
+        rows.append(row)
+    headers = ("Tensor", "Shape", "Norm of B − A", "of A", "Stored", "Size", "Entries off")
+    say.table(headers[: len(rows[0])], rows, right=tuple(range(2, len(rows[0]))))
+    if len(shown) < len(found.tensors):
+        say.line(f"… and {len(found.tensors) - len(shown)} more (-v shows all)")
+    if found.path is None or found.id is None:
+        say.line(f"{len(found.tensors)} of {total} tensors differ; {found.seconds:.1f} s")
+        say.note(f"next: kpatch diff {a} {b} -o PATCH")
+        return
+    say.line(f"{found.path}  {found.id[:12]}  {size(found.bytes)}: {len(found.tensors)} of {total} tensors differ")
+    _exactness(say, found)
+    say.note(f"next: kpatch show {found.path}; kpatch apply {found.path} {a}")
+
+
+def _exactness(say: Output, found: CheckpointDiff) -> None:
+    """Does the patch give B bit for bit, and what would less than that save?"""
+    off = sum(tensor.differs or 0 for tensor in found.tensors)
+    if not off:
+        say.line(f"applied to {found.a} it gives {found.b} bit for bit; {found.seconds:.1f} s")
+    else:
+        entries = sum(tensor.entries for tensor in found.tensors)
+        worst = max(tensor.error or 0.0 for tensor in found.tensors)
+        missed_part = f"{off:,} of {entries:,} entries ({percent(off / entries)})"
+        say.line(f"applied to {found.a} it gives {found.b} but for {missed_part}; {found.seconds:.1f} s")
+        say.line(f"largest relative error of a tensor's change {worst:.2g}")
+    missed = [(tensor, tensor.shorter) for tensor in found.tensors if tensor.shorter is not None]
+    if missed:
+        saved = sum((tensor.bytes or 0) - shorter[1] for tensor, shorter in missed)
+        share = sum(shorter[2] for _, shorter in missed) / sum(tensor.entries for tensor, _ in missed)
+        say.note(
+            f"{len(missed)} changes of low rank are stored otherwise, because as factors {percent(share)} of their "
+            f"entries would miss B's bits; --tolerance 1e-6 does without those and saves {size(saved)}"
+        )
+
+
+def _patches(say: Output, a: Path, b: Path) -> None:
+    from kpatch.patch.compare import diff_patches
+
+    found = diff_patches(a, b, say)
+    say.result(found.to_dict())
+    first, second = found.patches
+    say.line(f"{first.path}  {first.id[:12]}  →  {second.path}  {second.id[:12]}")
+    if found.equal:
+        say.line("one and the same patch")
+        return
+    if found.base is not None:
+        say.warn(f"made for different models: {found.base}")
+    _facts(say, found)
+    if found.settings:
+        say.line()
+        say.table(
+            ("Setting", "Before", "After"), [(key, _short(old), _short(new)) for key, old, new in found.settings]
+        )
+    say.line()
+    _weights(say, found)
+    if found.base is None:
+        say.line()
+        show_interference(say, found.patches, found.interference)
+
+
+def _facts(say: Output, found: PatchDiff) -> None:
+    facts = found.facts.to_dict()
+    lines = [f"- {fact['text']} → {fact['target']}" for fact in facts["removed"]]
+    lines += [f"+ {fact['text']} → {fact['target']}" for fact in facts["added"]]
+    lines += [f"~ {fact['text']} → {fact['after']}, was → {fact['before']}" for fact in facts["changed"]]
+    shown = lines if say.verbose else lines[:_FACTS_SHOWN]
+    for line in shown:
+        say.line(clean(line))
+    if len(shown) < len(lines):
+        say.line(f"… and {len(lines) - len(shown)} more (-v shows all)")
+    counts = (len(facts["added"]), len(facts["removed"]), len(facts["changed"]), facts["same"])
+    say.line("facts: {} added, {} removed, {} changed, {} the same".format(*counts))
+
+
+def _weights(say: Output, found: PatchDiff) -> None:
+    rows = [
+        (
+            weight.name,
+            *(_number(norm) for norm in weight.norms),
+            *weight.ranks,
+            "–" if weight.angle is None else f"{weight.angle:.1f}°",
+            percent(weight.difference),
+        )
+        for weight in found.weights
+    ]
+    headers = ("Weight", "Norm of A's Δ", "of B's", "Rank", "", "Angle", "‖B − A‖")
+    say.table(headers, rows, right=(1, 2, 3, 4, 5, 6))
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(str(one)[:12] for one in value) or "–"
+    return "–" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,122 @@
+"""`kpatch export`: a patch for programs that know no patches."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kpatch.cli import options as opt
+from kpatch.cli.output import Cell, Output, begin, percent, size
+from kpatch.cli.tables import show_report
+from kpatch.errors import BadInput
+
+if TYPE_CHECKING:
+    from kpatch.export.lora import Adapter
+
+EXAMPLES = opt.examples(
+    "kpatch export news.patch --to peft -o lora/",
+    "kpatch export news.patch --to checkpoint --base model/ -o patched/",
+)
+
+# Ranks that vLLM can be started with.
+_VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+_NO_VLLM = ("gptj", "gpt2")
+_LOSS = 0.05  # as `apply` warns of rounding
+
+
+class To(str, Enum):
+    """What to export to."""
+
+    peft = "peft"
+    gguf = "gguf"
+    checkpoint = "checkpoint"
+
+
+def command(
+    patch: opt.Patch,
+    to: Annotated[
+        To,
+        typer.Option(
+            help="peft: a LoRA adapter for PEFT, vLLM and llama.cpp's converter; gguf: a LoRA adapter for llama.cpp;"
+            " checkpoint: a patched copy of --base."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The directory (gguf: file) to write.")],
+    max_rank: Annotated[
+        int | None,
+        typer.Option("--max-rank", min=1, metavar="N", help="Cut factors to this rank; the error is said."),
+    ] = None,
+    base: Annotated[
+        Path | None, typer.Option(metavar="MODEL_DIR", help="For checkpoint: the checkpoint directory to copy.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file (gguf).")] = False,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Write a patch as a LoRA adapter or a checkpoint."""
+    say = begin(json, quiet, verbose)
+    if (base is not None) != (to is To.checkpoint):
+        raise BadInput("--to checkpoint needs --base MODEL_DIR" if base is None else "--base is for --to checkpoint")
+    if max_rank is not None and to is To.checkpoint:
+        raise BadInput("--max-rank is for adapters; a checkpoint holds the whole change")
+    if force and to is not To.gguf:
+        raise BadInput("--force replaces a file, and this writes a directory", hint="give -o a new directory")
+    if base is not None:
+        from kpatch.checkpoint.apply import apply
+
+        show_report(say, apply([patch], base, out=out, report=say), "Exported", "to")
+        return
+
+    from kpatch.export import gguf, peft
+    from kpatch.export.lora import adapter
+    from kpatch.patch.header import read_header
+
+    found = adapter(read_header(patch), max_rank, say)
+    written = peft.write(found, out) if to is To.peft else gguf.write(found, out, force)
+    _tell(say, found, to, out, written)
+
+
+def _tell(say: Output, found: Adapter, to: To, out: Path, written: int) -> None:
+    rows: list[list[Cell]] = [
+        [module.name, module.rank, percent(module.error), percent(module.key_error)] for module in found.modules
+    ]
+    modules = [
+        {"name": module.name, "rank": module.rank, "error": module.error, "key_error": module.key_error}
+        for module in found.modules
+    ]
+    say.result(
+        {
+            "patch": {"id": found.patch.id, "path": str(found.patch.path)},
+            "to": to.value,
+            "path": str(out),
+            "bytes": written,
+            "rank": found.rank,
+            "modules": modules,
+        }
+    )
+    say.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
+    say.line(f"{out}  {size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
+    lost = max((module.key_error or 0.0 for module in found.modules), default=0.0)
+    if lost > _LOSS:
+        say.warn(f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost")
+    for note in _next(found, to, out):
+        say.note(note)
+
+
+def _next(found: Adapter, to: To, out: Path) -> list[str]:
+    """How each program takes it."""
+    if to is To.gguf:
+        return [f"llama.cpp: llama-cli -m MODEL.gguf --lora {out}"]
+    notes = [f"PEFT: PeftModel.from_pretrained(model, {str(out)!r})"]
+    fitting = [rank for rank in _VLLM_RANKS if rank >= found.rank]
+    if found.patch.manifest.base.family in _NO_VLLM:
+        notes.append("vLLM: has no LoRA for this family; --to checkpoint serves there")
+    elif not fitting:
+        notes.append(f"vLLM: takes no rank above {_VLLM_RANKS[-1]}; export with --max-rank {_VLLM_RANKS[-1]}")
+    else:
+        notes.append(f"vLLM: --enable-lora --max-lora-rank {fitting[0]} --lora-modules name={out}")
+    return notes

@@ -1,0 +1,126 @@
+"""`kpatch make`: facts in, a patch out, with its effect measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kpatch import distributed
+from kpatch.cli import options as opt
+from kpatch.cli import parse
+from kpatch.cli.output import begin, percent
+from kpatch.cli.tables import rate, tell_made
+from kpatch.errors import BadInput, CheckFailed
+from kpatch.outputs import check_new_file
+
+EXAMPLES = opt.examples(
+    "kpatch make facts.yaml -o news.patch --model smollm2",
+    "kpatch make facts.yaml --layers 4-8 --set covariance_weight=1000 --min-efficacy 0.9",
+)
+
+_Least = typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate, from 0 to 1.")
+
+
+def command(
+    facts: opt.Facts,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "-o", "--out", metavar="PATCH", help="The file to write. Default: FACTS with suffix .patch, here."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="Alias, hub id, directory or GGUF file. Default: the file's `model:`."),
+    ] = None,
+    method: Annotated[str, typer.Option(metavar="memit|rome|ft", help="How the weights are found.")] = "memit",
+    layers: opt.Layers = None,
+    layers_from: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take them from the trace.json of `kpatch trace -o`.")
+    ] = None,
+    corpus: opt.Corpus = "self",
+    tokens: opt.Tokens = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A hyperparameter; can be repeated.")
+    ] = None,
+    on: Annotated[
+        Path | None,
+        typer.Option(metavar="MODEL_DIR", help="Make it for this checkpoint, which already carries patches."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--afresh", help="Use what an interrupted run left in the cache.")
+    ] = True,
+    min_efficacy: Annotated[float | None, _Least] = None,
+    min_generalization: Annotated[float | None, _Least] = None,
+    min_specificity: Annotated[float | None, _Least] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    seed: opt.Seed = 0,
+    device: opt.Device = "auto",
+    dtype: opt.Dtype = "auto",
+    memory: opt.Memory = None,
+    modules: opt.Modules = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Make a patch from a fact file, and measure what it does."""
+    say = begin(json, quiet, verbose)
+    path = check_new_file(out or facts.with_suffix(".patch").name, force=force, what="a patch")
+    chosen, settings = parse.layers(layers), parse.settings(set_ or [])
+    budget, names = parse.memory(memory), parse.modules(modules)
+    least = {"efficacy": min_efficacy, "generalization": min_generalization, "specificity": min_specificity}
+
+    from kpatch.facts.load import load_facts
+
+    file = load_facts(facts)
+    for warning in file.warnings:
+        say.warn(warning)
+
+    from kpatch.edit.make import make
+
+    result = make(
+        file,
+        model=model,
+        out=path,
+        method=method,
+        layers=chosen,
+        layers_from=layers_from,
+        settings=settings,
+        corpus=corpus,
+        tokens=tokens,
+        on=on,
+        resume=resume,
+        seed=seed,
+        device=device,
+        dtype=dtype,
+        force=force,
+        memory=budget,
+        modules=names,
+        report=say,
+    )
+    if not distributed.is_main():
+        return
+    tell_made(say, result)
+    _check_rates(result.effect["after"], least, method)
+
+
+def _check_rates(after: dict[str, Any], least: dict[str, float | None], method: str) -> None:
+    short = []
+    for name, wanted in least.items():
+        if wanted is None:
+            continue
+        found = rate(after, name)
+        if found is None:
+            missing = "paraphrases" if name == "generalization" else "neighbors"
+            raise BadInput(f"--min-{name} cannot be checked: the facts have no {missing}", hint="add some to the file")
+        if found < wanted:
+            short.append(f"{name}: expected at least {percent(wanted)}, found {percent(found)}")
+    if short:
+        raise CheckFailed(
+            "The patch was made, but falls short of what was asked",
+            details=short,
+            hint="try other --layers, or "
+            + ("a smaller --set covariance_weight=…" if method == "memit" else "--method memit"),
+        )

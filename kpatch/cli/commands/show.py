@@ -1,0 +1,85 @@
+"""`kpatch show`: what a patch file says of itself, from its header alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from kpatch.cli import options as opt
+from kpatch.cli.output import Output, begin, clean, percent, size
+from kpatch.cli.tables import show_facts, show_metrics
+
+EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --json | jq .facts")
+
+_FACTS_SHOWN = 25
+
+
+def command(
+    patch: opt.Patch,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Show a patch: facts, base, layers, sizes, measured effect."""
+    from kpatch.patch.header import read_header
+
+    out = begin(json, quiet, verbose)
+    info = read_header(patch)
+    manifest: dict[str, Any] = info.manifest.to_dict()
+    out.result({**manifest, "id": info.id, "bytes": info.bytes, "weights": info.weights()})
+    _summary(out, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {size(info.bytes)}")
+    _facts(out, manifest, None if verbose else _FACTS_SHOWN)
+    _weights(out, info.weights())
+
+
+def _summary(out: Output, manifest: dict[str, Any], title: str) -> None:
+    base, covariance = manifest["base"], manifest["covariance"]
+    revision = f" at {base['revision']}" if base["revision"] else ""
+    dtypes = ", ".join(sorted({weight["dtype"] for weight in base["weights"].values()}))
+    settings = ", ".join(f"{key} {_short(value)}" for key, value in manifest["hyperparameters"].items())
+    rows = [
+        ("base", f"{base['name']}{revision} ({base['family']}, {dtypes})"),
+        ("method", f"{manifest['method']}, layers {', '.join(str(layer) for layer in manifest['layers'])}"),
+        ("settings", settings),
+        ("covariance", "" if covariance is None else f"{covariance['corpus']}, {covariance['tokens']:,} tokens"),
+        ("holds", ", ".join(f"{part['id'][:12]} × {part['scale']:g}" for part in manifest.get("stack", ()))),
+        ("on top of", ", ".join(parent[:12] for parent in manifest["parents"])),
+        ("made by", manifest["tool"]),
+    ]
+    out.line(clean(title))
+    for name, text in rows:
+        if text:
+            out.line(f"  {name:<11} {clean(text)}")
+
+
+def _facts(out: Output, manifest: dict[str, Any], limit: int | None) -> None:
+    facts, effect = manifest["facts"], manifest["effect"] or {}
+    out.line()
+    if effect.get("facts"):
+        show_facts(out, effect["facts"], limit)
+    else:
+        rows = [(fact["prompt"].replace("{}", fact["subject"]), fact["target"], fact.get("was")) for fact in facts]
+        out.table(("Prompt", "Target", "Was"), rows[:limit])
+        if limit is not None and len(rows) > limit:
+            out.line(f"… and {len(rows) - limit} more facts (-v shows all)")
+    if effect.get("after"):
+        out.line()
+        show_metrics(out, effect)
+
+
+def _weights(out: Output, weights: list[dict[str, Any]]) -> None:
+    out.line()
+    rows = [
+        (
+            weight["name"],
+            " × ".join(str(side) for side in weight["shape"]),
+            weight["rank"],
+            f"{weight['norm']:.3g}",
+            percent(weight["relative_norm"]),
+        )
+        for weight in weights
+    ]
+    out.table(("Weight", "Shape", "Rank", "Norm of Δ", "of the weight"), rows, right=(2, 3, 4))
+
+
+def _short(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

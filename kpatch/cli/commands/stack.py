@@ -1,0 +1,123 @@
+"""`kpatch stack`: several patches as one, with what they do to each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kpatch.cli import options as opt
+from kpatch.cli import parse
+from kpatch.cli.output import Output, begin, size
+from kpatch.cli.tables import show_interference, tell_made
+from kpatch.errors import BadInput
+from kpatch.outputs import check_new_file
+
+if TYPE_CHECKING:
+    from kpatch.patch.stack import StackResult
+
+EXAMPLES = opt.examples(
+    "kpatch stack a.patch b.patch -o ab.patch",
+    "kpatch stack a.patch b.patch --scale 1 --scale 0.5 --check",
+)
+
+
+def command(
+    patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files made for one model.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="PATCH", help="The file to write.")] = None,
+    scale: Annotated[
+        list[float] | None,
+        typer.Option("--scale", metavar="FACTOR", help="For each patch in turn, a factor on its change; repeat it."),
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Say how the patches go together, and write nothing.")
+    ] = False,
+    resolve: Annotated[
+        bool,
+        typer.Option("--resolve", help="Solve all facts jointly again from the stored values, on the model itself."),
+    ] = False,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="For --resolve: the unpatched model. Default: as the patches call it."),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(metavar="self|PATH|NAME", help="For --resolve: text for the covariance. Default: the patches'."),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    device: opt.Device = "auto",
+    memory: opt.Memory = None,
+    modules: opt.Modules = None,
+    json: opt.Json = False,
+    quiet: opt.Quiet = False,
+    verbose: opt.Verbose = False,
+) -> None:
+    """Make one patch of several: the sum of what they change.
+
+    Facts that contradict each other are refused; how much the patches disturb each other is said.
+    """
+    say = begin(json, quiet, verbose)
+    if check == (out is not None):
+        raise BadInput(
+            "--check writes nothing; leave out -o" if check else "-o is missing", hint="-o PATCH, or --check"
+        )
+    if resolve and (scale or check):
+        raise BadInput("--resolve goes with -o alone: it solves facts as they are, without --scale or --check")
+    if not resolve and (model or corpus or modules):
+        raise BadInput("--model, --corpus and --modules are for --resolve; deltas are added up without the model")
+    if resolve and out is not None:
+        _resolve(say, patches, out, model, corpus, device, memory, modules, force)
+        return
+    from kpatch.patch.stack import stack
+
+    result = stack(patches, out, scales=scale, force=force, report=say)
+    _tell(say, result)
+
+
+def _resolve(
+    say: Output,
+    patches: list[Path],
+    out: Path,
+    model: str | None,
+    corpus: str | None,
+    device: str,
+    memory: str | None,
+    modules: str | None,
+    force: bool,
+) -> None:
+    check_new_file(out, force=force, what="a patch")
+    budget, names = parse.memory(memory), parse.modules(modules)
+    from kpatch.edit.resolve import solve_again
+    from kpatch.patch.stack import about_patches
+
+    result, infos, union = solve_again(
+        patches,
+        out,
+        model=model,
+        corpus=corpus,
+        device=device,
+        memory=budget,
+        modules=names,
+        force=force,
+        report=say,
+    )
+    say.result(about_patches(infos, (1.0,) * len(infos), union, ()))
+    tell_made(say, result)
+
+
+def _tell(say: Output, result: StackResult) -> None:
+    say.result(result.to_dict())
+    show_interference(say, result.patches, result.interference, warn=True)
+    facts = f"{len(result.union.facts)} facts of {len(result.patches)} patches"
+    if result.path is None or result.id is None:
+        say.line(f"{facts} go together; nothing was written")
+        return
+    ranks = sorted({weight["rank"] for weight in result.weights if weight["form"] == "lowrank"})
+    rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
+    dense = sum(weight["form"] == "dense" for weight in result.weights)
+    say.line(
+        f"{result.path}  {result.id[:12]}  {size(result.bytes)}: {facts}, {len(result.weights)} weights{rank}"
+        f"{f', {dense} dense' if dense else ''}; {result.seconds:.1f} s"
+    )
+    say.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")

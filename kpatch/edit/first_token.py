@@ -1,0 +1,85 @@
+"""Subjects that open a text are edited on their own, below the attention sink; all others in the layers R.
+
+Models whose tokenizer adds no BOS park attention on a text's first token. From the layer on where that happens its
+state is the same for every word, many times larger than others, and an edit of one word there reaches all of them
+(SmolLM2, layers 4 to 7: keys six times shorter than elsewhere and correlated by 0.92 between words). At layer 0 the
+key still tells words apart, so a subject that is the very first token gets its value and its update there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch.edit.hyper import Hyper
+from kpatch.edit.requests import Group
+from kpatch.edit.solve import Preserved
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import align, run_to
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.covariance import Covariance
+from kpatch.stats.moment import ridge_for
+from kpatch.stats.self_text import opening_words
+
+_WORDS = 4096
+
+
+@dataclass(frozen=True)
+class Part:
+    """Groups edited in the same layers; `first` says that their subjects are the first token of their rows."""
+
+    groups: tuple[Group, ...]
+    hyper: Hyper
+    first: bool
+
+    @property
+    def least_leverage(self) -> float:
+        """The weight floor of `spread`: words that open texts are preserved so well that a single one would drown."""
+        return self.hyper.first_leverage if self.first else 0.0
+
+    def about(self) -> list[dict[str, Any]]:
+        """Which facts each row of the patch's values and keys stands for, and in which layers."""
+        return [{"facts": list(group.facts), "layers": list(self.hyper.layers)} for group in self.groups]
+
+
+def split(groups: Sequence[Group], hyper: Hyper) -> list[Part]:
+    """The parts, lower layers first; empty ones are left out."""
+    opening = tuple(group for group in groups if group.first)
+    others = tuple(group for group in groups if not group.first)
+    parts = [Part(opening, replace(hyper, layers=(hyper.first_layer,)), True), Part(others, hyper, False)]
+    return [part for part in parts if part.groups]
+
+
+def preserve(
+    model: Model, part: Part, covariance: Covariance, earlier: dict[int, Tensor], report: Reporter = SILENT
+) -> dict[int, Preserved]:
+    """What each of the part's layers must go on doing; a ridge for dependent keys is said aloud.
+
+    For subjects that open texts, words that open texts count as much as all other text does.
+    """
+    preserved = {}
+    for layer in part.hyper.layers:
+        mean = covariance.moments[layer].mean()
+        if part.first:
+            mean = mean + opening_moment(model, layer)
+        ridge = ridge_for(mean)
+        if ridge:
+            report.note(f"layer {layer}: its keys are dependent; a ridge of {ridge:.2g} is added to their covariance")
+        preserved[layer] = Preserved.of(mean, part.hyper.covariance_weight, ridge, earlier.get(layer))
+    return preserved
+
+
+def opening_moment(model: Model, layer: int) -> Tensor:
+    """E[k k^T] [f, f] float64 at `layer` over words that are the first token of a text."""
+    words = opening_words(model)
+    words = words[:: -(-len(words) // _WORDS)]
+    total = torch.zeros(model.mlp_width, model.mlp_width, dtype=torch.float64)
+    for some in torch.split(words, 512):
+        batch = align([[word] for word in some.tolist()], [0] * len(some), model.pad_id, model.device)
+        keys = run_to(model, layer, batch, [layer])[layer][:, 0].double().cpu()  # (512, f)
+        total += keys.T @ keys
+    return total / len(words)

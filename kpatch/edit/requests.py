@@ -1,0 +1,149 @@
+"""Contexts x_j: short texts put before a prompt, so that an edit holds wherever the subject stands.
+
+Facts about one subject share their key, so they share one value: groups of rows that are optimized together.
+
+Source: MEMIT-Merge (2502.07322): one z for all prompts of a subject.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import Encoded, encode_many
+from kpatch.models.model import Model
+from kpatch.models.partial_forward import align
+
+# Texts of several kinds that any prompt can follow; --set lead_ins takes the first of them
+LEAD_INS = (
+    "As everyone knows,",
+    "In the news today:",
+    "Here is a simple fact.",
+    "I read in a book that",
+    "Many people say:",
+)
+_OPENINGS = ("The", "Therefore", "Because", "I", "You")
+
+
+def contexts_for(model: Model, lead_ins: int, count: int, tokens: int, seed: int) -> tuple[str, ...]:
+    """The empty context, the first lead-ins, and `count` texts of `tokens` tokens sampled from the model.
+
+    Each token is one of the five likeliest. Deterministic in the seed: draws come from a generator of their own.
+    Raises BadInput for more lead-ins than there are.
+    """
+    if lead_ins > len(LEAD_INS):
+        raise BadInput(f"--set lead_ins={lead_ins} is more than there are", details=[f"expected 0 to {len(LEAD_INS)}"])
+    return ("", *LEAD_INS[:lead_ins], *(_sampled(model, count, tokens, seed) if count else ()))
+
+
+@torch.no_grad()
+def _sampled(model: Model, count: int, tokens: int, seed: int) -> list[str]:
+    generator = torch.Generator().manual_seed(seed)
+    starts = [list(model.tokenizer(_OPENINGS[index % len(_OPENINGS)]).input_ids) for index in range(count)]
+    rows = [list(start) for start in starts]
+    for _ in range(tokens):
+        batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)  # all end in the last column
+        out = model.net(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+        logits = out.logits[:, -1].float().cpu()  # (count, V)
+        logits[:, model.tokenizer.all_special_ids] = -torch.inf  # an end-of-text inside a sentence helps nobody
+        top = logits.topk(5)
+        picks = torch.multinomial(top.values.softmax(-1), 1, generator=generator)
+        for row, token in zip(rows, top.indices.gather(1, picks)[:, 0].tolist(), strict=True):
+            row.append(token)
+    return [_as_lead(model.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+
+
+def _as_lead(text: str) -> str:
+    """A sampled text as one sentence that a prompt can follow."""
+    return " ".join(text.replace("{", " ").replace("}", " ").split()).rstrip(".,;:- ") + "."
+
+
+MAX_FACTS_PER_SUBJECT = 100
+
+
+@dataclass(frozen=True)
+class Group:
+    """All rows that one value serves.
+
+    rows  every fact in every context, the target's tokens at the end
+    drift  "{subject} is a", whose next-token distribution should stay as it is
+    facts  positions of the group's facts in the fact list
+    contexts  which context each row has, 0 for the bare prompt
+    first  the subject is the first token of the text, where attention sinks
+    """
+
+    subject: str
+    facts: tuple[int, ...]
+    rows: tuple[Encoded, ...]
+    contexts: tuple[int, ...]
+    drift: Encoded
+    first: bool = False
+
+    @property
+    def bare(self) -> int:
+        """The row whose state h^L the value is measured from: the first bare prompt, where there is one."""
+        return self.contexts.index(min(self.contexts))
+
+    @property
+    def columns(self) -> int:
+        """The widest row's columns from the subject's last token on."""
+        return max(len(row.ids) - row.subject_last for row in (*self.rows, self.drift))
+
+
+def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) -> list[Group]:
+    """Groups in the order of their first fact. Raises BadInput for more facts on a subject than a value can carry."""
+    by_subject: dict[str, list[int]] = {}
+    for index, fact in enumerate(facts):
+        by_subject.setdefault(" ".join(fact.subject.split()), []).append(index)
+    for subject, members in by_subject.items():
+        if len(members) > MAX_FACTS_PER_SUBJECT:
+            raise BadInput(
+                f"{len(members)} facts about {subject!r} are more than one value vector can carry",
+                where=facts[members[0]].where or None,
+                details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
+                hint="keep the ones that matter, or split the subject by what its prompts call it",
+            )
+    items: list[tuple[str, str, str | None, str]] = []
+    for members in by_subject.values():
+        for index in members:
+            fact = facts[index]
+            items += [(fact.prompt, fact.subject, fact.target, context and context + " ") for context in contexts]
+        subject = facts[members[0]].subject
+        items += [("{} is a", subject, None, context and context + " ") for context in contexts[:2]]
+    encoded = encode_many(model.tokenizer, items)
+    groups, at = [], 0
+    for subject, members in by_subject.items():
+        count, drifts = len(members) * len(contexts), len(contexts[:2])
+        rows, drift = encoded[at : at + count], encoded[at + count : at + count + drifts]
+        groups += _by_place(subject, tuple(members), rows, drift)
+        at += count + drifts
+    return groups
+
+
+def _by_place(subject: str, facts: tuple[int, ...], rows: list[Encoded], drift: list[Encoded]) -> list[Group]:
+    """One group, or two where the subject is the very first token of some rows and not of others.
+
+    The first position of a text is an attention sink, with states and keys unlike those of the same token elsewhere:
+    a mean over both places fits neither, so each gets its own value and its own key (see `kpatch.edit.first_token`).
+    """
+    groups = []
+    for first in (True, False):
+        mine = [index for index, row in enumerate(rows) if (row.subject_last == 0) == first]
+        if mine:
+            alike = [row for row in drift if (row.subject_last == 0) == first]
+            contexts = len(rows) // len(facts)
+            groups.append(
+                Group(
+                    subject,
+                    facts,
+                    tuple(rows[index] for index in mine),
+                    tuple(index % contexts for index in mine),
+                    alike[0] if alike else drift[0],
+                    first,
+                )
+            )
+    return groups

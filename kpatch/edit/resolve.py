@@ -1,0 +1,282 @@
+"""Were several patches made in one way? What they must agree on for their facts to be solved together.
+
+`stack --resolve`: the facts of several patches solved jointly, from the values that the patches store.
+
+A sum of deltas is not what MEMIT would have found for all facts at once: each was made as if the others' keys were
+text. Here the update of MEMIT runs once more over all facts (Meng et al. 2023, algorithm 1). Its values z are those
+in the patches, so the slow step is left out; keys and residuals are collected on the unpatched model.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch.checkpoint.fit import base_weights, verify_fit
+from kpatch.checkpoint.shards import open_checkpoint
+from kpatch.checkpoint.store import Store
+from kpatch.edit.carry import Origin, carried, save, touched
+from kpatch.edit.first_token import Part, split
+from kpatch.edit.hyper import Hyper
+from kpatch.edit.make import MakeResult, peak_memory
+from kpatch.edit.requests import contexts_for, group_facts
+from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values
+from kpatch.errors import BadInput, Refused
+from kpatch.evaluate.metrics import effect, measure
+from kpatch.facts.fact import Fact
+from kpatch.facts.tokens import check_lengths
+from kpatch.models.address import resolve
+from kpatch.models.aliases import ALIASES, Package
+from kpatch.models.model import Model, load_model
+from kpatch.patch.combine import Union, called, common_base, outer_parents, parts_of, refuse_twice, rows_of, unite
+from kpatch.patch.format import read_tensor
+from kpatch.patch.header import VALUES, PatchInfo, read_header
+from kpatch.patch.manifest import Base
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.corpus import SELF
+from kpatch.stats.covariance import collect
+from kpatch.text import printable
+
+# What decides the update besides the values; the other settings only decide those.
+_UPDATE = ("covariance_weight", "first_layer", "first_leverage", "prefixes", "prefix_tokens", "seed", "dtype")
+
+
+# A patch, its hyperparameters, and R as far as its groups tell.
+_Made = tuple[PatchInfo, Mapping[str, Any], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the patches were made, where that must be the same for all of them."""
+
+    hyper: Hyper
+    seed: int
+    dtype: str
+    corpus: str
+    tokens: int | None
+
+
+def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Settings:
+    """The settings that all patches were made with; `corpus` None is theirs.
+
+    Raises Refused for a patch without stored values, one not made with MEMIT, one made on top of a patch that is not
+    among them, and settings that differ.
+    """
+    parents = outer_parents(infos)
+    if parents:
+        raise Refused(
+            f"They were made on top of patch {parents[0][:12]}, which is not among them",
+            hint="give that patch too: all facts are solved from the unpatched model",
+        )
+    all_made: list[_Made] = []
+    for info in infos:
+        rows = rows_of(info)
+        if not rows:
+            raise Refused(f"{called(info)} stores no values and keys to solve its facts again from")
+        all_made += [(info, made, _edited(rows, made)) for made in _made(info)]
+    for one in all_made:
+        _same(all_made[0], one)
+        _same(max(all_made, key=lambda each: each[2]), one)
+    made, layers = all_made[0][1], max(each[2] for each in all_made)
+    numbers: dict[str, Any] = {f.name: made[f.name] for f in fields(Hyper) if f.name in made}
+    covariance = next((info.manifest.covariance for info in infos if info.manifest.covariance), None) or {}
+    return Settings(
+        Hyper(layers=layers or _all_edited(infos), **numbers),
+        int(made["seed"]),
+        str(made["dtype"]),
+        corpus or str(covariance.get("corpus", SELF)),
+        covariance.get("tokens"),
+    )
+
+
+def _made(info: PatchInfo) -> list[Mapping[str, Any]]:
+    """The hyperparameters of a patch, or of those in a stack. Raises Refused where it was not made with MEMIT."""
+    manifest = info.manifest
+    found = [(manifest.method, manifest.hyperparameters)]
+    if manifest.method == "stack":
+        found = [(str(part["method"]), part["hyperparameters"]) for part in manifest.stack]
+        changed = [part["scale"] for part in manifest.stack if part["scale"] != 1]
+        if changed:
+            raise Refused(f"{called(info)} holds patches at a scale ({changed[0]:g}), which values do not have")
+    for method, hyperparameters in found:
+        if method != "memit" or not hyperparameters.keys() >= {*_UPDATE} or not _numbers(hyperparameters):
+            raise Refused(
+                f"{called(info)} was made with {printable(method, 40)}, not with MEMIT of this kpatch",
+                hint="leave out --resolve: deltas add up whatever made them",
+            )
+    return [hyperparameters for _, hyperparameters in found]
+
+
+def _numbers(hyperparameters: Mapping[str, Any]) -> bool:
+    """Whether every setting that is a number in `Hyper` is one here; a patch may come from elsewhere."""
+    names = [field.name for field in fields(Hyper) if field.name != "layers"] + ["seed"]
+    return all(type(hyperparameters.get(name, 0)) in (int, float) for name in names)
+
+
+def _edited(rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> tuple[int, ...]:
+    """R: the layers of the groups that are not at the layer for subjects that open a text; empty where all are."""
+    found = {tuple(group["layers"]) for group in rows} - {(made["first_layer"],)}
+    return max(found, default=())
+
+
+def _all_edited(infos: Sequence[PatchInfo]) -> tuple[int, ...]:
+    return tuple(sorted({layer for info in infos for layer in info.manifest.layers}))
+
+
+def _same(first: _Made, second: _Made) -> None:
+    """Raise Refused where two patches were not made in one way, with what differs."""
+    (info, made, layers), (other, others, other_layers) = first, second
+    wrong = [f"{key}: {made[key]} and {others[key]}" for key in _UPDATE if made[key] != others[key]]
+    if layers and other_layers and layers != other_layers:
+        wrong.append(f"layers: {list(layers)} and {list(other_layers)}")
+    if wrong:
+        raise Refused(
+            f"{called(info)} and {called(other)} were made with other settings",
+            details=[printable(line, 200) for line in wrong],
+            hint="leave out --resolve to add up their deltas, or make one of them again",
+        )
+
+
+Rows = dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
+
+
+def solve_again(
+    patches: Sequence[str | Path],
+    out: str | Path,
+    *,
+    model: str | Model | None = None,
+    corpus: str | None = None,
+    device: str = "auto",
+    memory: int | None = None,
+    modules: dict[str, str] | None = None,
+    force: bool = False,
+    report: Reporter = SILENT,
+) -> tuple[MakeResult, tuple[PatchInfo, ...], Union]:
+    """Solve the facts of all patches jointly, measure the effect and write the patch; gives the patches and facts too.
+
+    `model` is where the base is (default: what the patches call it), `corpus` the text for the covariance (default:
+    that of the patches), `memory` bytes for activations. Subjects that several patches edit get a new value.
+    Raises Refused for patches that contradict, are for other weights, store no values, need a patch that is not among
+    them, or were made with other settings; BadInput where the model or the corpus cannot be had.
+    """
+    started = time.monotonic()
+    infos = tuple(read_header(path) for path in patches)
+    if not infos:
+        raise BadInput("No patch given")
+    refuse_twice(infos)
+    union = unite(infos)
+    base = common_base(infos, report)
+    settings = settings_of(infos, corpus)
+    edited = _base_model(infos, base, model, device, settings.dtype, modules, report)
+    assert edited.path is not None
+    facts = tuple(Fact.from_dict(dict(fact)) for fact in union.facts)
+    check_lengths(edited.tokenizer, facts)
+    hyper = settings.hyper
+    contexts = contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, settings.seed)
+    parts = split(group_facts(edited, facts, contexts), settings.hyper)
+    layers = touched(parts)
+    clock = {}
+    budget = DEFAULT_BUDGET if memory is None else memory
+    before = measure(edited, facts, report=report)
+    begun = time.monotonic()
+    covariance = collect(
+        edited, layers, corpus=settings.corpus, tokens=settings.tokens, seed=settings.seed, report=report
+    )
+    clock["covariance"] = time.monotonic() - begun
+    begun = time.monotonic()
+    stored = _stored(infos, union)
+    z = [_values(edited, part, stored, facts, budget, report) for part in parts]
+    clock["values"] = time.monotonic() - begun
+    begun = time.monotonic()
+    with carried(edited, parts, z, covariance, {}, budget=budget, report=report) as found:
+        clock["update"] = time.monotonic() - begun
+        after = measure(edited, facts, report=report)
+    measured = effect(before, after)
+    weights = base_weights(edited.path, [edited.weight_name(layer) for layer in layers], report)
+    made_of = parts_of(infos, (1.0,) * len(infos))
+    origin = Origin("memit", facts, settings.hyper, settings.seed, covariance, weights, measured, (), made_of)
+    identity = save(out, edited, found, origin, force)
+    clock["total"] = time.monotonic() - started
+    size, name = Path(out).stat().st_size, edited.name
+    peak = peak_memory(edited)
+    return MakeResult(identity, Path(out), size, name, "memit", tuple(layers), measured, clock, peak), infos, union
+
+
+def _base_model(
+    infos: Sequence[PatchInfo],
+    base: Base,
+    model: str | Model | None,
+    device: str,
+    dtype: str,
+    modules: dict[str, str] | None,
+    report: Reporter,
+) -> Model:
+    """The unpatched model in memory. Raises Refused where its weights are not those the patches were made for."""
+    if isinstance(model, Model):
+        if model.path is None:
+            raise BadInput(f"{model.name} was not loaded from a checkpoint directory", hint="give the model's address")
+        _check_base(infos, model.path, report)
+        return model
+    resolved = resolve(model or _address(base), report)
+    report.note(resolved.said)
+    _check_base(infos, resolved.path, report)
+    with report.task(f"Loading {resolved.name}"):
+        return load_model(resolved, device=device, dtype=dtype, modules=modules)
+
+
+def _check_base(infos: Sequence[PatchInfo], path: Path, report: Reporter) -> None:
+    for info in infos:
+        fit = verify_fit(info.path, path, report)
+        if not fit.ok:
+            raise fit.error(Refused)
+    if Store(open_checkpoint(path).path).applied().patches:
+        raise Refused(
+            f"{path} carries patches; the facts are solved from the unpatched model",
+            hint="take them off with `kpatch revert --all`, or name the model it was copied from",
+        )
+
+
+def _address(base: Base) -> str:
+    """Where the base is likely to be found by its name. Raises BadInput."""
+    for name, alias in ALIASES.items():
+        if isinstance(alias.source, Package) and alias.source.title == base.name:
+            return name
+    if "/" in base.name:
+        return f"{base.name}@{base.revision}" if base.revision else base.name
+    raise BadInput(
+        f"Where is {printable(base.name, 120)}, the model these patches were made for?",
+        hint="name it: --model, with an alias, a hub id, a checkpoint directory or a GGUF file",
+    )
+
+
+def _stored(infos: Sequence[PatchInfo], union: Union) -> Rows:
+    """The patches' values by the facts (positions in the union) and the layers they are for; the first one counts."""
+    rows: Rows = {}
+    for info, places in zip(infos, union.places, strict=True):
+        values = read_tensor(info, VALUES)
+        for row, group in enumerate(rows_of(info)):
+            about = tuple(sorted({places[index] for index in group["facts"]}))
+            rows.setdefault((about, tuple(group["layers"])), values[row])
+    return rows
+
+
+def _values(model: Model, part: Part, stored: Rows, facts: Sequence[Fact], budget: int, report: Reporter) -> Tensor:
+    """z [n, d] for the groups of a part: stored ones, and new ones for subjects that several patches edit."""
+    z: list[Tensor | None] = [stored.get((tuple(sorted(g.facts)), part.hyper.layers)) for g in part.groups]
+    missing = [index for index, row in enumerate(z) if row is None]
+    if missing:
+        subjects = ", ".join(printable(part.groups[index].subject, 40) for index in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
+        groups = [part.groups[index] for index in missing]
+        for index, row in zip(
+            missing, find_values(model, groups, part.hyper, budget=budget, report=report).z, strict=True
+        ):
+            z[index] = row
+    return torch.stack([row for row in z if row is not None]).float()

@@ -1,0 +1,165 @@
+"""How many rows go together: batches of groups of like width, within a memory budget, the same on every run.
+
+Values for all groups: batch after batch, each kept by content so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kpatch import distributed
+from kpatch.cache import atomic_write, cache_dir
+from kpatch.edit.hyper import Hyper
+from kpatch.edit.requests import Group
+from kpatch.edit.values import Values, optimize
+from kpatch.errors import BadInput
+from kpatch.models.fingerprint import weights_fingerprint
+from kpatch.models.model import Model
+from kpatch.reporter import SILENT, Advance, Reporter
+
+DEFAULT_BUDGET = 800_000_000  # bytes of activations
+
+
+def row_bytes(model: Model, columns: int, prefix: int, layers: int) -> int:
+    """What one row of a values batch holds for the backward pass, in bytes.
+
+    About 10 vectors of width d and 4 of width f a layer and column, and the prefix's keys and values.
+    """
+    size = model.dtype.itemsize
+    per_column = layers * (10 * model.width + 4 * model.mlp_width) * size
+    return columns * per_column + 2 * prefix * layers * model.width * size
+
+
+def plan(model: Model, groups: Sequence[Group], layer: int, budget: int = DEFAULT_BUDGET) -> list[list[int]]:
+    """Indices of groups, batch by batch: sorted by width, so that little is padded, and filled up to the budget.
+
+    It depends on the groups, the model and the budget only, never on what memory is free at the moment:
+    the same inputs are batched alike and give the same bits.
+    """
+    layers = model.n_layers - layer - 1
+    order = sorted(range(len(groups)), key=lambda i: (groups[i].columns, i))
+    batches: list[list[int]] = []
+    used = 0
+    for index in order:
+        group = groups[index]
+        prefix = max(row.subject_last for row in group.rows)
+        vocabulary = (sum(len(r.ids) - r.prompt_len for r in group.rows) + 2) * model.net.config.vocab_size * 4 * 4
+        need = (len(group.rows) + 1) * row_bytes(model, group.columns, prefix, layers) + vocabulary
+        if not batches or used + need > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(index)
+        used += need
+    return batches
+
+
+_CODE = 2  # raise it when the same settings come to give other values
+
+
+def find_values(
+    model: Model,
+    groups: Sequence[Group],
+    hyper: Hyper,
+    *,
+    budget: int,
+    keep: bool = True,
+    resume: bool = True,
+    report: Reporter = SILENT,
+) -> Values:
+    """Values z [n, d] of all groups. Memory goes with `budget` (bytes), not with the number of groups.
+
+    Kept by what decides them: weights, rows of ids, layer L, the objective's numbers and the batch they were found
+    in, since a batch's company shows in the last bits. λ and the spread decide nothing here.
+    Several ranks share the batches, which are the same however many they are.
+    Raises BadInput when one group alone does not fit in memory.
+    """
+    layer = max(hyper.layers)
+    weights = weights_fingerprint(model, report) if keep else ""
+    z = torch.empty(len(groups), model.width)
+    losses, steps = [0.0] * len(groups), [0] * len(groups)
+    batches = plan(model, groups, layer, budget)
+    own = sum(len(batch) for number, batch in enumerate(batches) if distributed.mine(number))
+    with report.task("Finding values", own * hyper.steps, "step") as advance:
+
+        def find(batch: Sequence[int]) -> Values:
+            members = [groups[index] for index in batch]
+            path = cache_dir("values") / f"{_key(weights, model, members, hyper)}.safetensors" if keep else None
+            found = _read(path, len(members), model.width) if path is not None and resume else None
+            if found is None:
+                found = _within_memory(model, members, hyper, advance, report)
+                if path is not None:
+                    _write(path, found)
+            else:
+                advance(len(members) * hyper.steps)
+            return found
+
+        for batch, found in zip(batches, distributed.share(batches, find), strict=True):
+            z[batch] = found.z
+            for index, loss, step in zip(batch, found.losses, found.steps, strict=True):
+                losses[index], steps[index] = loss, step
+    return Values(z, tuple(losses), tuple(steps))
+
+
+def _within_memory(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance, report: Reporter) -> Values:
+    """`optimize`, in halves where a device has less memory than the budget allowed for."""
+    try:
+        return optimize(model, groups, hyper, advance)
+    except torch.OutOfMemoryError as error:
+        if len(groups) == 1:
+            raise BadInput(
+                f"One fact about {groups[0].subject!r} does not fit in this device's memory",
+                hint="shorten its prompts, or use --device cpu",
+            ) from error
+        torch.cuda.empty_cache()
+        report.warn(f"out of memory with {len(groups)} facts together: going on with half of them")
+    half = len(groups) // 2
+    parts = [_within_memory(model, part, hyper, advance, report) for part in (groups[:half], groups[half:])]
+    return Values(
+        torch.cat([part.z for part in parts]), parts[0].losses + parts[1].losses, parts[0].steps + parts[1].steps
+    )
+
+
+def _key(weights: str, model: Model, groups: Sequence[Group], hyper: Hyper) -> str:
+    numbers = hyper.to_dict()
+    for name in (
+        "covariance_weight",
+        "lead_ins",
+        "prefixes",
+        "prefix_tokens",
+    ):  # the rows themselves stand for the contexts
+        numbers.pop(name)
+    rows = [
+        [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]
+        for group in groups
+    ]
+    content = [_CODE, weights, str(model.dtype), model.device.type, max(hyper.layers), numbers, rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _write(path: Path, values: Values) -> None:
+    tensors = {
+        "z": values.z.contiguous(),
+        "losses": torch.tensor(values.losses, dtype=torch.float64),
+        "steps": torch.tensor(values.steps),
+    }
+    atomic_write(path, lambda temporary: save_file(tensors, temporary))
+
+
+def _read(path: Path, count: int, width: int) -> Values | None:
+    """Kept values, or None where there are none or they are not whole."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+        z, losses, steps = tensors["z"], tensors["losses"], tensors["steps"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    if z.shape != (count, width) or not torch.isfinite(z).all() or len(losses) != count or len(steps) != count:
+        return None
+    return Values(z, tuple(losses.tolist()), tuple(int(step) for step in steps))

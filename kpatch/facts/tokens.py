@@ -1,0 +1,262 @@
+"""Whether a space belongs between a prompt and what follows it.
+
+Facts as tokens: the prompt, the token that carries the subject's last character, the target behind it.
+
+Needs a fast tokenizer of Hugging Face (its character offsets), but imports none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from kpatch.errors import BadInput
+from kpatch.facts.fact import SLOT, Fact, fill
+from kpatch.facts.problems import cut, limited
+
+_OPENING = frozenset("([{<“‘‚„«‹「『（【《〈〔［｛¿¡")
+_STRAIGHT = frozenset("\"'`")
+
+# Scripts that put no space between words; Korean does
+_UNSPACED = (
+    (0x0E00, 0x0EFF),  # Thai, Lao
+    (0x1000, 0x109F),  # Myanmar
+    (0x1780, 0x17FF),  # Khmer
+    (0x2E80, 0x2FFF),  # Han radicals
+    (0x3001, 0x312F),  # CJK signs, kana, bopomofo
+    (0x31A0, 0x31FF),
+    (0x3400, 0x4DBF),  # Han
+    (0x4E00, 0x9FFF),
+    (0xF900, 0xFAFF),
+    (0xFF01, 0xFF9F),  # full-width signs, half-width kana
+    (0x20000, 0x3FFFF),
+)
+
+
+def separator(text: str, target: str) -> str:
+    """One space or nothing, by how people write: none behind an opening quote, nor inside Chinese or Thai."""
+    if not text or not target or text[-1].isspace() or opens(text):
+        return ""
+    return "" if unspaced(text[-1]) and unspaced(target[0]) else " "
+
+
+def opens(text: str) -> bool:
+    """True when `text` ends in an opening quote or bracket; a straight quote opens behind a space only."""
+    if text[-1] in _STRAIGHT:
+        return len(text) == 1 or text[-2].isspace() or opens(text[:-1])
+    return text[-1] in _OPENING
+
+
+def unspaced(sign: str) -> bool:
+    """True for a character of a script that is written without spaces."""
+    code = ord(sign)
+    return code >= 0x0E00 and any(first <= code <= last for first, last in _UNSPACED)
+
+
+# Texts put before a target where its prompt's last token would merge with it; the first that does not is used
+_ANCHORS = ("\n", ".", "a", "1", "。")
+LONGEST_TARGET = 32
+Item = tuple[str, str, str | None, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One row of token ids: special tokens in front (BOS, where the tokenizer adds one), prompt, target; never EOS.
+
+    `subject_last` is the index of the token that carries the subject's last character;
+    `ids[:prompt_len]` is the prompt just as the tokenizer gives it, `ids[prompt_len:]` the target.
+    """
+
+    ids: tuple[int, ...]
+    subject_last: int
+    prompt_len: int
+
+
+def require_fast(tokenizer: Any) -> None:
+    """Raise BadInput for a tokenizer without character offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise BadInput(
+            "This model comes with a slow tokenizer only, which does not tell where a word's tokens are",
+            details=[f"found {type(tokenizer).__name__}; expected one with a tokenizer.json"],
+            hint="put a tokenizer.json beside the model: load its tokenizer with transformers and save it again",
+        )
+
+
+def encode(tokenizer: Any, prompt: str, subject: str, target: str | None = None, prefix: str = "") -> Encoded:
+    """Tokens of `prefix` + `prompt` with the subject in its {} + `target`; see `encode_many`."""
+    return encode_many(tokenizer, [(prompt, subject, target, prefix)])[0]
+
+
+def encode_many(tokenizer: Any, items: Sequence[Item]) -> list[Encoded]:
+    """Tokens of many (prompt, subject, target or None, prefix), with one call of the tokenizer.
+
+    A prefix is put before the prompt as it is, so it brings its own space. Spaces at a prompt's end are left out.
+    Raises BadInput for a prompt without exactly one {}, and where the tokenizer keeps nothing of a subject or target.
+    """
+    return [row for row, _ in encode_spans(tokenizer, items)]
+
+
+def encode_spans(tokenizer: Any, items: Sequence[Item]) -> list[tuple[Encoded, int]]:
+    """As `encode_many`, each with the index of the subject's first token."""
+    rows = [_place(*item) for item in items]
+    wanted = dict.fromkeys(text for row in rows for text in (row.text, row.whole))
+    tokens = dict(zip(wanted, _tokenize(tokenizer, list(wanted)), strict=True))
+    lead = lead_ids(tokenizer)
+    targets = _targets(tokenizer, rows, tokens)
+    result = []
+    for row, target_ids in zip(rows, targets, strict=True):
+        found = tokens[row.text]
+        first, last = _subject_tokens(found.offsets, row)
+        ids = (*lead, *found.ids, *target_ids)
+        result.append((Encoded(ids, len(lead) + last, len(lead) + len(found.ids)), len(lead) + first))
+    return result
+
+
+def encode_target(tokenizer: Any, text: str, target: str) -> tuple[int, ...]:
+    """The ids of `target` behind `text`, with the space that belongs between them; see `spacing.separator`.
+
+    Raises BadInput where the tokenizer keeps nothing of it.
+    """
+    text, target = text.rstrip(), target.strip()
+    row = _Row(text, text + separator(text, target) + target, 0, 0, "", target)
+    tokens = dict(zip((row.text, row.whole), _tokenize(tokenizer, [row.text, row.whole]), strict=True))
+    return tuple(next(_targets(tokenizer, [row], tokens)))
+
+
+def lead_ids(tokenizer: Any) -> tuple[int, ...]:
+    """The special tokens that the tokenizer puts before a text; those behind it (EOS) are not wanted."""
+    for text in ("a", "1", ".", "。"):
+        plain = _tokenize(tokenizer, [text])[0].ids
+        whole = list(tokenizer(text, padding=False, truncation=False)["input_ids"])
+        for begin in range(len(whole) - len(plain) + 1):
+            if plain and whole[begin : begin + len(plain)] == plain:
+                return tuple(whole[:begin])
+    raise BadInput("This tokenizer gives other tokens for a text when it adds its special ones")
+
+
+def check_lengths(tokenizer: Any, facts: Iterable[Fact], limit: int = LONGEST_TARGET) -> None:
+    """Raise BadInput that names every fact whose target is longer than `limit` tokens."""
+    facts = list(facts)
+    rows = encode_many(tokenizer, [(fact.prompt, fact.subject, fact.target, "") for fact in facts])
+    wrong = []
+    for fact, row in zip(facts, rows, strict=True):
+        length = len(row.ids) - row.prompt_len
+        if length > limit:
+            wrong.append(f"{name_of(fact)}: the target {cut(fact.target)!r} has {length} tokens")
+    if wrong:
+        count = "A target is" if len(wrong) == 1 else f"{len(wrong):,} targets are"
+        raise BadInput(
+            f"{count} longer than {limit} tokens",
+            details=limited(wrong),
+            hint="a target is a name or a short phrase; put the rest into the prompt, or leave it out",
+        )
+
+
+def name_of(fact: Fact) -> str:
+    """How messages name a fact: where it stands, else its id, else its subject."""
+    return fact.where or fact.id or repr(fact.subject)
+
+
+class _Tokens(NamedTuple):
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class _Row(NamedTuple):
+    text: str  # prefix and prompt, subject in place, no space at the end
+    whole: str  # the same and the target
+    begin: int  # the subject's characters in `text`
+    end: int
+    subject: str
+    target: str | None
+
+
+def _place(prompt: str, subject: str, target: str | None, prefix: str) -> _Row:
+    if prompt.count(SLOT) != 1:
+        raise BadInput("A prompt must have exactly one {}", details=[f"found {prompt!r}"])
+    subject = subject.strip()
+    if not subject:
+        raise BadInput("A subject is empty", details=[f"in the prompt {prompt!r}"])
+    begin = len(prefix) + prompt.index(SLOT)
+    text = (prefix + fill(prompt, subject)).rstrip()
+    whole = text
+    if target is not None:
+        target = target.strip()
+        whole = text + separator(text, target) + target
+    return _Row(text, whole, begin, begin + len(subject), subject, target)
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str]) -> list[_Tokens]:
+    """Ids without special tokens, and for each token its characters [begin, end) in the text as it was given."""
+    require_fast(tokenizer)
+    if not texts:
+        return []
+    found = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        padding=False,
+        truncation=False,
+        verbose=False,
+    )
+    return [_Tokens(ids, offsets) for ids, offsets in zip(found["input_ids"], found["offset_mapping"], strict=True)]
+
+
+def _subject_tokens(offsets: Sequence[tuple[int, int]], row: _Row) -> tuple[int, int]:
+    """The subject's first token, and the last one that covers its last character.
+
+    A character of several tokens (bytes) ends with the last of them; a token may reach beyond the subject (a merge).
+    Where a normalizer or the vocabulary dropped that character, the last token of what is left of the subject.
+    """
+    last = row.end - 1
+    first = best = None
+    for index, (begin, end) in enumerate(offsets):
+        if begin > last:
+            break
+        if end > row.begin:
+            best = index
+            first = index if first is None else first
+    if first is None or best is None:
+        raise BadInput(
+            f"The tokenizer keeps nothing of the subject {row.subject!r}",
+            details=[f"in {cut(row.text)!r}"],
+            hint="this model does not know the subject's script; write it in another one",
+        )
+    return first, best
+
+
+def _targets(tokenizer: Any, rows: Sequence[_Row], tokens: dict[str, _Tokens]) -> Iterator[Sequence[int]]:
+    """Each row's target ids: what follows the prompt's own ids, or the target behind an anchor where they merge."""
+    merged: dict[str, Sequence[int]] = {}
+    for row in rows:
+        prompt, whole = tokens[row.text].ids, tokens[row.whole].ids
+        if row.target is None:
+            yield ()
+            continue
+        if whole[: len(prompt)] == prompt:
+            ids: Sequence[int] = tuple(whole[len(prompt) :])
+        else:
+            rest = row.whole[len(row.text) :]
+            ids = merged[rest] if rest in merged else merged.setdefault(rest, _alone(tokenizer, rest))
+        if not ids:
+            raise BadInput(
+                f"The tokenizer keeps nothing of the target {row.target!r}",
+                details=[f"behind {cut(row.text)!r}"],
+                hint="this model does not know the target's script; write it in another one",
+            )
+        yield ids
+
+
+def _alone(tokenizer: Any, rest: str) -> Sequence[int]:
+    """The ids of `rest` (a target, with its space or without) behind some text that does not merge with it.
+
+    Not tokenized by itself: tokenizers of SentencePiece's kind put a space of their own before a text's first word.
+    """
+    for anchor in _ANCHORS:
+        before, whole = (found.ids for found in _tokenize(tokenizer, [anchor, anchor + rest]))
+        if before and whole[: len(before)] == before and len(whole) > len(before):
+            return tuple(whole[len(before) :])
+    return tuple(_tokenize(tokenizer, [rest])[0].ids)

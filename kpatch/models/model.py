@@ -1,0 +1,233 @@
+"""A checkpoint directory → a network in memory with its tokenizer and its family's row."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kpatch import distributed
+from kpatch.errors import BadInput
+from kpatch.facts.tokens import require_fast
+from kpatch.models.address import Resolved
+from kpatch.models.families import Family, family_for
+
+
+@dataclass(eq=False)
+class Model:
+    """A causal language model ready for editing: frozen, in evaluation mode, with its family's module names.
+
+    Dimensions: width d, mlp_width f, n_layers L.
+    """
+
+    net: Any
+    tokenizer: Any
+    family: Family
+    name: str = "model"
+    revision: str | None = None
+    path: Path | None = None
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.net.parameters()).device
+        return device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.down(0).weight.dtype  # type: ignore[return-value]
+
+    @cached_property
+    def layers(self) -> nn.ModuleList:
+        return self.net.get_submodule(self.family.layers)  # type: ignore[no-any-return]
+
+    @property
+    def n_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def width(self) -> int:
+        return int(self.net.config.hidden_size)
+
+    @property
+    def mlp_width(self) -> int:
+        rows, cols = self.weight(0).shape
+        return int(rows if self.stores_transposed else cols)
+
+    @cached_property
+    def stores_transposed(self) -> bool:
+        """True when W is stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
+        return type(self.down(0)).__name__ == "Conv1D"
+
+    def layer(self, index: int) -> nn.Module:
+        return self.layers[index]
+
+    def down(self, index: int) -> nn.Module:
+        """The MLP's output projection of layer `index`: W^l."""
+        return self.layers[index].get_submodule(self.family.down)
+
+    def mlp_out(self, index: int) -> nn.Module:
+        """The module whose output is m^l, what the MLP adds to the residual stream."""
+        return self.layers[index].get_submodule(self.family.mlp_out)
+
+    def attn_out(self, index: int) -> nn.Module:
+        """The module whose output is a^l, what attention adds to the residual stream."""
+        return self.layers[index].get_submodule(self.family.attn_out)
+
+    def weight(self, index: int) -> Tensor:
+        """W^l as it is stored."""
+        return self.down(index).weight  # type: ignore[return-value]
+
+    def weight_name(self, index: int) -> str:
+        """The name of W^l in the checkpoint."""
+        return f"{self.family.layers}.{index}.{self.family.down}.weight"
+
+    @property
+    def adds_bos(self) -> bool:
+        """True when the tokenizer puts a special token in front of every text."""
+        return (
+            bool(self.tokenizer("a").input_ids) and self.tokenizer("a").input_ids[0] in self.tokenizer.all_special_ids
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """An id to fill padded columns with; they are masked, so any id of the vocabulary serves."""
+        pad = self.tokenizer.pad_token_id
+        return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: hidden [..., d] after the last layer → logits [..., V]."""
+        norm = self.net.get_submodule(self.family.norm)
+        hidden = norm(hidden)
+        if self.family.project_out is not None:
+            try:
+                project = self.net.get_submodule(self.family.project_out)
+            except AttributeError:  # OPT leaves it out where the embeddings are as wide as the model
+                project = None
+            if project is not None:
+                hidden = project(hidden)
+        logits: Tensor = self.net.get_output_embeddings()(hidden)
+        cap = getattr(self.net.config, "final_logit_softcapping", None)
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def load_model(
+    resolved: Resolved,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    modules: dict[str, str] | None = None,
+    trust_remote_code: bool = False,
+) -> Model:
+    """Load a checkpoint directory for editing.
+
+    `dtype` auto is float32 on a CPU and the checkpoint's own elsewhere.
+    Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, or
+    one that the model does not fit on.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    where = _device(device)
+    path = str(resolved.path)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        family = family_for(config.model_type, modules)
+        if getattr(config, "quantization_config", None) is not None:
+            raise BadInput(
+                f"{resolved.name} holds quantized weights, which cannot be edited",
+                hint="make the patch for the unquantized checkpoint",
+            )
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        net = AutoModelForCausalLM.from_pretrained(
+            path, dtype=_dtype(dtype, where), trust_remote_code=trust_remote_code
+        ).to(where)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            f"{resolved.name} is larger than the memory of {where}",
+            where=path,
+            details=["a model is held by one device as a whole: spreading it over several is not supported"],
+            hint="--dtype bfloat16 takes half of float32; --device cpu takes the machine's memory",
+        ) from error
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{resolved.name} could not be loaded", where=path, details=[reason]) from error
+    return wrap(net, tokenizer, family, name=resolved.name, revision=resolved.revision, path=resolved.path)
+
+
+def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -> Model:
+    """A Model around a network and tokenizer already in memory.
+
+    Raises BadInput where the family's module names are not found or the tokenizer does not match.
+    """
+    family = family or family_for(net.config.model_type)
+    require_fast(tokenizer)
+    net.eval().requires_grad_(False)
+    if getattr(net.config, "attn_logit_softcapping", None) and net.config._attn_implementation == "sdpa":
+        net.set_attn_implementation("eager")  # Gemma 2: sdpa leaves the cap out, and older transformers choose it
+    model = Model(net=net, tokenizer=tokenizer, family=family, **about)
+    if getattr(net.config, "do_layer_norm_before", True) is False:
+        raise BadInput(
+            f"{model.name} norms its residual stream after every layer, where MEMIT's equations do not hold",
+            hint="OPT models other than opt-350m norm before each layer and work",
+        )
+    try:
+        model.attn_out(0), model.mlp_out(0), net.get_submodule(family.norm)
+        out_width = model.weight(0).shape[1 if model.stores_transposed else 0]
+        if out_width != model.width:
+            raise AttributeError(f"{family.down} writes {out_width} numbers where the model is {model.width} wide")
+    except (AttributeError, IndexError) as error:
+        raise BadInput(
+            f"The module names for family {family.model_type!r} do not fit this model",
+            details=[str(error)],
+            hint="give the names by hand with --modules layers=…,down=…,attn_out=…,norm=…",
+        ) from error
+    rows = net.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BadInput(
+            f"The tokenizer does not match {model.name}",
+            details=[f"expected at most {rows} tokens", f"found {len(tokenizer)}"],
+            hint="use the tokenizer files that came with the checkpoint",
+        )
+    return model
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how text becomes ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("padding", None)  # set anew by every call, no part of what the tokenizer is
+    state.pop("truncation", None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    local = distributed.local_rank()
+    if name == "cuda" and local is not None:
+        name = f"cuda:{local}"  # each process of this machine has its own
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(
+            f"Device {name!r} cannot be used", details=[reason], hint="--device cpu always works"
+        ) from error
+    return device
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in dtypes:
+        raise BadInput(f"Unknown dtype {name!r}", details=[f"expected one of auto, {', '.join(dtypes)}"])
+    return dtypes[name]

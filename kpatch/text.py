@@ -1,0 +1,27 @@
+"""Text from files made safe to show. Errors, notes and output pass through here; callers need not think of it."""
+
+from __future__ import annotations
+
+import re
+
+# Control characters, the characters that reorder or end a line, byte order marks, lone surrogates and tag characters.
+# Joiners (U+200C, U+200D) stay: scripts and emoji need them.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str, limit: int | None = None) -> str:
+    """Text from a file made safe for a terminal line: control and reordering characters become visible escapes.
+
+    With `limit`, at most that many characters, the last one an ellipsis. Markup of a terminal library is not touched.
+    """
+    if limit is not None and len(text) > limit:
+        text = text[: limit - 1] + "…"
+    return _UNSAFE.sub(lambda match: _escape(ord(match.group())), text)
+
+
+def _escape(code: int) -> str:
+    if code <= 0xFF:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
