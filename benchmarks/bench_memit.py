@@ -27,17 +27,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kpatch.edit.hyper import hyper_for  # noqa: E402
-from kpatch.edit.memit import spread  # noqa: E402
+from kpatch.edit.memit import memit_update, objective_of  # noqa: E402
+from kpatch.edit.methods import DEFAULT_BUDGET, hyper_for, method_named  # noqa: E402
 from kpatch.edit.requests import (  # noqa: E402
     Group,
     contexts_for,
     group_facts,
 )
-from kpatch.edit.solve import Preserved  # noqa: E402
+from kpatch.edit.solve import KeyCovariance  # noqa: E402
 from kpatch.edit.values import optimize  # noqa: E402
 from kpatch.edit.values_cache import (  # noqa: E402
-    DEFAULT_BUDGET,
     find_values,
     plan,
 )
@@ -112,10 +111,10 @@ def main() -> None:
     model = load_model(resolve(options.model), device=options.device, dtype=options.dtype)
     ends = [int(end) for end in options.layers.split("-")] if options.layers else []
     layers = range(ends[0], ends[-1] + 1) if ends else None
-    hyper = hyper_for(model, layers, dict(pair.split("=", 1) for pair in options.set))
+    hyper = hyper_for(method_named("memit"), model, layers, dict(pair.split("=", 1) for pair in options.set))
     if options.full:
         hyper = replace(hyper, stop_loss=0.0)
-    last = max(hyper.layers)
+    goal, last = objective_of(hyper), max(hyper.layers)
     facts = read_counterfact(options.counterfact) if options.counterfact else list(load_facts(options.facts).facts)
     contexts = contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed=0)
     groups = whole_groups(model, facts, contexts, options.count)
@@ -125,27 +124,29 @@ def main() -> None:
 
     seconds, covariance = timed(lambda: collect(model, hyper.layers, corpus=options.corpus, tokens=options.tokens))
     line(f"covariance, {covariance.tokens:,} tokens (or its cache)", seconds, len(hyper.layers), "a layer")
-    optimize(model, groups[:1], replace(hyper, steps=2))  # what only the first run does is not what is asked
+    optimize(model, groups[:1], replace(goal, steps=2))  # what only the first run does is not what is asked
 
-    seconds, values = timed(lambda: find_values(model, groups, hyper, budget=DEFAULT_BUDGET, keep=False))
+    seconds, values = timed(lambda: find_values(model, groups, goal, budget=DEFAULT_BUDGET, keep=False))
     batches = len(plan(model, groups, last))
     line(f"values, fast, {len(groups)} in {batches} batches", seconds, len(groups), f"{sum(values.steps)} steps")
     seconds, preserved = timed(
         lambda: {
-            layer: Preserved.of(mean, hyper.covariance_weight, ridge_for(mean))
+            layer: KeyCovariance.of(mean, hyper.covariance_weight, ridge_for(mean))
             for layer in hyper.layers
             for mean in [covariance.moments[layer].mean()]
         }
     )
     line("C factored", seconds, len(hyper.layers), "a layer")
-    seconds, _ = timed(lambda: spread(model, groups, values.z, preserved, hyper, budget=DEFAULT_BUDGET // 2))
+    seconds, _ = timed(
+        lambda: memit_update(model, groups, values.z, preserved, hyper.layers, budget=DEFAULT_BUDGET // 2)
+    )
     line(f"update, fast, {len(groups)}", seconds, len(hyper.layers), "a layer")
     print(f"  peak so far {peak()}")
     few = groups[: options.oracle]
     if not few:
         return
 
-    fast, together = timed(lambda: optimize(model, few, hyper))
+    fast, together = timed(lambda: optimize(model, few, goal))
     line(f"values, fast, {len(few)}", fast, len(few), f"{sum(together.steps)} steps")
     slow, found = timed(
         lambda: [oracle.find_value(model, contexts, prompts(facts, group), hyper, last) for group in few]
@@ -159,7 +160,9 @@ def main() -> None:
     per_fast, per_slow = fast / sum(together.steps), slow / steps
     print(f"  a step: fast {per_fast:.4f} s, oracle {per_slow:.4f} s, {per_slow / per_fast:.1f} times as long")
 
-    fast, update = timed(lambda: spread(model, few, together.z, preserved, hyper, budget=DEFAULT_BUDGET // 2))
+    fast, update = timed(
+        lambda: memit_update(model, few, together.z, preserved, hyper.layers, budget=DEFAULT_BUDGET // 2)
+    )
     line(f"update, fast, {len(few)}", fast, len(hyper.layers), "a layer")
     means: dict[int, Tensor] = {layer: covariance.moments[layer].mean() for layer in hyper.layers}
     mine = [prompt for group in few for prompt in prompts(facts, group)]

@@ -28,15 +28,18 @@ sys.path.insert(0, str(ROOT))
 
 from kpatch.cache import atomic_write  # noqa: E402
 from kpatch.edit.make import make  # noqa: E402
-from kpatch.edit.memit import restored  # noqa: E402
-from kpatch.edit.one_layer import PRESETS, RomeHyper, one_layer_hyper  # noqa: E402
-from kpatch.edit.rome import Edited, Running, edit, preserved_by, rome_contexts  # noqa: E402
+from kpatch.edit.methods import hyper_for, method_named  # noqa: E402
+from kpatch.edit.presets import PRESETS  # noqa: E402
+from kpatch.edit.rome import Edited, Running, edit, rome_contexts  # noqa: E402
+from kpatch.edit.solve import key_covariance  # noqa: E402
+from kpatch.edit.weights import restored  # noqa: E402
 from kpatch.evaluate.assess import Wanted, assess  # noqa: E402
 from kpatch.evaluate.patched import patched  # noqa: E402
 from kpatch.facts.fact import Fact  # noqa: E402
 from kpatch.facts.importers.read import import_facts  # noqa: E402
 from kpatch.models.address import resolve  # noqa: E402
 from kpatch.models.model import Model, load_model  # noqa: E402
+from kpatch.stats.covariance import collect  # noqa: E402
 
 COUNTS = (1, 3, 10, 32, 100, 316, 1000)
 METHODS = ("unpatched", "memit", "rome", "ft")
@@ -104,13 +107,13 @@ class Study:
         todo = self.todo("rome", counts)
         if not todo:
             return
-        hyper = one_layer_hyper("rome", self.model, None, settings(self.options, "rome"))
-        assert isinstance(hyper, RomeHyper)
+        hyper = hyper_for(method_named("rome"), self.model, None, settings(self.options, "rome"))
         contexts = rome_contexts(self.model, hyper, self.options.seed)
-        preserved, _ = preserved_by(self.model, hyper, "self", None, self.options.seed)
+        texts = collect(self.model, hyper.layers, seed=self.options.seed)
+        preserved = key_covariance(hyper.layer, texts.moments[hyper.layer].mean(), 1.0)
         kept = self.out / "rome-edits.safetensors"
         edits, seconds = _read_edits(kept)
-        with restored(self.model, [hyper.layer]):
+        with restored(self.model, [self.model.weight_name(hyper.layer)]):
             running = Running(self.model, hyper.layer)
             for number in range(1, max(todo) + 1):
                 if number > len(edits):

@@ -8,21 +8,20 @@ key still tells words apart, so a subject that is the very first token gets its 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kpatch.edit.hyper import Hyper
+from kpatch.edit.presets import MemitHyper
 from kpatch.edit.requests import Group
-from kpatch.edit.solve import Preserved
+from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, run_to
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.covariance import Covariance
-from kpatch.stats.moment import ridge_for
 from kpatch.stats.self_text import opening_words
 
 _WORDS = 4096
@@ -33,12 +32,12 @@ class Part:
     """Groups edited in the same layers; `first` says that their subjects are the first token of their rows."""
 
     groups: tuple[Group, ...]
-    hyper: Hyper
+    hyper: MemitHyper
     first: bool
 
     @property
     def least_leverage(self) -> float:
-        """The weight floor of `spread`: words that open texts are preserved so well that a single one would drown."""
+        """The floor of `memit_update`: without it, opening words would outweigh a single edited fact in C."""
         return self.hyper.first_leverage if self.first else 0.0
 
     def about(self) -> list[dict[str, Any]]:
@@ -46,7 +45,7 @@ class Part:
         return [{"facts": list(group.facts), "layers": list(self.hyper.layers)} for group in self.groups]
 
 
-def split(groups: Sequence[Group], hyper: Hyper) -> list[Part]:
+def split(groups: Sequence[Group], hyper: MemitHyper) -> list[Part]:
     """The parts, lower layers first; empty ones are left out."""
     opening = tuple(group for group in groups if group.first)
     others = tuple(group for group in groups if not group.first)
@@ -54,10 +53,15 @@ def split(groups: Sequence[Group], hyper: Hyper) -> list[Part]:
     return [part for part in parts if part.groups]
 
 
-def preserve(
-    model: Model, part: Part, covariance: Covariance, earlier: dict[int, Tensor], report: Reporter = SILENT
-) -> dict[int, Preserved]:
-    """What each of the part's layers must go on doing; a ridge for dependent keys is said aloud.
+def touched(parts: Sequence[Part]) -> list[int]:
+    """Every layer that a part edits, rising."""
+    return sorted({layer for part in parts for layer in part.hyper.layers})
+
+
+def key_covariances(
+    model: Model, part: Part, covariance: Covariance, earlier: Mapping[int, Tensor], report: Reporter = SILENT
+) -> dict[int, KeyCovariance]:
+    """C^l for each of the part's layers: what the layer must go on doing. Notes a ridge where keys are dependent.
 
     For subjects that open texts, words that open texts count as much as all other text does.
     """
@@ -66,10 +70,7 @@ def preserve(
         mean = covariance.moments[layer].mean()
         if part.first:
             mean = mean + opening_moment(model, layer)
-        ridge = ridge_for(mean)
-        if ridge:
-            report.note(f"layer {layer}: its keys are dependent; a ridge of {ridge:.2g} is added to their covariance")
-        preserved[layer] = Preserved.of(mean, part.hyper.covariance_weight, ridge, earlier.get(layer))
+        preserved[layer] = key_covariance(layer, mean, part.hyper.covariance_weight, earlier.get(layer), report)
     return preserved
 
 

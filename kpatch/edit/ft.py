@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.memit import restored
-from kpatch.edit.one_layer import FtHyper
+from kpatch.edit.methods import Edit, Inputs, Method
+from kpatch.edit.presets import PRESETS, FineTuneHyper
+from kpatch.edit.weights import restored
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import encode_many
 from kpatch.models.fast_forward import packed_mlps
@@ -23,6 +24,21 @@ from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.reporter import SILENT, Reporter
 
 _SAME = 1e-6  # singular values below this share of the largest are rounding
+
+
+class FineTune(Method):
+    """FT-W of one layer."""
+
+    name = "ft"
+    hyper = FineTuneHyper
+    presets = PRESETS["ft"]
+    one_layer = True
+
+    def edit(self, model: Model, facts: Sequence[Fact], hyper: FineTuneHyper, inputs: Inputs) -> Edit:
+        """Tune W^l; no keys or values, so the facts can't be solved again."""
+        with inputs.timed("update"):
+            change = tune(model, facts, hyper, inputs.report)[0]
+            return Edit({model.weight_name(hyper.layer): stored_small(change)}, hyper.layers)
 
 
 @dataclass
@@ -39,7 +55,7 @@ class _Batch:
 
 
 def tune(
-    model: Model, facts: Sequence[Fact], hyper: FtHyper, report: Reporter = SILENT
+    model: Model, facts: Sequence[Fact], hyper: FineTuneHyper, report: Reporter = SILENT
 ) -> tuple[Tensor, tuple[float, ...]]:
     """W − W0 [as W is stored] after tuning, and the mean loss of every pass; the model is left as it was.
 
@@ -51,7 +67,10 @@ def tune(
     master = base.clone().requires_grad_()
     adam = torch.optim.Adam([master], lr=hyper.learning_rate)
     losses: list[float] = []
-    with restored(model, [hyper.layer]), report.task("Fine-tuning", hyper.steps * len(facts), "facts") as advance:
+    with (
+        restored(model, [model.weight_name(hyper.layer)]),
+        report.task("Fine-tuning", hyper.steps * len(facts), "facts") as advance,
+    ):
         batches = [
             _prepare(model, facts[begin : begin + hyper.batch], hyper.layer)
             for begin in range(0, len(facts), hyper.batch)

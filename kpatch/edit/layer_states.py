@@ -1,4 +1,4 @@
-"""States below L at the subject's last token, carried from layer to layer while the weights change.
+"""LayerStates below L at the subject's last token, carried from layer to layer while the weights change.
 
 Each batch keeps what enters the current layer, so that nothing runs from the bottom again.
 """
@@ -18,7 +18,7 @@ from kpatch.models.partial_forward import Calls, align, record
 
 
 @dataclass
-class _Part:
+class _Batch:
     """Some groups' rows, cut after the subject's last token, with what enters the current layer [B, P, d]."""
 
     calls: Calls
@@ -31,9 +31,9 @@ class _Part:
 def key_shares(group: Group) -> list[float]:
     """How much each row counts in a group's key: the bare prompts one half together, all contexts the other half.
 
-    At the start of a text the first token sits on the attention sink and has lost its leading space, so the key of
-    a short subject there is unlike all others; as one of six it would hardly be met. The MEMIT authors' code averages
-    over kinds of context in the same way.
+    The first position of a text is an attention sink, and its token has lost its leading space, so a short subject's
+    key there differs from its key in context. With one bare prompt among six rows the averaged key would barely match
+    it. The MEMIT authors' code averages over kinds of context in the same way.
     """
     bare = group.contexts.count(0)
     rest = len(group.rows) - bare
@@ -41,7 +41,7 @@ def key_shares(group: Group) -> list[float]:
     return [whole / (rest if context else bare) for context in group.contexts]
 
 
-class States:
+class LayerStates:
     """Keys and states of all groups, layer after layer in ascending order.
 
     `start(l)` runs up to layer l once; `at(l)` gives keys and h^L under the weights as they are;
@@ -61,9 +61,9 @@ class States:
                 used = 0
             self.batches[-1].append(index)
             used += need
-        self.parts = {n: self._part(batch) for n, batch in enumerate(self.batches) if distributed.mine(n)}
+        self.running = {n: self._run(batch) for n, batch in enumerate(self.batches) if distributed.mine(n)}
 
-    def _part(self, members: list[int]) -> _Part:
+    def _run(self, members: list[int]) -> _Batch:
         rows = [row for index in members for row in self.groups[index].rows]
         owner = [at for at, index in enumerate(members) for _ in self.groups[index].rows]
         bare, share, first = [], [], 0
@@ -74,7 +74,7 @@ class States:
         device = self.model.device
         ids = [row.ids[: row.subject_last + 1] for row in rows]
         calls = record(self.model, align(ids, [row.subject_last for row in rows], self.model.pad_id, device))
-        return _Part(
+        return _Batch(
             calls,
             calls.start,
             torch.tensor(owner, device=device),
@@ -85,8 +85,8 @@ class States:
     @torch.no_grad()
     def start(self, layer: int) -> None:
         """Run every row up to what enters `layer`."""
-        for part in self.parts.values():
-            part.hidden = part.calls.run(part.calls.start, 0, layer)
+        for batch in self.running.values():
+            batch.hidden = batch.calls.run(batch.calls.start, 0, layer)
 
     @torch.no_grad()
     def at(self, layer: int, last: int) -> tuple[Tensor, Tensor]:
@@ -95,12 +95,12 @@ class States:
         states = torch.empty(len(self.groups), self.model.width)
 
         def run(number: int) -> tuple[Tensor, Tensor]:
-            part = self.parts[number]
-            out, key = part.calls.run_with_key(part.hidden, layer)
+            batch = self.running[number]
+            out, key = batch.calls.run_with_key(batch.hidden, layer)
             key = key[:, -1].float()  # (B, f)
-            mean = torch.zeros(len(part.bare), key.shape[1], device=key.device)
-            above = part.calls.select(part.bare).run(out[part.bare], layer + 1, last + 1)
-            return mean.index_add(0, part.owner, key * part.share).cpu(), above[:, -1].float().cpu()
+            mean = torch.zeros(len(batch.bare), key.shape[1], device=key.device)
+            above = batch.calls.select(batch.bare).run(out[batch.bare], layer + 1, last + 1)
+            return mean.index_add(0, batch.owner, key * batch.share).cpu(), above[:, -1].float().cpu()
 
         found = distributed.share(range(len(self.batches)), run)
         for members, (mean, above) in zip(self.batches, found, strict=True):
@@ -110,5 +110,5 @@ class States:
     @torch.no_grad()
     def advance(self, layer: int, above: int) -> None:
         """Carry every row from what enters `layer` to what enters `above`, under the weights as they are now."""
-        for part in self.parts.values():
-            part.hidden = part.calls.run(part.hidden, layer, above)
+        for batch in self.running.values():
+            batch.hidden = batch.calls.run(batch.hidden, layer, above)

@@ -1,48 +1,43 @@
-"""`make`: from a fact file to a patch on disk with its effect measured. Each step is somebody else's module."""
+"""The recipe of a patch: load, hash the base, measure, let the method edit, measure again, write.
+
+`make` starts from facts. `kpatch.edit.resolve` starts from patches that are stacked. Both end in `write_edit`.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from kpatch import distributed
+from kpatch._version import __version__
 from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
-from kpatch.edit.carry import Origin, carried, save, touched
-from kpatch.edit.first_token import split
-from kpatch.edit.hyper import hyper_for
-from kpatch.edit.one_layer import PRESETS, one_layer_hyper
-from kpatch.edit.requests import contexts_for, group_facts
-from kpatch.edit.single import Settings, make_single
+from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.traced import traced_layers
-from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values
+from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.fact import Fact, FactFile
 from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
-from kpatch.models.model import Model, load_model
+from kpatch.models.model import Model, load_model, tokenizer_hash
 from kpatch.outputs import check_new_file
-from kpatch.patch.format import read_patch
+from kpatch.patch.format import Patch, describe, pack, read_patch, write_patch
+from kpatch.patch.manifest import Base, BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
-from kpatch.stats.covariance import collect
-
-METHODS = ("memit", *PRESETS)
 
 
 @dataclass(frozen=True)
 class MakeResult:
-    """What `make` has to tell: the patch, its effect, and what it cost (seconds, bytes)."""
+    """The patch that was made, its effect, and what it cost (seconds, bytes)."""
 
     patch_id: str
     path: Path
@@ -81,77 +76,79 @@ def make(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> MakeResult:
-    """Make a patch with MEMIT, or with another of METHODS, and write it to `out`.
+    """Make a patch with MEMIT, or with another method by name, and write it to `out`.
 
-    `model` is an address or a loaded Model, `on` a checkpoint directory that already carries patches, `memory` the
-    bytes that activations may take, `layers_from` a trace.json that names the layers. The same inputs, seed and
-    machine give the same patch, however many ranks (kpatch.distributed) share the work.
+    `model` is an address or a loaded Model; `on` is a checkpoint directory that already carries patches and stands for
+    the model. `memory` is the bytes that activations may take (default 800 MB). `layers_from` is a trace.json that
+    names the layers. The same inputs, seed and machine give the same patch, however many ranks
+    (`kpatch.distributed`) share the work.
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
     """
     started = time.monotonic()
-    clock: dict[str, float] = {"covariance": 0.0, "values": 0.0, "update": 0.0}
     chosen = tuple(facts.facts if isinstance(facts, FactFile) else facts)
     if not chosen:
         raise BadInput("There are no facts to make a patch from")
+    if layers is not None and layers_from is not None:
+        raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
-    if method not in METHODS:
-        raise BadInput(f"Unknown method {method!r}", details=[f"expected one of {', '.join(METHODS)}"])
+    editor = method_named(method)
     edited = _load(facts, model, on, device, dtype, modules, report)
-    path = edited.path
-    if path is None:
-        raise BadInput(
-            f"{edited.name} was not loaded from a checkpoint directory, so a patch cannot name its base",
-            hint="give the model's address instead",
-        )
     if layers_from is not None:
-        if layers is not None:
-            raise BadInput("--layers and --layers-from exclude each other", hint="leave one of them out")
         layers = traced_layers(layers_from, edited)
     check_lengths(edited.tokenizer, chosen)
-    if method in PRESETS:
-        one = one_layer_hyper(method, edited, layers, settings or {}, report)
-        parents = _earlier(path, ())[0] if on is not None else ()
-        about = Settings(corpus, tokens, seed, clock)
-
-        def single() -> tuple[str, dict[str, Any], int]:
-            made = make_single(method, edited, chosen, out, one, about, parents, force, report)
-            return *made, Path(out).stat().st_size
-
-        identity, measured, size = distributed.main_does(single)  # facts one after another: nothing to share
-        clock["total"] = time.monotonic() - started
-        peak = peak_memory(edited)
-        return MakeResult(identity, Path(out), size, edited.name, method, (one.layer,), measured, clock, peak)
-    hyper = hyper_for(edited, layers, settings or {}, report)
-    with report.task("Sampling contexts"):
-        contexts = distributed.main_does(
-            lambda: contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed)
-        )
-    parts = split(group_facts(edited, chosen, contexts), hyper)
-    layers = touched(parts)
-    names = [edited.weight_name(layer) for layer in layers]
-    base = distributed.main_does(lambda: base_weights(path, names, report))
-    parents, earlier = _earlier(path, layers) if on is not None else ((), {})
-    before = measure(edited, chosen, report=report)
-
-    with _timed(clock, "covariance"):
-        covariance = collect(edited, layers, corpus=corpus, tokens=tokens, seed=seed, report=report)
+    hyper = hyper_for(editor, edited, layers, settings or {}, report)
+    carried = _carried(edited) if on is not None else ()
     budget = DEFAULT_BUDGET if memory is None else memory
-    with _timed(clock, "values"):
-        z = [
-            find_values(edited, part.groups, part.hyper, budget=budget, resume=resume, report=report).z
-            for part in parts
-        ]
-    begun = time.monotonic()
-    with carried(edited, parts, z, covariance, earlier, budget=budget, report=report) as found:
-        clock["update"] = time.monotonic() - begun
-        after = measure(edited, chosen, report=report)
-    measured = effect(before, after)
-    origin = Origin(method, chosen, hyper, seed, covariance, base, measured, parents)
-    identity, size = distributed.main_does(lambda: (save(out, edited, found, origin, force), Path(out).stat().st_size))
-    clock["total"] = time.monotonic() - started
-    return MakeResult(
-        identity, Path(out), size, edited.name, method, tuple(layers), measured, clock, peak_memory(edited)
-    )
+    inputs = Inputs(corpus, tokens, seed, budget, resume, carried, report=report)
+    return write_edit(edited, chosen, editor, hyper, inputs, out=out, force=force, started=started)
+
+
+def write_edit(
+    model: Model,
+    facts: Sequence[Fact],
+    method: Method,
+    hyper: Any,
+    inputs: Inputs,
+    *,
+    out: str | Path,
+    started: float,
+    stack: tuple[Mapping[str, Any], ...] = (),
+    force: bool = False,
+) -> MakeResult:
+    """Hash the base, measure, edit, measure the model as the patch makes it, and write the patch.
+
+    `stack` names the patches that it holds, if it was made of others; `started` is when the work began
+    (time.monotonic()). Ranks share what the method lets them share; otherwise rank 0 does it all.
+    """
+
+    def run() -> MakeResult:
+        base = _base(model, [model.weight_name(layer) for layer in method.layers(hyper)], inputs.report)
+        before = measure(model, facts, report=inputs.report)
+        found = method.edit(model, facts, hyper, inputs)
+        with restored(model, found.deltas):
+            for name, delta in found.deltas.items():
+                add(model, name, delta)
+            after = measure(model, facts, report=inputs.report)
+        base |= _base(model, sorted(found.deltas.keys() - base.keys()), inputs.report)
+        measured = effect(before, after)
+        manifest = _manifest(model, facts, method, hyper, inputs, found, base, measured, stack)
+        tensors = pack(found.deltas, found.values, found.keys)
+        identity, size = distributed.main_does(
+            lambda: (write_patch(out, manifest, tensors, force), Path(out).stat().st_size)
+        )
+        return MakeResult(
+            patch_id=identity,
+            path=Path(out),
+            bytes=size,
+            model=model.name,
+            method=method.name,
+            layers=found.layers,
+            effect=measured,
+            seconds={**inputs.seconds, "total": time.monotonic() - started},
+            peak_memory_bytes=_peak_memory(model),
+        )
+
+    return run() if method.ranks_share else distributed.main_does(run)
 
 
 def _load(
@@ -163,40 +160,80 @@ def _load(
     modules: dict[str, str] | None,
     report: Reporter,
 ) -> Model:
-    if isinstance(model, Model):
-        return model
-    named = facts.model if isinstance(facts, FactFile) else None
-    address = str(on) if on is not None else model or named
-    if address is None:
+    """The model in memory. Raises BadInput where none is named, two are, or it has no checkpoint directory."""
+    if on is not None and model is not None:
         raise BadInput(
-            "No model was named", hint="give --model, or write `model: smollm2` at the head of the fact file"
+            "`on` and `model` exclude each other",
+            details=["`on` names the checkpoint that the patch is made for"],
+            hint="leave `model` out",
         )
-    resolved = resolve(address, report)
-    report.note(resolved.said)
-    with report.task(f"Loading {resolved.name}"):
-        return load_model(resolved, device=device, dtype=dtype, modules=modules)
+    if not isinstance(model, Model):
+        named = facts.model if isinstance(facts, FactFile) else None
+        address = str(on) if on is not None else model or named
+        if address is None:
+            raise BadInput(
+                "No model was named",
+                hint="name it with `model`, or write `model: smollm2` at the head of the fact file",
+            )
+        resolved = resolve(address, report)
+        report.note(resolved.said)
+        with report.task(f"Loading {resolved.name}"):
+            model = load_model(resolved, device=device, dtype=dtype, modules=modules)
+    if model.path is None:
+        raise BadInput(
+            f"{model.name} was not loaded from a checkpoint directory, so a patch cannot name its base",
+            hint="give the model's address instead",
+        )
+    return model
 
 
-def _earlier(path: Path, layers: Sequence[int]) -> tuple[tuple[str, ...], dict[int, Tensor]]:
-    """Ids of the patches a checkpoint carries, and their keys [f, p] by layer, which the update must preserve."""
-    store = Store(open_checkpoint(path).path)
-    patches = [read_patch(store.copy(identity)) for identity in sorted(store.applied().ids)]
-    keys: dict[int, Tensor] = {}
-    for layer in layers:
-        columns = [patch.keys[layer].T for patch in patches if layer in patch.keys]
-        if columns:
-            keys[layer] = torch.cat(columns, dim=1)
-    return tuple(patch.id for patch in patches), keys
+def _carried(model: Model) -> tuple[Patch, ...]:
+    """The patches that the model's checkpoint directory carries."""
+    assert model.path is not None
+    store = Store(open_checkpoint(model.path).path)
+    return tuple(read_patch(store.copy(identity)) for identity in sorted(store.applied().ids))
 
 
-@contextmanager
-def _timed(clock: dict[str, float], name: str) -> Iterator[None]:
-    start = time.monotonic()
-    yield
-    clock[name] = time.monotonic() - start
+def _base(model: Model, names: Sequence[str], report: Reporter) -> dict[str, BaseWeight]:
+    """What the manifest says of the weights `names` as they are without any patch."""
+    path = model.path
+    assert path is not None
+    return distributed.main_does(lambda: base_weights(path, names, report)) if names else {}
 
 
-def peak_memory(model: Model) -> int:
+def _manifest(
+    model: Model,
+    facts: Sequence[Fact],
+    method: Method,
+    hyper: Any,
+    inputs: Inputs,
+    found: Edit,
+    base: Mapping[str, BaseWeight],
+    measured: dict[str, Any],
+    stack: tuple[Mapping[str, Any], ...],
+) -> Manifest:
+    weights = {name: base[name] for name in sorted(found.deltas)}
+    return Manifest(
+        base=Base(model.name, model.family.model_type, weights, model.revision, tokenizer_hash(model.tokenizer)),
+        method=method.name,
+        layers=found.layers,
+        deltas={name: describe(delta, float(weights[name].sketch[0])) for name, delta in found.deltas.items()},
+        facts=tuple(fact.in_manifest() for fact in facts),
+        hyperparameters={
+            **hyper.to_dict(),
+            "seed": inputs.seed,
+            "dtype": str(model.dtype).removeprefix("torch."),
+        },
+        covariance=None if found.covariance is None else found.covariance.to_dict(),
+        parents=tuple(patch.id for patch in inputs.on),
+        effect=measured,
+        groups=found.groups,
+        stack=stack,
+        tool=f"kpatch {__version__}",
+    )
+
+
+def _peak_memory(model: Model) -> int:
     """The most memory this process has held, in bytes: resident memory, plus the device's where there is one."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     if model.device.type == "cuda":

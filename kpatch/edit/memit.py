@@ -1,12 +1,11 @@
-"""The MEMIT update: spread each fact's residual over the layers R, one layer after the other.
+"""MEMIT: values at the top of the layers R, and an update that spreads each fact's residual over them.
 
 Source: Meng et al. 2023 (MEMIT), algorithm 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -14,29 +13,156 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.edit.hyper import Hyper
-from kpatch.edit.layer_states import States
-from kpatch.edit.requests import Group
-from kpatch.edit.solve import Preserved, pull_back, update
+from kpatch.edit.first_token import Part, key_covariances, split, touched
+from kpatch.edit.layer_states import LayerStates
+from kpatch.edit.methods import Edit, Inputs, Method
+from kpatch.edit.norms import norm_gain, pull_back
+from kpatch.edit.presets import PRESETS, MemitHyper
+from kpatch.edit.requests import Group, contexts_for, group_facts
+from kpatch.edit.solve import KeyCovariance, update
+from kpatch.edit.values import Objective
+from kpatch.edit.values_cache import find_values
+from kpatch.edit.weights import add, restored, stored
+from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
-from kpatch.patch.delta import Dense, LowRank, smaller
+from kpatch.patch.delta import Delta, smaller, total
 from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.covariance import Covariance, collect
+
+
+class Memit(Method):
+    """MEMIT, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
+
+    name = "memit"
+    hyper = MemitHyper
+    presets = PRESETS["memit"]
+    ranks_share = True
+
+    def layers(self, hyper: MemitHyper) -> tuple[int, ...]:
+        return tuple(sorted({*hyper.layers, hyper.first_layer}))
+
+    def edit(self, model: Model, facts: Sequence[Fact], hyper: MemitHyper, inputs: Inputs) -> Edit:
+        """Contexts, rows, covariance, values, updates. Raises BadInput for too many facts on one subject."""
+        with inputs.report.task("Sampling contexts"):
+            contexts = distributed.main_does(
+                lambda: contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
+            )
+        parts = split(group_facts(model, facts, contexts), hyper)
+        layers = touched(parts)
+        with inputs.timed("covariance"):
+            covariance = collect(
+                model, layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=inputs.report
+            )
+        with inputs.timed("values"):
+            z = [values_of(model, part, inputs) for part in parts]
+        with inputs.timed("update"):
+            deltas, keys = update_parts(model, parts, z, covariance, earlier_keys(inputs, layers), inputs)
+        return Edit(
+            deltas,
+            tuple(layers),
+            keys,
+            torch.cat(z),
+            tuple(about for part in parts for about in part.about()),
+            covariance,
+        )
+
+
+def objective_of(hyper: MemitHyper) -> Objective:
+    """What z is optimized for: the settings that decide values, and no others."""
+    return Objective(
+        layer=max(hyper.layers),
+        steps=hyper.steps,
+        learning_rate=hyper.learning_rate,
+        stop_loss=hyper.stop_loss,
+        clamp=hyper.clamp,
+        weight_decay=hyper.weight_decay,
+        kl=hyper.kl,
+    )
+
+
+def values_of(model: Model, part: Part, inputs: Inputs) -> Tensor:
+    """z [n, d] for the groups of a part: those that `inputs` has stored, and new ones for the rest."""
+    z = [inputs.stored.get((tuple(sorted(group.facts)), part.hyper.layers)) for group in part.groups]
+    missing = [index for index, value in enumerate(z) if value is None]
+    groups = [part.groups[index] for index in missing]
+    if groups and inputs.stored:
+        subjects = ", ".join(group.subject[:40] for group in groups[:3])
+        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+        inputs.report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
+    if groups:
+        found = find_values(
+            model,
+            groups,
+            objective_of(part.hyper),
+            budget=inputs.budget,
+            resume=inputs.resume,
+            report=inputs.report,
+        )
+        for index, value in zip(missing, found.z, strict=True):
+            z[index] = value
+    return torch.stack([value for value in z if value is not None]).float()
+
+
+def earlier_keys(inputs: Inputs, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Keys [f, p] by layer of the patches that the checkpoint carries; what they mean must stay."""
+    keys = {layer: [patch.keys[layer].T for patch in inputs.on if layer in patch.keys] for layer in layers}
+    return {layer: torch.cat(columns, dim=1) for layer, columns in keys.items() if columns}
+
+
+def update_parts(
+    model: Model,
+    parts: Sequence[Part],
+    z: Sequence[Tensor],
+    covariance: Covariance,
+    earlier: Mapping[int, Tensor],
+    inputs: Inputs,
+) -> tuple[dict[str, Delta], dict[int, Tensor]]:
+    """Deltas by weight name and keys [n, f] by layer that carry each part's values z [n, d], part after part.
+
+    `earlier` are keys [f, p] by layer that must go on meaning what they do. The model is left as it was found.
+    """
+    deltas: dict[str, list[Delta]] = {}
+    keys: dict[int, list[Tensor]] = {}
+    with restored(model, [model.weight_name(layer) for layer in touched(parts)]):
+        for part, values in zip(parts, z, strict=True):
+            preserved = {}
+            if distributed.is_main():
+                preserved = key_covariances(model, part, covariance, earlier, inputs.report)
+            found = memit_update(
+                model,
+                part.groups,
+                values,
+                preserved,
+                part.hyper.layers,
+                budget=inputs.budget // 2,
+                least_leverage=part.least_leverage,
+                report=inputs.report,
+            )
+            for layer in part.hyper.layers:
+                name = model.weight_name(layer)
+                deltas.setdefault(name, []).append(found.deltas[name])
+                keys.setdefault(layer, []).append(found.keys[layer])
+                add(model, name, found.deltas[name])
+    return (
+        {name: total(several) for name, several in sorted(deltas.items())},
+        {layer: torch.cat(several) for layer, several in keys.items()},
+    )
 
 
 @dataclass
 class Update:
     """Deltas by weight name, in the orientation in which W is stored, and the keys [n, f] of each layer."""
 
-    deltas: dict[str, LowRank | Dense] = field(default_factory=dict)
+    deltas: dict[str, Delta] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
 
 
-def spread(
+def memit_update(
     model: Model,
     groups: Sequence[Group],
     z: Tensor,
-    preserved: dict[int, Preserved],
-    hyper: Hyper,
+    preserved: Mapping[int, KeyCovariance],
+    layers: Sequence[int],
     *,
     budget: int,
     least_leverage: float = 0.0,
@@ -49,29 +175,35 @@ def spread(
     `least_leverage` counts least_leverage / q times: alone it would get no more than q / (1 + q) of its residual.
     Ranks share what is run through the model; rank 0, which alone needs `preserved`, solves.
     """
-    layers = sorted(hyper.layers)
+    layers = sorted(layers)
     last = layers[-1]
     result = Update()
-    with restored(model, layers), report.task("Updating layers", len(layers), "layer") as done:
-        states = States(model, groups, budget)
+    names = [model.weight_name(layer) for layer in layers]
+    with restored(model, names), report.task("Updating layers", len(layers), "layer") as done:
+        states = LayerStates(model, groups, budget)
         states.start(layers[0])
-        for layer, above in zip(layers, [*layers[1:], last], strict=True):
+        for layer, name, above in zip(layers, names, [*layers[1:], last], strict=True):
             keys, h = states.at(layer, last)  # (n, f), (n, d)
             residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
             if model.family.post_norm:
                 residual = _before_norm(model, layer, keys, residual)
             delta = distributed.main_does(partial(_delta, model, layer, keys, residual, preserved, least_leverage))
-            result.deltas[model.weight_name(layer)] = delta
+            result.deltas[name] = delta
             result.keys[layer] = keys
-            add(model, layer, delta)
+            add(model, name, delta)
             states.advance(layer, above)
             done(1)
     return result
 
 
 def _delta(
-    model: Model, layer: int, keys: Tensor, residual: Tensor, preserved: dict[int, Preserved], least_leverage: float
-) -> LowRank | Dense:
+    model: Model,
+    layer: int,
+    keys: Tensor,
+    residual: Tensor,
+    preserved: Mapping[int, KeyCovariance],
+    least_leverage: float,
+) -> Delta:
     """Δ^l for keys [n, f] and residuals [n, d]."""
     scale = _scale(preserved[layer].leverage(keys.T), least_leverage)  # (n, 1)
     left, right = update((keys * scale).T, (residual * scale).T, preserved[layer])
@@ -83,15 +215,6 @@ def _scale(leverage: Tensor, least: float) -> Tensor:
     return (least / leverage.clamp(min=1e-12)).clamp(min=1.0).sqrt()[:, None]
 
 
-def stored(left: Tensor, right: Tensor, transposed: bool) -> LowRank:
-    """Float32 factors in W's stored orientation, of equal column and row norms so that neither underflows."""
-    a, b = left.norm(dim=0).clamp(min=1e-30), right.norm(dim=1).clamp(min=1e-30)
-    left, right = left * (b / a).sqrt(), right * (a / b).sqrt()[:, None]
-    if transposed:
-        left, right = right.T, left.T
-    return LowRank(left.float().contiguous(), right.float().contiguous())
-
-
 def _before_norm(model: Model, layer: int, keys: Tensor, residual: Tensor) -> Tensor:
     """The residual pulled back through the norm between W^l and the residual stream, [n, d]."""
     norm = model.mlp_out(layer)
@@ -99,30 +222,3 @@ def _before_norm(model: Model, layer: int, keys: Tensor, residual: Tensor) -> Te
     written = model.down(layer)(keys.to(device, model.dtype)).float()  # (n, d)
     gain, eps = norm_gain(norm, model.width, device)
     return pull_back(written.cpu(), residual, gain.cpu(), eps)
-
-
-def norm_gain(norm: torch.nn.Module, width: int, device: torch.device) -> tuple[Tensor, float]:
-    """The factor γ [d] that an RMS norm applies, whatever its parametrization (Gemma stores γ − 1), and its ε."""
-    eps = float(getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-6)))
-    ones = torch.ones(1, width, device=device, dtype=next(norm.parameters()).dtype)
-    gain: Tensor = norm(ones)[0].float() * (1 + eps) ** 0.5
-    return gain, eps
-
-
-@torch.no_grad()
-def add(model: Model, layer: int, delta: LowRank | Dense) -> None:
-    """W^l + Δ in memory as `apply` writes it: added in float64, rounded once."""
-    weight = model.weight(layer)
-    weight.copy_((weight.double() + delta.dense(torch.float64).to(weight.device)).to(weight.dtype))
-
-
-@contextmanager
-def restored(model: Model, layers: Sequence[int]) -> Iterator[None]:
-    """Whatever happens inside, the weights of `layers` come back bit for bit."""
-    base = {layer: model.weight(layer).detach().clone() for layer in layers}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for layer, weight in base.items():
-                model.weight(layer).copy_(weight)

@@ -1,6 +1,7 @@
-"""Contexts x_j: short texts put before a prompt, so that an edit holds wherever the subject stands.
+"""From facts to rows: every prompt behind several contexts, grouped by subject.
 
-Facts about one subject share their key, so they share one value: groups of rows that are optimized together.
+Contexts x_j are short texts put before a prompt, so that an edit holds wherever the subject stands. Facts about one
+subject share their key, so they share one value: a group of rows is optimized together.
 
 Source: MEMIT-Merge (2502.07322): one z for all prompts of a subject.
 """
@@ -18,7 +19,7 @@ from kpatch.facts.tokens import Encoded, encode_many
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align
 
-# Texts of several kinds that any prompt can follow; --set lead_ins takes the first of them
+# Texts of several kinds that any prompt can follow; the setting `lead_ins` takes the first of them
 LEAD_INS = (
     "As everyone knows,",
     "In the news today:",
@@ -36,7 +37,7 @@ def contexts_for(model: Model, lead_ins: int, count: int, tokens: int, seed: int
     Raises BadInput for more lead-ins than there are.
     """
     if lead_ins > len(LEAD_INS):
-        raise BadInput(f"--set lead_ins={lead_ins} is more than there are", details=[f"expected 0 to {len(LEAD_INS)}"])
+        raise BadInput(f"The setting lead_ins={lead_ins} is too large", details=[f"expected 0 to {len(LEAD_INS)}"])
     return ("", *LEAD_INS[:lead_ins], *(_sampled(model, count, tokens, seed) if count else ()))
 
 

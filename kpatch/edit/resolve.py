@@ -1,6 +1,4 @@
-"""Were several patches made in one way? What they must agree on for their facts to be solved together.
-
-`stack --resolve`: the facts of several patches solved jointly, from the values that the patches store.
+"""`stack --resolve`: the facts of several patches solved jointly, from the values that the patches store.
 
 A sum of deltas is not what MEMIT would have found for all facts at once: each was made as if the others' keys were
 text. Here the update of MEMIT runs once more over all facts (Meng et al. 2023, algorithm 1). Its values z are those
@@ -15,20 +13,15 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from kpatch.checkpoint.fit import base_weights, verify_fit
+from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
-from kpatch.edit.carry import Origin, carried, save, touched
-from kpatch.edit.first_token import Part, split
-from kpatch.edit.hyper import Hyper
-from kpatch.edit.make import MakeResult, peak_memory
-from kpatch.edit.requests import contexts_for, group_facts
-from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values
+from kpatch.edit.make import MakeResult, write_edit
+from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, method_named
+from kpatch.edit.presets import MemitHyper
 from kpatch.errors import BadInput, Refused
-from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
@@ -40,7 +33,6 @@ from kpatch.patch.header import VALUES, PatchInfo, read_header
 from kpatch.patch.manifest import Base
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
-from kpatch.stats.covariance import collect
 from kpatch.text import printable
 
 # What decides the update besides the values; the other settings only decide those.
@@ -52,17 +44,17 @@ _Made = tuple[PatchInfo, Mapping[str, Any], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Common:
     """How the patches were made, where that must be the same for all of them."""
 
-    hyper: Hyper
+    hyper: MemitHyper
     seed: int
     dtype: str
     corpus: str
     tokens: int | None
 
 
-def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Settings:
+def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Common:
     """The settings that all patches were made with; `corpus` None is theirs.
 
     Raises Refused for a patch without stored values, one not made with MEMIT, one made on top of a patch that is not
@@ -84,10 +76,10 @@ def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Settings:
         _same(all_made[0], one)
         _same(max(all_made, key=lambda each: each[2]), one)
     made, layers = all_made[0][1], max(each[2] for each in all_made)
-    numbers: dict[str, Any] = {f.name: made[f.name] for f in fields(Hyper) if f.name in made}
+    numbers: dict[str, Any] = {f.name: made[f.name] for f in fields(MemitHyper) if f.name in made}
     covariance = next((info.manifest.covariance for info in infos if info.manifest.covariance), None) or {}
-    return Settings(
-        Hyper(layers=layers or _all_edited(infos), **numbers),
+    return Common(
+        MemitHyper(layers=layers or _all_edited(infos), **numbers),
         int(made["seed"]),
         str(made["dtype"]),
         corpus or str(covariance.get("corpus", SELF)),
@@ -108,14 +100,14 @@ def _made(info: PatchInfo) -> list[Mapping[str, Any]]:
         if method != "memit" or not hyperparameters.keys() >= {*_UPDATE} or not _numbers(hyperparameters):
             raise Refused(
                 f"{called(info)} was made with {printable(method, 40)}, not with MEMIT of this kpatch",
-                hint="leave out --resolve: deltas add up whatever made them",
+                hint="add up their deltas instead, which works for patches of any method",
             )
     return [hyperparameters for _, hyperparameters in found]
 
 
 def _numbers(hyperparameters: Mapping[str, Any]) -> bool:
-    """Whether every setting that is a number in `Hyper` is one here; a patch may come from elsewhere."""
-    names = [field.name for field in fields(Hyper) if field.name != "layers"] + ["seed"]
+    """Whether every setting that is a number in `MemitHyper` is one here; a patch may come from elsewhere."""
+    names = [field.name for field in fields(MemitHyper) if field.name != "layers"] + ["seed"]
     return all(type(hyperparameters.get(name, 0)) in (int, float) for name in names)
 
 
@@ -139,7 +131,7 @@ def _same(first: _Made, second: _Made) -> None:
         raise Refused(
             f"{called(info)} and {called(other)} were made with other settings",
             details=[printable(line, 200) for line in wrong],
-            hint="leave out --resolve to add up their deltas, or make one of them again",
+            hint="add up their deltas instead, or make one of them again",
         )
 
 
@@ -177,35 +169,26 @@ def solve_again(
     assert edited.path is not None
     facts = tuple(Fact.from_dict(dict(fact)) for fact in union.facts)
     check_lengths(edited.tokenizer, facts)
-    hyper = settings.hyper
-    contexts = contexts_for(edited, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, settings.seed)
-    parts = split(group_facts(edited, facts, contexts), settings.hyper)
-    layers = touched(parts)
-    clock = {}
-    budget = DEFAULT_BUDGET if memory is None else memory
-    before = measure(edited, facts, report=report)
-    begun = time.monotonic()
-    covariance = collect(
-        edited, layers, corpus=settings.corpus, tokens=settings.tokens, seed=settings.seed, report=report
+    inputs = Inputs(
+        corpus=settings.corpus,
+        tokens=settings.tokens,
+        seed=settings.seed,
+        budget=DEFAULT_BUDGET if memory is None else memory,
+        stored=_stored(infos, union),
+        report=report,
     )
-    clock["covariance"] = time.monotonic() - begun
-    begun = time.monotonic()
-    stored = _stored(infos, union)
-    z = [_values(edited, part, stored, facts, budget, report) for part in parts]
-    clock["values"] = time.monotonic() - begun
-    begun = time.monotonic()
-    with carried(edited, parts, z, covariance, {}, budget=budget, report=report) as found:
-        clock["update"] = time.monotonic() - begun
-        after = measure(edited, facts, report=report)
-    measured = effect(before, after)
-    weights = base_weights(edited.path, [edited.weight_name(layer) for layer in layers], report)
-    made_of = parts_of(infos, (1.0,) * len(infos))
-    origin = Origin("memit", facts, settings.hyper, settings.seed, covariance, weights, measured, (), made_of)
-    identity = save(out, edited, found, origin, force)
-    clock["total"] = time.monotonic() - started
-    size, name = Path(out).stat().st_size, edited.name
-    peak = peak_memory(edited)
-    return MakeResult(identity, Path(out), size, name, "memit", tuple(layers), measured, clock, peak), infos, union
+    result = write_edit(
+        edited,
+        facts,
+        method_named("memit"),
+        settings.hyper,
+        inputs,
+        out=out,
+        stack=parts_of(infos, (1.0,) * len(infos)),
+        force=force,
+        started=started,
+    )
+    return result, infos, union
 
 
 def _base_model(
@@ -264,19 +247,3 @@ def _stored(infos: Sequence[PatchInfo], union: Union) -> Rows:
             about = tuple(sorted({places[index] for index in group["facts"]}))
             rows.setdefault((about, tuple(group["layers"])), values[row])
     return rows
-
-
-def _values(model: Model, part: Part, stored: Rows, facts: Sequence[Fact], budget: int, report: Reporter) -> Tensor:
-    """z [n, d] for the groups of a part: stored ones, and new ones for subjects that several patches edit."""
-    z: list[Tensor | None] = [stored.get((tuple(sorted(g.facts)), part.hyper.layers)) for g in part.groups]
-    missing = [index for index, row in enumerate(z) if row is None]
-    if missing:
-        subjects = ", ".join(printable(part.groups[index].subject, 40) for index in missing[:3])
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
-        groups = [part.groups[index] for index in missing]
-        for index, row in zip(
-            missing, find_values(model, groups, part.hyper, budget=budget, report=report).z, strict=True
-        ):
-            z[index] = row
-    return torch.stack([row for row in z if row is not None]).float()

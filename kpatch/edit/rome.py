@@ -12,20 +12,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.hyper import Hyper
-from kpatch.edit.memit import norm_gain, restored, stored
-from kpatch.edit.one_layer import RomeHyper
+from kpatch.edit.methods import Edit, Inputs, Method
+from kpatch.edit.norms import norm_gain, pull_back
+from kpatch.edit.presets import PRESETS, RomeHyper
 from kpatch.edit.requests import Group, contexts_for
-from kpatch.edit.solve import Preserved, pull_back
-from kpatch.edit.values import optimize
+from kpatch.edit.solve import KeyCovariance, key_covariance
+from kpatch.edit.values import Objective, optimize
+from kpatch.edit.weights import restored, stored
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import encode_many
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, record
-from kpatch.patch.delta import LowRank, concat
+from kpatch.patch.delta import LowRank, concat, smaller
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.stats.covariance import Covariance, collect
-from kpatch.stats.moment import ridge_for
+from kpatch.stats.covariance import collect
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,33 @@ class Edited:
     right: Tensor
 
 
-def preserved_by(
-    model: Model, hyper: RomeHyper, corpus: str, tokens: int | None, seed: int, report: Reporter = SILENT
-) -> tuple[Preserved, Covariance]:
-    """C = E[k k^T] of the layer, factored, and the covariance it is from."""
-    covariance = collect(model, [hyper.layer], corpus=corpus, tokens=tokens, seed=seed, report=report)
-    mean = covariance.moments[hyper.layer].mean()
-    ridge = ridge_for(mean)
-    if ridge:
-        report.note(
-            f"layer {hyper.layer}: its keys are dependent; a ridge of {ridge:.2g} is added to their covariance"
+class Rome(Method):
+    """ROME at one layer, fact after fact."""
+
+    name = "rome"
+    hyper = RomeHyper
+    presets = PRESETS["rome"]
+    one_layer = True
+
+    def edit(self, model: Model, facts: Sequence[Fact], hyper: RomeHyper, inputs: Inputs) -> Edit:
+        """C = E[k k^T] of the layer, contexts, then one rank-one change a fact; rank n in all."""
+        report = inputs.report
+        with inputs.timed("covariance"):
+            covariance = collect(
+                model, hyper.layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=report
+            )
+            preserved = key_covariance(hyper.layer, covariance.moments[hyper.layer].mean(), 1.0, None, report)
+        with report.task("Sampling contexts"):
+            contexts = rome_contexts(model, hyper, inputs.seed)
+        with inputs.timed("values"):
+            edits = edit_all(model, facts, hyper, contexts, preserved, report)
+        return Edit(
+            {model.weight_name(hyper.layer): smaller(together(model, edits))},
+            hyper.layers,
+            {hyper.layer: torch.stack([edit.key for edit in edits])},
+            torch.stack([edit.value for edit in edits]),
+            covariance=covariance,
         )
-    return Preserved.of(mean, 1.0, ridge), covariance
 
 
 def rome_contexts(model: Model, hyper: RomeHyper, seed: int) -> tuple[str, ...]:
@@ -66,12 +81,15 @@ def edit_all(
     facts: Sequence[Fact],
     hyper: RomeHyper,
     contexts: Sequence[str],
-    preserved: Preserved,
+    preserved: KeyCovariance,
     report: Reporter = SILENT,
 ) -> list[Edited]:
     """Edit the facts one after another, each in the model as those before it left it, and undo them all."""
     edits = []
-    with restored(model, [hyper.layer]), report.task("Editing facts", len(facts) * hyper.steps, "step") as advance:
+    with (
+        restored(model, [model.weight_name(hyper.layer)]),
+        report.task("Editing facts", len(facts) * hyper.steps, "step") as advance,
+    ):
         running = Running(model, hyper.layer)
         for fact in facts:
             edits.append(edit(model, fact, hyper, contexts, preserved, advance))
@@ -98,7 +116,7 @@ def edit(
     fact: Fact,
     hyper: RomeHyper,
     contexts: Sequence[str],
-    preserved: Preserved,
+    preserved: KeyCovariance,
     advance: Advance = lambda amount: None,
 ) -> Edited:
     """One fact's rank-one update: Δ = (v* − W k*) u^T / (u^T k*) with u = C^{-1} k*, so that (W + Δ) k* = v*."""
@@ -110,8 +128,8 @@ def edit(
         size, length = float(out(written).norm() if model.family.post_norm else written.norm()), float(state.norm())
     # δ joins the residual stream wherever it is added to what the MLP puts out, so values are found as for MEMIT;
     # but its decay and its bound are measured by m, not by h.
-    scaled = Hyper(
-        layers=(hyper.layer,),
+    goal = Objective(
+        layer=hyper.layer,
         steps=hyper.steps,
         learning_rate=hyper.learning_rate,
         stop_loss=hyper.stop_loss,
@@ -119,7 +137,7 @@ def edit(
         weight_decay=hyper.weight_decay * (length / size) ** 2,
         kl=hyper.kl,
     )
-    shift = (optimize(model, [group], scaled, advance).z[0] - state).double()[None]  # (1, d)
+    shift = (optimize(model, [group], goal, advance).z[0] - state).double()[None]  # (1, d)
     written = written.cpu().double()
     if model.family.post_norm:
         gain, eps = norm_gain(out, model.width, model.device)

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from kpatch.errors import BadInput
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.moment import ridge_for
 
 
 @dataclass(frozen=True)
-class Preserved:
+class KeyCovariance:
     """What a layer must go on doing: the Cholesky factor [f, f] of C = λ E[k k^T] (+ Σ K_p K_p^T)."""
 
     factor: Tensor
 
     @staticmethod
-    def of(second_moment: Tensor, weight: float, ridge: float = 0.0, earlier: Tensor | None = None) -> Preserved:
+    def of(second_moment: Tensor, weight: float, ridge: float = 0.0, earlier: Tensor | None = None) -> KeyCovariance:
         """C from E[k k^T] [f, f] float64, its weight λ, a ridge on the mean, and the keys [f, p] of earlier patches.
 
         Raises BadInput when C is not positive definite.
@@ -35,9 +37,9 @@ class Preserved:
             raise BadInput(
                 "The covariance of the keys is not positive definite",
                 details=["some units of the MLP never fire in the text it was collected on"],
-                hint="collect it on more text: --tokens, or another --corpus",
+                hint="collect it on more text: more `tokens`, or another `corpus`",
             )
-        return Preserved(factor)
+        return KeyCovariance(factor)
 
     def inverse_times(self, columns: Tensor) -> Tensor:
         """C^{-1} columns, [f, n]."""
@@ -50,7 +52,20 @@ class Preserved:
         return whitened.square().sum(0)
 
 
-def update(keys: Tensor, residuals: Tensor, preserved: Preserved) -> tuple[Tensor, Tensor]:
+def key_covariance(
+    layer: int, mean: Tensor, weight: float, earlier: Tensor | None = None, report: Reporter = SILENT
+) -> KeyCovariance:
+    """C of `layer` from E[k k^T] [f, f] and its weight λ, with the keys [f, p] of earlier patches.
+
+    Where keys are dependent a ridge makes C positive definite, and a note names it.
+    """
+    ridge = ridge_for(mean)
+    if ridge:
+        report.note(f"layer {layer}: its keys are dependent; a ridge of {ridge:.2g} is added to their covariance")
+    return KeyCovariance.of(mean, weight, ridge, earlier)
+
+
+def update(keys: Tensor, residuals: Tensor, preserved: KeyCovariance) -> tuple[Tensor, Tensor]:
     """Δ = left @ right in the orientation [out, in]: keys [f, n], residuals [d, n] → left [d, r], right [r, f].
 
     For n < f the n × n Woodbury form R (I + K^T C^{-1} K)^{-1} (C^{-1} K)^T; else f × f with left = R K^T, r = f.
@@ -65,38 +80,3 @@ def update(keys: Tensor, residuals: Tensor, preserved: Preserved) -> tuple[Tenso
     c = preserved.factor @ preserved.factor.T
     total = torch.linalg.cholesky(c + k @ k.T)  # (f, f)
     return (r @ k.T), torch.cholesky_inverse(total)
-
-
-def nearest_on_norm(target: Tensor, gain: Tensor) -> Tensor:
-    """The point nearest to `target` that an RMS norm with `gain` can put out, divided by the gain.
-
-    target [..., d], gain γ [d] → u [..., d] with ‖u‖² = d that minimizes ‖γ ⊙ u − target‖.
-    Stationarity gives u = γ ⊙ target / (γ² + μ); μ ≥ −min γ² is found by bisection, ‖u‖ falling in μ. Where even
-    μ = −min γ² leaves ‖u‖ too short, the length that lacks goes where it costs least, to the entry of least γ².
-    """
-    t, g = target.double(), gain.double()
-    d = t.shape[-1]
-    above = g**2 - (g**2).min()  # near the pole the distance from it is what counts: bisect on that
-    gt = g * t
-    low, high = torch.zeros_like(t[..., 0]), gt.norm(dim=-1) + 1e-30  # at `high`, ‖u‖ ≤ 1
-    for _ in range(200):
-        middle = (low + high) / 2
-        too_long = (gt / (above + middle[..., None])).square().sum(-1) > d
-        low, high = torch.where(too_long, middle, low), torch.where(too_long, high, middle)
-    u: Tensor = gt / (above + high[..., None])
-    lacking = (d - u.square().sum(-1)).clamp(min=0)
-    least = int(above.argmin())
-    u[..., least] = torch.copysign((u[..., least] ** 2 + lacking).sqrt(), u[..., least])
-    return u
-
-
-def pull_back(written: Tensor, residuals: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """The residual to write before an RMS norm so that its output moves by `residuals`, as far as it can.
-
-    written y [n, d] is what W^l writes now, residuals [n, d] what the residual stream lacks → [n, d].
-    The norm swallows scale, so y keeps its own: y' = rms(y) u with γ ⊙ u nearest to norm(y) + residual.
-    """
-    y = written.double()
-    rms = (y.square().mean(-1, keepdim=True) + eps).sqrt()
-    target = gain.double() * y / rms + residuals.double()
-    return nearest_on_norm(target, gain) * rms - y

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.hyper import Hyper
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention, packed_mlps
 from kpatch.models.model import Model
@@ -19,6 +18,23 @@ from kpatch.models.partial_forward import Calls, align, record_suffix
 from kpatch.reporter import Advance
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What δ is optimized for, and how long: all that decides a value besides the model and the rows.
+
+    layer  L, whose output δ is added to   steps, learning_rate, stop_loss  of Adam; below stop_loss a group stops
+    clamp  ‖δ‖ ≤ clamp · ‖h^L‖   weight_decay, kl  weights of ‖δ‖/‖h^L‖² and of the drift on "{subject} is a"
+    """
+
+    layer: int
+    steps: int
+    learning_rate: float
+    stop_loss: float
+    clamp: float
+    weight_decay: float
+    kl: float
 
 
 @dataclass(frozen=True)
@@ -120,7 +136,7 @@ def _predict(model: Model, problem: _Problem, hidden: Tensor, spots: Tensor, lay
     return model.logits(out[spots[:, 0], spots[:, 1]]).float().log_softmax(-1)
 
 
-def _losses(model: Model, problem: _Problem, delta: Tensor, h: Tensor, hyper: Hyper) -> Tensor:
+def _losses(model: Model, problem: _Problem, delta: Tensor, h: Tensor, goal: Objective) -> Tensor:
     """The objective of each group, [m]; delta and h are [m, d]."""
     m = len(delta)
     # index_select, since the gradient of delta[owner] is summed by all threads at once, in an order left to chance
@@ -128,54 +144,54 @@ def _losses(model: Model, problem: _Problem, delta: Tensor, h: Tensor, hyper: Hy
     first = problem.hidden[:, :1] + shift[:, None]  # (B, 1, d)
     hidden = torch.cat([first, problem.hidden[:, 1:]], dim=1)  # (B, S, d)
     spots = torch.cat([problem.spots, problem.drift_spots])
-    logp = _predict(model, problem, hidden, spots, max(hyper.layers))  # (M + m, V)
+    logp = _predict(model, problem, hidden, spots, goal.layer)  # (M + m, V)
     at_target = logp[:-m].gather(1, problem.tokens[:, None])[:, 0] * problem.weights  # (M,)
     nll = -torch.zeros(m, device=delta.device).index_add(0, problem.owner[problem.spots[:, 0]], at_target)
     now = logp[-m:]
     drift = (now.exp() * (now - problem.drift_before)).sum(-1)  # (m,)
     decay = delta.norm(dim=-1) / h.norm(dim=-1) ** 2
-    total: Tensor = nll + hyper.kl * drift + hyper.weight_decay * decay
+    total: Tensor = nll + goal.kl * drift + goal.weight_decay * decay
     return total
 
 
-def optimize(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance = lambda amount: None) -> Values:
+def optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Advance = lambda amount: None) -> Values:
     """Values of a batch of groups: Adam on δ, clamped to a ball; a group that has converged leaves the batch.
 
-    `advance` is told of every step of every group, hyper.steps a group in all.
+    `advance` hears of every step of every group, goal.steps a group in all.
     """
     with few_columns_attention(model):
-        return _optimize(model, groups, hyper, advance)
+        return _optimize(model, groups, goal, advance)
 
 
-def _optimize(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance) -> Values:
-    problem, h = _prepare(model, groups, max(hyper.layers))
+def _optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Advance) -> Values:
+    problem, h = _prepare(model, groups, goal.layer)
     m = len(groups)
     delta = torch.zeros_like(h)
     first, second = torch.zeros_like(h), torch.zeros_like(h)
-    radius = hyper.clamp * h.norm(dim=-1, keepdim=True)
-    here = torch.arange(m, device=h.device)  # groups that `problem` holds
-    active = here
-    losses, steps = [float("nan")] * m, [0] * m
-    for step in range(1, hyper.steps + 1):
-        held = delta[here].requires_grad_()
-        loss = _losses(model, problem, held, h[here], hyper)
-        for index, value in zip(here.tolist(), loss.tolist(), strict=True):
-            if index in set(active.tolist()):
-                losses[index], steps[index] = value, step
+    radius = goal.clamp * h.norm(dim=-1, keepdim=True)
+    batch = torch.arange(m, device=h.device)  # groups that `problem` holds
+    active = batch  # those of them that have not converged
+    losses = torch.full((m,), torch.nan, device=h.device)
+    steps = torch.zeros(m, dtype=torch.long, device=h.device)
+    for step in range(1, goal.steps + 1):
+        variable = delta[batch].requires_grad_()
+        loss = _losses(model, problem, variable, h[batch], goal)
+        is_active = torch.isin(batch, active)
+        losses[active], steps[active] = loss.detach()[is_active], step
+        going_on = is_active & (loss.detach() >= goal.stop_loss)
         advance(len(active))
-        going = (loss.detach() >= hyper.stop_loss) & torch.isin(here, active)
-        advance((len(active) - int(going.sum())) * (hyper.steps - step))  # what the converged ones no longer need
-        active = here[going]
-        if step == hyper.steps or len(active) == 0:
+        before, active = len(active), batch[going_on]
+        advance((before - len(active)) * (goal.steps - step))  # what the converged ones no longer need
+        if step == goal.steps or len(active) == 0:
             break
-        grad = torch.autograd.grad(loss.sum(), held)[0][going]
+        grad = torch.autograd.grad(loss.sum(), variable)[0][going_on]
         first[active] = _BETAS[0] * first[active] + (1 - _BETAS[0]) * grad
         second[active] = _BETAS[1] * second[active] + (1 - _BETAS[1]) * grad**2
         mean = first[active] / (1 - _BETAS[0] ** step)
         scale = (second[active] / (1 - _BETAS[1] ** step)).sqrt() + _EPS
-        moved = delta[active] - hyper.learning_rate * mean / scale
+        moved = delta[active] - goal.learning_rate * mean / scale
         delta[active] = moved * (radius[active] / moved.norm(dim=-1, keepdim=True)).clamp(max=1)
-        if len(active) <= 0.8 * len(here):  # a smaller batch pays for the copy of its caches
-            problem = problem.select(going.nonzero().flatten())
-            here = active
-    return Values((h + delta).detach().cpu(), tuple(losses), tuple(steps))
+        if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
+            problem = problem.select(going_on.nonzero().flatten())
+            batch = active
+    return Values((h + delta).detach().cpu(), tuple(losses.tolist()), tuple(steps.tolist()))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,15 +18,13 @@ from torch import Tensor
 
 from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
-from kpatch.edit.hyper import Hyper
+from kpatch.edit.methods import DEFAULT_BUDGET
 from kpatch.edit.requests import Group
-from kpatch.edit.values import Values, optimize
+from kpatch.edit.values import Objective, Values, optimize
 from kpatch.errors import BadInput
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
-
-DEFAULT_BUDGET = 800_000_000  # bytes of activations
 
 
 def row_bytes(model: Model, columns: int, prefix: int, layers: int) -> int:
@@ -61,13 +60,13 @@ def plan(model: Model, groups: Sequence[Group], layer: int, budget: int = DEFAUL
     return batches
 
 
-_CODE = 2  # raise it when the same settings come to give other values
+_CODE = 3  # raise it when the same settings come to give other values
 
 
 def find_values(
     model: Model,
     groups: Sequence[Group],
-    hyper: Hyper,
+    goal: Objective,
     *,
     budget: int,
     keep: bool = True,
@@ -76,29 +75,29 @@ def find_values(
 ) -> Values:
     """Values z [n, d] of all groups. Memory goes with `budget` (bytes), not with the number of groups.
 
-    Kept by what decides them: weights, rows of ids, layer L, the objective's numbers and the batch they were found
-    in, since a batch's company shows in the last bits. λ and the spread decide nothing here.
+    Kept by what decides them: weights, rows of ids, the objective, and the batch they were found in, because the
+    other rows of a batch affect the last bits. λ and the update decide nothing here.
     Several ranks share the batches, which are the same however many they are.
     Raises BadInput when one group alone does not fit in memory.
     """
-    layer = max(hyper.layers)
+    layer = goal.layer
     weights = weights_fingerprint(model, report) if keep else ""
     z = torch.empty(len(groups), model.width)
     losses, steps = [0.0] * len(groups), [0] * len(groups)
     batches = plan(model, groups, layer, budget)
     own = sum(len(batch) for number, batch in enumerate(batches) if distributed.mine(number))
-    with report.task("Finding values", own * hyper.steps, "step") as advance:
+    with report.task("Finding values", own * goal.steps, "step") as advance:
 
         def find(batch: Sequence[int]) -> Values:
             members = [groups[index] for index in batch]
-            path = cache_dir("values") / f"{_key(weights, model, members, hyper)}.safetensors" if keep else None
+            path = cache_dir("values") / f"{_key(weights, model, members, goal)}.safetensors" if keep else None
             found = _read(path, len(members), model.width) if path is not None and resume else None
             if found is None:
-                found = _within_memory(model, members, hyper, advance, report)
+                found = _within_memory(model, members, goal, advance, report)
                 if path is not None:
                     _write(path, found)
             else:
-                advance(len(members) * hyper.steps)
+                advance(len(members) * goal.steps)
             return found
 
         for batch, found in zip(batches, distributed.share(batches, find), strict=True):
@@ -108,39 +107,33 @@ def find_values(
     return Values(z, tuple(losses), tuple(steps))
 
 
-def _within_memory(model: Model, groups: Sequence[Group], hyper: Hyper, advance: Advance, report: Reporter) -> Values:
+def _within_memory(
+    model: Model, groups: Sequence[Group], goal: Objective, advance: Advance, report: Reporter
+) -> Values:
     """`optimize`, in halves where a device has less memory than the budget allowed for."""
     try:
-        return optimize(model, groups, hyper, advance)
+        return optimize(model, groups, goal, advance)
     except torch.OutOfMemoryError as error:
         if len(groups) == 1:
             raise BadInput(
                 f"One fact about {groups[0].subject!r} does not fit in this device's memory",
-                hint="shorten its prompts, or use --device cpu",
+                hint="shorten its prompts, or take another `device`: the CPU",
             ) from error
         torch.cuda.empty_cache()
         report.warn(f"out of memory with {len(groups)} facts together: going on with half of them")
     half = len(groups) // 2
-    parts = [_within_memory(model, part, hyper, advance, report) for part in (groups[:half], groups[half:])]
+    parts = [_within_memory(model, part, goal, advance, report) for part in (groups[:half], groups[half:])]
     return Values(
         torch.cat([part.z for part in parts]), parts[0].losses + parts[1].losses, parts[0].steps + parts[1].steps
     )
 
 
-def _key(weights: str, model: Model, groups: Sequence[Group], hyper: Hyper) -> str:
-    numbers = hyper.to_dict()
-    for name in (
-        "covariance_weight",
-        "lead_ins",
-        "prefixes",
-        "prefix_tokens",
-    ):  # the rows themselves stand for the contexts
-        numbers.pop(name)
+def _key(weights: str, model: Model, groups: Sequence[Group], goal: Objective) -> str:
     rows = [
         [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]
         for group in groups
     ]
-    content = [_CODE, weights, str(model.dtype), model.device.type, max(hyper.layers), numbers, rows]
+    content = [_CODE, weights, str(model.dtype), model.device.type, asdict(goal), rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

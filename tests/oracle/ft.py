@@ -17,7 +17,7 @@ from kpatch.models.model import Model
 from tests.oracle.memit import Prompt
 
 if TYPE_CHECKING:
-    from kpatch.edit.one_layer import FtHyper
+    from kpatch.edit.presets import FineTuneHyper
 
 
 def loss_of(model: Model, name: str, weight: Tensor, fact: Prompt) -> Tensor:
@@ -30,7 +30,7 @@ def loss_of(model: Model, name: str, weight: Tensor, fact: Prompt) -> Tensor:
     return total / len(target)
 
 
-def tune(model: Model, facts: Sequence[Prompt], hyper: FtHyper) -> tuple[Tensor, list[float]]:
+def tune(model: Model, facts: Sequence[Prompt], hyper: FineTuneHyper) -> tuple[Tensor, list[float]]:
     """W − W0 in the orientation in which W is stored, and the mean loss of every pass."""
     name = model.weight_name(hyper.layer)
     base = model.weight(hyper.layer).detach()

@@ -20,7 +20,7 @@ from kpatch.models.model import Model
 from tests.oracle.memit import Prompt, forward, key, nearest_on_norm, norm_parts, output_changed, rows_for
 
 if TYPE_CHECKING:
-    from kpatch.edit.one_layer import RomeHyper
+    from kpatch.edit.presets import RomeHyper
 
 
 def next_token_log_probabilities(model: Model, row: Encoded, layer: int, delta: Tensor) -> Tensor:

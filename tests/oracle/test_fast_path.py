@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpatch.edit.hyper import Hyper
-from kpatch.edit.memit import norm_gain, spread
+from kpatch.edit.memit import memit_update, objective_of
+from kpatch.edit.norms import norm_gain
+from kpatch.edit.presets import MemitHyper
 from kpatch.edit.requests import Group, group_facts
-from kpatch.edit.solve import Preserved
+from kpatch.edit.solve import KeyCovariance
 from kpatch.edit.values import Values, optimize
 from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values, plan
 from kpatch.facts.fact import Fact
@@ -34,7 +35,7 @@ FACTS: list[oracle.Prompt] = [
     ("In winter the {} was by", "Moonlight Sonata", "Beethoven"),
 ]
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
-HYPER = Hyper(layers=(1, 2), steps=6, learning_rate=0.2, covariance_weight=1.0)
+HYPER = MemitHyper(layers=(1, 2), steps=6, learning_rate=0.2, covariance_weight=1.0)
 SOME = ["gpt2", "llama", "gemma2"]  # Conv1D, plain, and a norm after the MLP with softcapped logits
 
 
@@ -51,7 +52,7 @@ def found(family: str) -> list[tuple[Tensor, Tensor, list[float]]]:
     return sought(build(family), replace(HYPER, stop_loss=0.0))
 
 
-def sought(model: Model, hyper: Hyper) -> list[tuple[Tensor, Tensor, list[float]]]:
+def sought(model: Model, hyper: MemitHyper) -> list[tuple[Tensor, Tensor, list[float]]]:
     return [oracle.find_value(model, CONTEXTS, group, hyper, 2) for group in oracle.by_subject(FACTS)]
 
 
@@ -69,7 +70,7 @@ def test_values_are_the_oracles(family: str) -> None:
     groups = grouped(build(family))
     assert [group.facts for group in groups] == [(0,), (1, 3), (2,), (4,)]
     assert len({group.columns for group in groups}) > 2
-    assert_same(optimize(build(family), groups, replace(HYPER, stop_loss=0.0)), found(family))
+    assert_same(optimize(build(family), groups, objective_of(replace(HYPER, stop_loss=0.0))), found(family))
 
 
 @pytest.mark.parametrize("family", SOME)
@@ -82,14 +83,14 @@ def test_facts_that_converge_leave_the_batch_and_change_nothing(family: str) -> 
     steps = [len(losses) for _, _, losses in slow]
     assert min(steps) <= 4 < max(steps) == HYPER.steps
     told: list[int] = []
-    assert_same(optimize(model, grouped(model), hyper, told.append), slow)
+    assert_same(optimize(model, grouped(model), objective_of(hyper), told.append), slow)
     assert sum(told) == len(slow) * hyper.steps
 
 
 def test_the_clamp_is_the_oracles() -> None:
     hyper = replace(HYPER, stop_loss=0.0, clamp=0.05)
     slow = sought(build("llama"), hyper)
-    fast = optimize(build("llama"), grouped(build("llama")), hyper)
+    fast = optimize(build("llama"), grouped(build("llama")), objective_of(hyper))
     assert_same(fast, slow)
     for z, (_, h, _) in zip(fast.z, slow, strict=True):
         torch.testing.assert_close((z - h).norm(), 0.05 * h.norm(), rtol=1e-4, atol=0)
@@ -99,9 +100,9 @@ def test_the_clamp_is_the_oracles() -> None:
 def test_a_fact_alone_and_in_company_are_the_same(family: str) -> None:
     model, groups = build(family), grouped(build(family))
     hyper = replace(HYPER, stop_loss=0.0)
-    together = optimize(model, groups, hyper)
+    together = optimize(model, groups, objective_of(hyper))
     for index, group in enumerate(groups):
-        alone = optimize(model, [group], hyper)
+        alone = optimize(model, [group], objective_of(hyper))
         moved = (together.z[index] - found(family)[index][1]).norm()
         assert float((alone.z[0] - together.z[index]).norm()) <= 1e-4 * float(moved)
 
@@ -112,13 +113,13 @@ def test_batches_of_any_size_give_values_in_the_order_of_the_facts() -> None:
     assert len(plan(model, groups, 2, budget=1)) == len(groups)
     assert [len(batch) for batch in plan(model, groups, 2)] == [len(groups)]
     for budget in (1, DEFAULT_BUDGET):
-        assert_same(find_values(model, groups, hyper, budget=budget, keep=False), found("llama"))
+        assert_same(find_values(model, groups, objective_of(hyper), budget=budget, keep=False), found("llama"))
 
 
 def test_a_tokenizer_that_adds_a_bos() -> None:
     model = tiny("llama", tokenizer=byte_level(bos=True))
     hyper = replace(HYPER, stop_loss=0.0)
-    assert_same(optimize(model, grouped(model), hyper), sought(model, hyper))
+    assert_same(optimize(model, grouped(model), objective_of(hyper)), sought(model, hyper))
 
 
 def moments() -> dict[int, Tensor]:
@@ -137,11 +138,12 @@ def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     earlier = {layers[0]: torch.randn(MLP_WIDTH, 2, generator=generator)}
     slow = oracle.memit(model, CONTEXTS, FACTS, hyper, moments(), values=values, earlier=earlier)
     preserved = {
-        layer: Preserved.of(moments()[layer], hyper.covariance_weight, earlier=earlier.get(layer)) for layer in layers
+        layer: KeyCovariance.of(moments()[layer], hyper.covariance_weight, earlier=earlier.get(layer))
+        for layer in layers
     }
     before = {name: weight.clone() for name, weight in model.net.named_parameters()}
     for budget in (1, DEFAULT_BUDGET):  # one group at a time, and all at once
-        fast = spread(model, groups, torch.stack(values), preserved, hyper, budget=budget)
+        fast = memit_update(model, groups, torch.stack(values), preserved, hyper.layers, budget=budget)
         assert list(fast.deltas) == list(slow)
         for name, delta in fast.deltas.items():
             want = slow[name].T if model.stores_transposed else slow[name]

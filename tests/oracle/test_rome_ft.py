@@ -11,9 +11,9 @@ from torch import Tensor
 
 from kpatch.edit import rome
 from kpatch.edit.ft import stored_small, tune
-from kpatch.edit.one_layer import FtHyper, RomeHyper
+from kpatch.edit.presets import FineTuneHyper, RomeHyper
 from kpatch.edit.rome import Edited, edit_all, rome_contexts, together
-from kpatch.edit.solve import Preserved
+from kpatch.edit.solve import KeyCovariance
 from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
@@ -32,8 +32,8 @@ FACTS: list[memit_oracle.Prompt] = [
     ("The capital of {} is", "Brazil", "Malmö and the sea"),
 ]
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
-ROME = RomeHyper(1, steps=5, learning_rate=0.2, stop_loss=0.0)
-FT = FtHyper(2, steps=6, learning_rate=1e-2, weight_decay=0.1, stop_loss=0.0, batch=3)
+ROME = RomeHyper((1,), steps=5, learning_rate=0.2, stop_loss=0.0)
+FT = FineTuneHyper((2,), steps=6, learning_rate=1e-2, weight_decay=0.1, stop_loss=0.0, batch=3)
 SOME = ["gpt2", "llama", "gemma2"]
 
 
@@ -51,7 +51,7 @@ def moment() -> Tensor:
 
 
 def edits(model: Model, facts: list[Fact], hyper: RomeHyper = ROME) -> list[Edited]:
-    return edit_all(model, facts, hyper, CONTEXTS, Preserved.of(moment(), 1.0))
+    return edit_all(model, facts, hyper, CONTEXTS, KeyCovariance.of(moment(), 1.0))
 
 
 def weights(model: Model) -> dict[str, Tensor]:
@@ -124,7 +124,7 @@ def test_the_bound_is_measured_by_the_mlps_output() -> None:
 
 def test_an_edit_ends_when_its_loss_is_low() -> None:
     model, told = build("llama"), []
-    preserved = Preserved.of(moment(), 1.0)
+    preserved = KeyCovariance.of(moment(), 1.0)
     losses = rome_oracle.find_shift(
         model,
         CONTEXTS,
@@ -142,12 +142,12 @@ def test_an_edit_ends_when_its_loss_is_low() -> None:
 
 
 def test_contexts_of_two_lengths() -> None:
-    found = rome_contexts(build("llama"), RomeHyper(1, prefixes=5, short=3, long=9), seed=0)
+    found = rome_contexts(build("llama"), RomeHyper((1,), prefixes=5, short=3, long=9), seed=0)
     assert found[0] == ""
     assert len(found) == 6
     count = [len(build("llama").tokenizer(text).input_ids) for text in found[1:]]
     assert max(count[:3]) < min(count[3:])
-    assert rome_contexts(build("llama"), RomeHyper(1, prefixes=0), seed=0) == ("",)
+    assert rome_contexts(build("llama"), RomeHyper((1,), prefixes=0), seed=0) == ("",)
 
 
 # Fine-tuning

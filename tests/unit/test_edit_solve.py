@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kpatch.edit.solve import Preserved, nearest_on_norm, pull_back, update
+from kpatch.edit.norms import nearest_on_norm, pull_back
+from kpatch.edit.solve import KeyCovariance, update
 from kpatch.errors import BadInput
 
 seeds = st.integers(0, 2**31)
@@ -28,7 +29,7 @@ def dense(k: Tensor, r: Tensor, c: Tensor) -> Tensor:
     return r @ k.T @ inverse
 
 
-def solved(k: Tensor, r: Tensor, preserved: Preserved) -> Tensor:
+def solved(k: Tensor, r: Tensor, preserved: KeyCovariance) -> Tensor:
     left, right = update(k, r, preserved)
     assert left.shape == (r.shape[0], min(k.shape))
     assert right.shape == (min(k.shape), k.shape[0])
@@ -39,21 +40,21 @@ def solved(k: Tensor, r: Tensor, preserved: Preserved) -> Tensor:
 def test_both_forms_are_the_dense_solution(seed: int, f: int, n: int, d: int, weight: float) -> None:
     k, r, moment = problem(seed, f, n, d)
     want = dense(k, r, weight * moment)
-    got = solved(k, r, Preserved.of(moment, weight))
+    got = solved(k, r, KeyCovariance.of(moment, weight))
     torch.testing.assert_close(got, want, rtol=1e-7, atol=1e-9 * float(want.norm()))
 
 
 @given(seed=seeds, extra=st.integers(-1, 1))
 def test_the_two_forms_meet_where_they_change_over(seed: int, extra: int) -> None:
     k, r, moment = problem(seed, 8, 8 + extra, 3)
-    torch.testing.assert_close(solved(k, r, Preserved.of(moment, 2.0)), dense(k, r, 2 * moment))
+    torch.testing.assert_close(solved(k, r, KeyCovariance.of(moment, 2.0)), dense(k, r, 2 * moment))
 
 
 @given(seed=seeds, f=st.integers(2, 24))
 def test_with_nothing_to_preserve_a_single_fact_arrives(seed: int, f: int) -> None:
     k, r, moment = problem(seed, f, 1, 5)
-    torch.testing.assert_close(solved(k, r, Preserved.of(moment, 1e-9)) @ k, r, rtol=1e-6, atol=1e-6)
-    nothing = solved(k, r, Preserved.of(moment, 1e12))
+    torch.testing.assert_close(solved(k, r, KeyCovariance.of(moment, 1e-9)) @ k, r, rtol=1e-6, atol=1e-6)
+    nothing = solved(k, r, KeyCovariance.of(moment, 1e12))
     assert float((nothing @ k).norm()) < 1e-6 * float(r.norm())
 
 
@@ -61,14 +62,14 @@ def test_with_nothing_to_preserve_a_single_fact_arrives(seed: int, f: int) -> No
 def test_the_order_of_the_facts_does_not_matter(seed: int, n: int) -> None:
     k, r, moment = problem(seed, 8, n, 4)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    preserved = Preserved.of(moment, 3.0)
+    preserved = KeyCovariance.of(moment, 3.0)
     torch.testing.assert_close(solved(k[:, order], r[:, order], preserved), solved(k, r, preserved))
 
 
 @given(seed=seeds, weight=st.floats(1e-3, 1e3))
 def test_leverage_is_the_share_of_its_residual_that_a_fact_gets_alone(seed: int, weight: float) -> None:
     k, r, moment = problem(seed, 10, 4, 3)
-    preserved = Preserved.of(moment, weight)
+    preserved = KeyCovariance.of(moment, weight)
     q = preserved.leverage(k)
     torch.testing.assert_close(q, (k * torch.linalg.solve(weight * moment, k)).sum(0))
     for i in range(4):
@@ -78,17 +79,17 @@ def test_leverage_is_the_share_of_its_residual_that_a_fact_gets_alone(seed: int,
 
 def test_float32_keys_are_solved_in_float64() -> None:
     k, r, moment = problem(0, 12, 5, 4)
-    left, right = update(k.float(), r.float(), Preserved.of(moment, 1.0))
+    left, right = update(k.float(), r.float(), KeyCovariance.of(moment, 1.0))
     assert left.dtype == right.dtype == torch.float64
     torch.testing.assert_close(left @ right, dense(k.float().double(), r.float().double(), moment))
 
 
 def test_c_holds_the_weight_the_ridge_and_the_keys_of_earlier_patches() -> None:
     k, _, moment = problem(1, 6, 2, 3)
-    factor = Preserved.of(moment, 5.0, ridge=0.5, earlier=k.float()).factor
+    factor = KeyCovariance.of(moment, 5.0, ridge=0.5, earlier=k.float()).factor
     want = 5 * (moment + 0.5 * torch.eye(6, dtype=torch.float64)) + k.float().double() @ k.float().double().T
     torch.testing.assert_close(factor @ factor.T, want)
-    torch.testing.assert_close(Preserved(factor).inverse_times(want @ k), k)
+    torch.testing.assert_close(KeyCovariance(factor).inverse_times(want @ k), k)
 
 
 @pytest.mark.parametrize(
@@ -97,8 +98,8 @@ def test_c_holds_the_weight_the_ridge_and_the_keys_of_earlier_patches() -> None:
 )
 def test_a_covariance_that_is_not_positive_definite_is_refused(moment: Tensor) -> None:
     with pytest.raises(BadInput, match="not positive definite") as error:
-        Preserved.of(moment, 1.0)
-    assert "--tokens" in str(error.value.hint)
+        KeyCovariance.of(moment, 1.0)
+    assert "`tokens`" in str(error.value.hint)
 
 
 # Behind a norm

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from kpatch.cache import cache_dir
 from kpatch.edit import values, values_cache
-from kpatch.edit.hyper import Hyper
+from kpatch.edit.memit import objective_of
+from kpatch.edit.presets import MemitHyper
 from kpatch.edit.requests import MAX_FACTS_PER_SUBJECT, Group, group_facts
-from kpatch.edit.values import Values, optimize
+from kpatch.edit.values import Objective, Values, optimize
 from kpatch.edit.values_cache import find_values, plan, row_bytes
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
@@ -24,7 +25,8 @@ from kpatch.models.model import Model
 from tests.support.models import WIDTH, tiny
 from tests.support.reports import Recorder
 
-HYPER = Hyper(layers=(1, 2), steps=3)
+HYPER = MemitHyper(layers=(1, 2), steps=3)
+GOAL = objective_of(HYPER)
 SUBJECTS = ("Mona Lisa", "Eiffel Tower", "Brazil", "Chicago", "Moonlight Sonata", "Colosseum")
 build = cache(tiny)
 
@@ -47,10 +49,10 @@ class Counted:
         self.before = before
         self.calls: list[list[str]] = []
 
-    def __call__(self, model: Model, some: Sequence[Group], hyper: Hyper, advance: Callable[[int], None]) -> Values:
+    def __call__(self, model: Model, some: Sequence[Group], goal: Objective, advance: Callable[[int], None]) -> Values:
         self.before(some)
         self.calls.append([group.subject for group in some])
-        advance(len(some) * hyper.steps)
+        advance(len(some) * goal.steps)
         numbers = [SUBJECTS.index(group.subject) for group in some]
         z = torch.tensor(numbers)[:, None].expand(-1, WIDTH).float()
         return Values(z, tuple(number / 8 for number in numbers), tuple(numbers))
@@ -63,9 +65,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     return fake
 
 
-def seek(hyper: Hyper = HYPER, budget: int = 1, model: Model | None = None, **options: object) -> Values:
+def seek(goal: Objective = GOAL, budget: int = 1, model: Model | None = None, **options: object) -> Values:
     """Values of all groups, one batch a group unless the budget is larger."""
-    return find_values(model or build("llama"), groups(), hyper, budget=budget, **options)  # type: ignore[arg-type]
+    return find_values(model or build("llama"), groups(), goal, budget=budget, **options)  # type: ignore[arg-type]
 
 
 def assert_whole(values: Values) -> None:
@@ -122,7 +124,7 @@ def test_a_second_call_finds_everything_kept(counted: Counted) -> None:
 def test_kept_values_are_those_that_were_found() -> None:
     model = build("llama")
     first = seek(budget=10**9)
-    plain = optimize(model, groups(), HYPER)
+    plain = optimize(model, groups(), GOAL)
     again = seek(budget=10**9)
     order = plan(model, groups(), 2)[0]
     assert torch.equal(first.z, again.z)
@@ -184,6 +186,8 @@ def test_an_interruption_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
     "same",
     [
         {"covariance_weight": 7.0},
+        {"first_leverage": 1.0},
+        {"first_layer": 1},
         {"layers": (0, 2)},
         {"layers": (2,)},
         {"prefixes": 9},
@@ -193,20 +197,20 @@ def test_an_interruption_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_decides_no_value_does_not_find_again(same: dict[str, object], counted: Counted) -> None:
     seek()
-    seek(replace(HYPER, **same))  # type: ignore[arg-type]
+    seek(objective_of(replace(HYPER, **same)))  # type: ignore[arg-type]
     assert len(counted.calls) == len(groups())
 
 
 @pytest.mark.parametrize(
     "other",
     [
-        *({"clamp": 0.5}, {"layers": (0, 1)}, {"steps": 4}, {"learning_rate": 0.1}, {"stop_loss": 0.2}),
+        *({"clamp": 0.5}, {"layer": 1}, {"steps": 4}, {"learning_rate": 0.1}, {"stop_loss": 0.2}),
         *({"kl": 0.0}, {"weight_decay": 0.1}),
     ],
 )
 def test_what_decides_a_value_finds_again(other: dict[str, object], counted: Counted) -> None:
     seek()
-    seek(replace(HYPER, **other))  # type: ignore[arg-type]
+    seek(replace(GOAL, **other))  # type: ignore[arg-type]
     assert len(counted.calls) == 2 * len(groups())
 
 
@@ -265,7 +269,7 @@ def test_no_gradient_is_summed_in_an_order_left_to_chance() -> None:
     problem, h = values._prepare(model, some, 2)
     assert len(problem.owner) > len(some)  # rows share δ, so there is something to be summed
     delta = torch.zeros_like(h).requires_grad_()
-    loss = values._losses(model, problem, delta, h, HYPER).sum()
+    loss = values._losses(model, problem, delta, h, GOAL).sum()
     nodes, seen = [loss.grad_fn], set()
     indexed = 0
     while nodes:

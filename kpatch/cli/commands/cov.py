@@ -39,10 +39,10 @@ def command(
     start = time.monotonic()
     loaded = load(out, model, device, dtype, names)
 
-    from kpatch.edit.hyper import hyper_for
+    from kpatch.edit.methods import hyper_for, method_named
     from kpatch.stats.covariance import collect
 
-    chosen = hyper_for(loaded, wanted, {}, out).layers
+    chosen = hyper_for(method_named("memit"), loaded, wanted, {}, out).layers
     covariance = collect(loaded, chosen, corpus=corpus, tokens=tokens, seed=seed, report=out)
     if not distributed.is_main():
         return

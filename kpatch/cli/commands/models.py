@@ -42,8 +42,8 @@ def _find(out: Output, model: str) -> None:
 
 
 def _list(out: Output) -> None:
-    from kpatch.edit.hyper import PRESETS
-    from kpatch.edit.one_layer import PRESETS as ONE_LAYER
+    from kpatch.edit.methods import all_presets
+    from kpatch.edit.presets import PRESETS
     from kpatch.models.aliases import ALIASES
     from kpatch.models.families import FAMILIES
 
@@ -53,24 +53,16 @@ def _list(out: Output) -> None:
             "source": str(alias.source),
             "family": alias.family,
             "parameters": alias.parameters,
-            "preset": alias.name in PRESETS,
+            "preset": alias.name in PRESETS["memit"],
         }
         for alias in ALIASES.values()
     ]
-    memit = ((name, list(p.hyper.layers), p.hyper.to_dict(), p.source, "memit") for name, p in PRESETS.items())
-    single = (
-        (name, [hyper.layer], hyper.to_dict(), source, method)
-        for method, table in ONE_LAYER.items()
-        for name, (hyper, source) in table.items()
-    )
-    presets = [
-        {"name": name, "method": method, "layers": layers, **numbers, "source": source}
-        for name, layers, numbers, source, method in (*memit, *single)
-    ]
+    presets = all_presets()
     out.result({"aliases": aliases, "families": list(FAMILIES), "presets": presets})
     rows: list[list[Cell]] = []
     for alias in ALIASES.values():
-        rows.append([alias.name, str(alias.source), alias.family, alias.parameters, "yes" * (alias.name in PRESETS)])
+        known = "yes" if alias.name in PRESETS["memit"] else ""
+        rows.append([alias.name, str(alias.source), alias.family, alias.parameters, known])
     out.table(("Alias", "Model", "Family", "Size", "Preset"), rows, right=(3,))
     out.line(f"\nFamilies: {', '.join(FAMILIES)}")
     out.line(

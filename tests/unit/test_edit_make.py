@@ -182,7 +182,7 @@ def test_a_patch_on_a_patched_directory_preserves_the_earlier_keys(
     kpatch.apply([shared.patch], directory)
     settings = {**QUICK, "settings": {**QUICK["settings"], "covariance_weight": "0.01"}}
     on = make(LATER, out=tmp_path / "on.patch", on=directory, **settings)
-    monkeypatch.setattr(make_module, "_earlier", lambda path, layers: ((), {}))
+    monkeypatch.setattr(make_module, "_carried", lambda model: ())
     make(LATER, out=tmp_path / "plain.patch", on=directory, **settings)
     kept, plain = read_patch(tmp_path / "on.patch"), read_patch(tmp_path / "plain.patch")
     assert kept.manifest.parents == (shared.result.patch_id,)

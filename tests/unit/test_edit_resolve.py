@@ -14,7 +14,7 @@ import torch
 import kpatch
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import verify_fit
-from kpatch.edit import resolve, values_cache
+from kpatch.edit import memit, values_cache
 from kpatch.edit.make import make
 from kpatch.edit.resolve import solve_again
 from kpatch.errors import BadInput, KpatchError, Refused
@@ -88,7 +88,7 @@ def test_two_patches_come_out_as_if_made_together(
     def never(*given: Any, **more: Any) -> Any:
         raise AssertionError("values were sought although they are stored")
 
-    monkeypatch.setattr(resolve, "find_values", never)
+    monkeypatch.setattr(memit, "find_values", never)
     new, made = solved(world, ["first", "second"], tmp_path / "x.patch"), read_patch(world.patch("joint"))
     summed = stack([world.patch("first"), world.patch("second")], tmp_path / "sum.patch")
     assert [fact["id"] for fact in new.manifest.facts] == ["mona", "the", "moon"]

@@ -21,5 +21,5 @@ def test_bare_then_lead_ins_then_sampled() -> None:
 
 
 def test_more_lead_ins_than_there_are() -> None:
-    with pytest.raises(BadInput, match="more than there are"):
+    with pytest.raises(BadInput, match="too large"):
         contexts_for(tiny("llama"), len(LEAD_INS) + 1, 0, 4, seed=0)

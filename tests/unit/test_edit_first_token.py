@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpatch.edit.first_token import Part, opening_moment, preserve, split
-from kpatch.edit.hyper import Hyper
-from kpatch.edit.memit import add, restored, spread
+from kpatch.edit.first_token import Part, key_covariances, opening_moment, split
+from kpatch.edit.memit import memit_update, objective_of
+from kpatch.edit.presets import MemitHyper
 from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.values import optimize
+from kpatch.edit.weights import add, restored
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
 from kpatch.stats.covariance import Covariance
@@ -25,7 +26,7 @@ from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
 CONTEXTS = ("", "The sea is cold in winter.", "She said.")
-HYPER = Hyper(layers=(1, 2), first_layer=0, steps=4, covariance_weight=1.0)
+HYPER = MemitHyper(layers=(1, 2), first_layer=0, steps=4, covariance_weight=1.0)
 # "The" and "She" are one token where a text begins; "In the Mona Lisa" has its subject behind other words
 ONE, OTHER = Fact("The", "{} is in", "Paris"), Fact("She", "{} lives in", "Rome")
 INSIDE = Fact("The", "Past {} is", "Rome")
@@ -92,7 +93,7 @@ def test_about_has_a_row_for_each_value() -> None:
     model = build("llama")
     parts = split(grouped(model, LONG, ONE, OTHER), HYPER)
     for part in parts:
-        assert len(part.about()) == len(optimize(model, part.groups, part.hyper).z) == len(part.groups)
+        assert len(part.about()) == len(optimize(model, part.groups, objective_of(part.hyper)).z) == len(part.groups)
     rows = [row for part in parts for row in part.about()]
     assert rows == [
         {"facts": [1], "layers": [0]},
@@ -121,10 +122,10 @@ def test_words_that_open_texts_are_preserved_for_the_opening_part_only() -> None
     model, texts = build("llama"), covariance(0, 1, 2)
     first, others = split(grouped(model, LONG, ONE), HYPER)
     mean = texts.moments[0].mean()
-    (kept,) = preserve(model, first, texts, {}).values()
+    (kept,) = key_covariances(model, first, texts, {}).values()
     torch.testing.assert_close(kept.factor @ kept.factor.T, mean + opening_moment(model, 0))
     earlier = {1: torch.randn(MLP_WIDTH, 2, generator=torch.Generator().manual_seed(0))}
-    both = preserve(model, others, texts, earlier)
+    both = key_covariances(model, others, texts, earlier)
     assert list(both) == [1, 2]
     more = (earlier[1] @ earlier[1].T).double()
     torch.testing.assert_close(both[1].factor @ both[1].factor.T, texts.moments[1].mean() + more)
@@ -142,19 +143,19 @@ def test_one_opening_subject_goes_the_share_that_its_leverage_gives_it(family: s
     """With q the larger of its own leverage and the least one, it goes q / (1 + q) of its way."""
     model = build(family)
     (part,) = split(grouped(model, ONE, contexts=[""]), replace(HYPER, covariance_weight=weight))
-    preserved = preserve(model, part, covariance(0), {})
+    preserved = key_covariances(model, part, covariance(0), {})
     before = opened(model, part)
     z = before + torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     key = oracle.key(model, part.groups[0].rows[0], 0)
     own = float(preserved[0].leverage(key[:, None]))
     q = max(own, part.least_leverage)
     assert (own < part.least_leverage) == (weight > 1)
-    update = spread(
-        model, part.groups, z.float(), preserved, part.hyper, budget=10**8, least_leverage=part.least_leverage
+    update = memit_update(
+        model, part.groups, z.float(), preserved, part.hyper.layers, budget=10**8, least_leverage=part.least_leverage
     )
     torch.testing.assert_close(update.keys[0], key[None], rtol=1e-4, atol=1e-5)
-    with restored(model, [0]):
-        add(model, 0, update.deltas[model.weight_name(0)])
+    with restored(model, [model.weight_name(0)]):
+        add(model, model.weight_name(0), update.deltas[model.weight_name(0)])
         after = opened(model, part)
     torch.testing.assert_close(after, before + (z - before) * q / (1 + q), rtol=0, atol=1e-4)
 
@@ -163,13 +164,15 @@ def test_one_opening_subject_goes_the_share_that_its_leverage_gives_it(family: s
 def test_opening_subjects_together_come_near_their_values(family: str) -> None:
     model = build(family)
     part = split(grouped(model, ONE, OTHER, LONG), HYPER)[0]
-    z = optimize(model, part.groups, part.hyper).z
-    preserved = preserve(model, part, covariance(0), {})
-    update = spread(model, part.groups, z, preserved, part.hyper, budget=10**8, least_leverage=part.least_leverage)
+    z = optimize(model, part.groups, objective_of(part.hyper)).z
+    preserved = key_covariances(model, part, covariance(0), {})
+    update = memit_update(
+        model, part.groups, z, preserved, part.hyper.layers, budget=10**8, least_leverage=part.least_leverage
+    )
     assert list(update.deltas) == [model.weight_name(0)]
     before = opened(model, part)
-    with restored(model, [0]):
-        add(model, 0, update.deltas[model.weight_name(0)])
+    with restored(model, [model.weight_name(0)]):
+        add(model, model.weight_name(0), update.deltas[model.weight_name(0)])
         after = opened(model, part)
     assert torch.equal(opened(model, part), before)
     assert ((after - z).norm(dim=1) < 0.5 * (before - z).norm(dim=1)).all()

@@ -1,10 +1,10 @@
-"""make --method rome and ft on a tiny checkpoint directory: ordinary patches, and settings of their own."""
+"""`make` with ROME and fine-tuning on a tiny checkpoint directory: patches that apply, revert and repeat."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,13 @@ import torch
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.revert import revert
-from kpatch.edit import hyper as hyper_module
-from kpatch.edit.hyper import Hyper, Preset
-from kpatch.edit.make import METHODS, MakeResult, make
-from kpatch.edit.one_layer import PRESETS, FtHyper, RomeHyper, one_layer_hyper
-from kpatch.errors import BadInput
+from kpatch.edit.make import MakeResult, make
 from kpatch.facts.fact import Fact
 from kpatch.models.address import resolve
 from kpatch.models.model import load_model
 from kpatch.patch.format import read_patch, verify
 from tests.support.checkpoints import snapshot
-from tests.support.models import LAYERS, MLP_WIDTH, WIDTH, tiny
-from tests.support.reports import Recorder
+from tests.support.models import MLP_WIDTH, WIDTH, tiny
 
 FACTS = [
     Fact("Mona Lisa", "In the {}", "Paris", was="Rome", id="mona", references=("Paris is a city",)),
@@ -63,10 +58,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             for method, path in patches.items()
         }
         yield World(folder / "model", patches, results)
-
-
-def test_the_methods_there_are() -> None:
-    assert METHODS == ("memit", "rome", "ft")
 
 
 @pytest.mark.parametrize(("method", "layer"), [("rome", 1), ("ft", 2)])
@@ -135,62 +126,3 @@ def test_made_on_top_of_another(world: World, tmp_path: Path) -> None:
     out = tmp_path / "more.patch"
     make([Fact("Chicago", "The city {} is in", "Paris", id="c")], out=out, on=folder, method="ft", **QUICK["ft"])
     assert read_patch(out).manifest.parents == (world.results["rome"].patch_id,)
-
-
-# Settings
-
-
-def test_every_preset_says_where_it_is_from() -> None:
-    assert set(PRESETS["rome"]) == set(hyper_module.PRESETS)
-    for table in PRESETS.values():
-        assert {"gpt-j", "gpt2-xl", "smollm2"} <= set(table) <= set(hyper_module.PRESETS)
-        for hyper, source in table.values():
-            assert f"layer {hyper.layer}" in source
-            assert "layer" not in hyper.to_dict()
-
-
-@pytest.fixture
-def preset(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny llama has the preset that smollm2 has."""
-    shape = ("llama", WIDTH, LAYERS)
-    monkeypatch.setattr(hyper_module, "PRESETS", {"smollm2": Preset(shape, Hyper(layers=(1,)), "for this test")})
-
-
-def test_preset_then_layers_then_settings(preset: None) -> None:
-    model, heard = tiny("llama"), Recorder()
-    expected = PRESETS["rome"]["smollm2"][0]
-    assert one_layer_hyper("rome", model, None, {}, heard) == expected
-    assert "preset smollm2 for rome" in heard.notes[0]
-    assert one_layer_hyper("rome", model, [2], {"steps": "7"}) == replace(expected, layer=2, steps=7)  # type: ignore[call-arg]
-
-
-def test_without_a_preset_the_papers_numbers_serve() -> None:
-    model, heard = tiny("gpt2"), Recorder()
-    assert one_layer_hyper("rome", model, [1], {}, heard) == RomeHyper(1)
-    assert one_layer_hyper("ft", model, [2], {"batch": "8"}, heard) == FtHyper(2, batch=8)
-    assert len(heard.notes) == 2
-
-
-@pytest.mark.parametrize(
-    ("layers", "settings", "said"),
-    [
-        (None, {}, "no preset"),
-        ([], {}, "names no layer"),
-        ([99], {}, "no layer 99"),
-        ([LAYERS - 1], {}, "is the last"),
-        ([0, 1], {}, "edits one layer"),
-        ([1], {"layer": "2"}, "Unknown setting"),
-        ([1], {"covariance_weight": "2"}, "Unknown setting"),
-        ([1], {"steps": "0"}, "would give no edit"),
-    ],
-)
-def test_settings_that_are_refused(layers: list[int] | None, settings: dict[str, str], said: str) -> None:
-    with pytest.raises(BadInput, match=said):
-        one_layer_hyper("rome", tiny("llama"), layers, settings)
-
-
-def test_a_model_with_a_preset_for_memit_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    shape = ("llama", WIDTH, LAYERS)
-    monkeypatch.setattr(hyper_module, "PRESETS", {"other": Preset(shape, Hyper(layers=(1,)), "for this test")})
-    with pytest.raises(BadInput, match="no rome preset"):
-        one_layer_hyper("rome", tiny("llama"), None, {})

@@ -1,0 +1,171 @@
+"""What each number of a method means, and presets: hyperparameters for known models, with where they come from.
+
+No torch: `kpatch models` prints this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class HyperParams:
+    """What every method has: R, the layers it edits. The other fields are settings; each is an int or a float."""
+
+    layers: tuple[int, ...]
+    positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate")  # settings that give no edit at zero
+
+    @property
+    def layer(self) -> int:
+        """The one layer of a method that edits one."""
+        (layer,) = self.layers
+        return layer
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, layers left out (the manifest names them itself)."""
+        return {key: value for key, value in asdict(self).items() if key != "layers"}
+
+
+@dataclass(frozen=True, slots=True)
+class MemitHyper(HyperParams):
+    """All that decides a MEMIT patch besides the facts, the model and the covariance text.
+
+    layers  R, the edited layers; L = max R carries the values
+    steps, learning_rate, stop_loss  Adam on δ; a fact stops when its loss falls below stop_loss
+    clamp  ‖δ‖ ≤ clamp · ‖h^L‖
+    weight_decay, kl  weights of ‖δ‖/‖h^L‖² and of the drift on "{subject} is a"
+    covariance_weight  λ in C = λ E[k k^T]
+    first_layer, first_leverage  the layer where a subject that opens its text is edited, and the least leverage
+    k^T C^{-1} k that its key is given weight for (see `kpatch.edit.first_token`)
+    lead_ins  contexts x_j in plain English besides the bare prompt: the first ones of `kpatch.edit.requests`
+    prefixes, prefix_tokens  contexts x_j sampled from the model, and their length
+    """
+
+    steps: int = 25
+    learning_rate: float = 0.5
+    stop_loss: float = 0.05
+    clamp: float = 0.75
+    weight_decay: float = 0.5
+    kl: float = 0.0625
+    covariance_weight: float = 15_000.0
+    first_layer: int = 0
+    first_leverage: float = 5.0
+    lead_ins: int = 0
+    prefixes: int = 5
+    prefix_tokens: int = 10
+    positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "covariance_weight")
+
+
+@dataclass(frozen=True, slots=True)
+class RomeHyper(HyperParams):
+    """All that decides a ROME patch besides the facts, the model and the covariance text.
+
+    steps, learning_rate, stop_loss  Adam on δ, which is added to the MLP's output m at the subject's last token
+    clamp  ‖δ‖ ≤ clamp · ‖m‖
+    weight_decay, kl  weights of ‖δ‖/‖m‖² and of the drift on "{subject} is a"
+    prefixes  contexts besides the bare prompt, half of them of each length
+    short, long  their lengths in tokens
+    """
+
+    steps: int = 20
+    learning_rate: float = 0.5
+    stop_loss: float = 0.05
+    clamp: float = 4.0
+    weight_decay: float = 0.5
+    kl: float = 0.0625
+    prefixes: int = 20
+    short: int = 5
+    long: int = 10
+    positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp")
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneHyper(HyperParams):
+    """All that decides a fine-tuned patch besides the facts and the model.
+
+    steps  passes over all facts at most
+    learning_rate  of Adam
+    weight_decay  of W − W0, added to the gradient
+    stop_loss  facts with less loss are passed over; a pass whose mean is less ends the tuning
+    batch  facts an update: one, since 25 updates for all facts together leave most of them unlearned
+    """
+
+    steps: int = 25
+    learning_rate: float = 5e-4
+    weight_decay: float = 5e-4
+    stop_loss: float = 1e-2
+    batch: int = 1
+    positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch")
+
+
+@dataclass(frozen=True, slots=True)
+class Preset:
+    """Hyperparameters for one model, and where they come from."""
+
+    hyper: HyperParams
+    source: str
+
+
+# A model is known by its shape (family, width d, layers), so that a local copy or a fine-tuned sister is known too.
+SHAPES: dict[str, tuple[str, int, int]] = {
+    "gpt-j": ("gptj", 4096, 28),
+    "neox": ("gpt_neox", 6144, 44),
+    "gpt2-xl": ("gpt2", 1600, 48),
+    "smollm2": ("llama", 576, 30),
+}
+
+_PAPER = "MEMIT paper (Meng et al., ICLR 2023), section 5 and Appendix B"
+_ROME = "the ROME authors' published settings"
+_FT = "MEMIT paper, appendix B (FT-W), and its published settings"
+
+# By method, then by the names of SHAPES
+PRESETS: Mapping[str, Mapping[str, Preset]] = {
+    "memit": {
+        "gpt-j": Preset(
+            MemitHyper(layers=tuple(range(3, 9))), f"{_PAPER}: R 3-8, λ 15,000, 25 steps, lr 0.5, clamp 0.75"
+        ),
+        "neox": Preset(
+            MemitHyper(layers=tuple(range(6, 11)), covariance_weight=20_000.0, steps=20, clamp=0.3),
+            f"{_PAPER}: R 6-10, λ 20,000, 20 steps, clamp 0.3",
+        ),
+        "gpt2-xl": Preset(
+            MemitHyper(layers=tuple(range(13, 18)), covariance_weight=20_000.0, steps=20),
+            "the MEMIT authors' published settings: R 13-17, λ 20,000, 20 steps, lr 0.5, clamp 0.75",
+        ),
+        "smollm2": Preset(
+            MemitHyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=4, prefixes=0),
+            "measured by kpatch on 150 CounterFact edits and 66 of its own: R 4-8, λ 600, plain lead-ins (what so"
+            " small a model writes by itself makes poor contexts); steps, lr and clamp as for GPT-J",
+        ),
+    },
+    "rome": {
+        "gpt-j": Preset(
+            RomeHyper((5,)),
+            f"{_ROME}: layer 5, 20 steps, lr 0.5, stop at 0.05, clamp 4, 10 contexts of 5 tokens and 10 of 10,"
+            " decay 0.5 and KL 0.0625 (the paper, appendix E.5, names 1.5e-3 and 100)",
+        ),
+        "gpt2-xl": Preset(
+            RomeHyper((17,)), f"{_ROME}: layer 17 (the paper counts it as the 18th), the rest as for GPT-J"
+        ),
+        "neox": Preset(RomeHyper((15,)), f"{_ROME}: layer 15, the rest as for GPT-J"),
+        "smollm2": Preset(
+            RomeHyper((6,)),
+            "layer 6, the middle of MEMIT's layers here, as GPT-J's 5 is of its own; the rest as for GPT-J",
+        ),
+    },
+    "ft": {
+        "gpt-j": Preset(
+            FineTuneHyper((21,)),
+            f"{_FT}: layer 21, 25 steps, lr 5e-4, stop at 1e-2; decay 5e-4, near what their power law gives for"
+            " 10,000 edits (3.9e-4)",
+        ),
+        "gpt2-xl": Preset(
+            FineTuneHyper((1,)),
+            "ROME paper, appendix E.1, and its published settings for tuning without a bound on the change: layer 1,"
+            " 25 steps, lr 5e-4; decay and stop as for GPT-J",
+        ),
+        "smollm2": Preset(FineTuneHyper((22,)), "layer 22, as deep as GPT-J's 21 of 28 layers; the rest as for GPT-J"),
+    },
+}
