@@ -1,9 +1,11 @@
-"""Options that several commands share, so that they read and behave the same everywhere."""
+"""Options that several commands share, and how a message names an option of the command that runs."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -59,3 +61,38 @@ Memory = Annotated[
 def examples(*commands: str) -> str:
     """The end of a command's help; the first character tells Typer not to wrap the lines."""
     return "\b\n" + "\n".join(("Examples:", *(f"  {command}" for command in commands)))
+
+
+# The Python parameter and its option have the same name, but for these
+_OTHER_NAMES = {"set": "settings"}
+_PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+
+
+def option_names(app: typer.Typer, command: str | None) -> dict[str, str]:
+    """What each Python parameter of a command is called on the command line: `out` is -o, `layers_from` --layers-from.
+
+    An argument is called by its metavar. Without a command, or for an unknown one, there are none.
+    """
+    commands: Mapping[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    names: dict[str, str] = {}
+    for parameter in getattr(commands.get(command or ""), "params", ()):
+        argument = parameter.param_type_name == "argument"
+        shown = str(parameter.metavar or parameter.name.upper()) if argument else str(parameter.opts[0])
+        name = str(parameter.name).rstrip("_")
+        names |= {name: shown, _OTHER_NAMES.get(name, name): shown}
+    return names
+
+
+def with_options(text: str, names: Mapping[str, str]) -> str:
+    """`text` with every parameter in backticks as its option: `force` is --force, `dtype=float32` --dtype float32.
+
+    What is no parameter of the command stays as it is.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in names:
+            return match.group()
+        return names[name] if value in (None, "True") else f"{names[name]} {value}"
+
+    return _PARAMETER.sub(option, text)
