@@ -77,10 +77,10 @@ class Room:
         if rows <= samples:
             raise BadInput(
                 "The samples of one cell do not fit in this device's memory together",
-                hint="give fewer --samples, or --device cpu",
+                hint="give fewer `samples`, or `device=cpu`",
             ) from error
         if self.most is None:
-            report.warn(f"out of memory with {rows:,} rows together: going on with half of them")
+            report.warn(f"out of memory with {rows:,} rows together: continuing with half of them")
         self.most = max(samples, rows // 2)
 
 

@@ -127,16 +127,16 @@ def trace(
 def _check(model: Model, settings: Settings) -> None:
     if not 0 < settings.noise < float("inf"):
         raise BadInput(
-            f"--noise {settings.noise:g} corrupts nothing",
+            f"`noise={settings.noise:g}` corrupts nothing",
             details=["expected a number above 0, in σ of the embeddings"],
         )
     if settings.samples < 1:
-        raise BadInput(f"--samples {settings.samples} is none", details=["expected 1 or more"])
+        raise BadInput(f"`samples={settings.samples}` is none", details=["expected 1 or more"])
     if not settings.quick and not 1 <= settings.window <= model.n_layers:
         raise BadInput(
-            f"--window {settings.window} does not fit {model.name}",
+            f"`window={settings.window}` does not fit {model.name}",
             details=[f"expected 1 to {model.n_layers} layers"],
-            hint=f"about a third of the layers shows most: --window {max(1, model.n_layers // 3)}",
+            hint=f"about a third of the layers shows most: `window={max(1, model.n_layers // 3)}`",
         )
 
 

@@ -320,13 +320,13 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (Settings(noise=0), "--noise 0 corrupts nothing"),
-        (Settings(noise=-1), "--noise -1"),
-        (Settings(noise=float("nan")), "--noise nan"),
-        (Settings(noise=float("inf")), "--noise inf"),
-        (Settings(samples=0), "--samples 0"),
-        (Settings(window=0), "--window 0"),
-        (Settings(window=LAYERS + 1), f"--window {LAYERS + 1} does not fit"),
+        (Settings(noise=0), "`noise=0` corrupts nothing"),
+        (Settings(noise=-1), "`noise=-1"),
+        (Settings(noise=float("nan")), "`noise=nan"),
+        (Settings(noise=float("inf")), "`noise=inf"),
+        (Settings(samples=0), "`samples=0"),
+        (Settings(window=0), "`window=0"),
+        (Settings(window=LAYERS + 1), f"`window={LAYERS + 1}` does not fit"),
     ],
 )
 def test_settings_that_make_no_sense(settings: Settings, said: str) -> None:
