@@ -11,7 +11,7 @@ import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: every step with its time.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Report more: every step with its time.")]
 
 Model = Annotated[
     str,
@@ -27,6 +27,21 @@ Checkpoint = Annotated[
     ),
 ]
 Facts = Annotated[Path, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
+# Beside a MODEL: the two are told apart, so that either order is understood
+FactsFirst = Annotated[str, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
+Patches = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--patch", metavar="PATCH", help="Try this patch in memory, beside the model without; can be repeated."
+    ),
+]
+NewPatch = Annotated[Path | None, typer.Option("-o", "--out", metavar="PATCH", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over an existing file.")]
+FirstFacts = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N facts only.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--afresh", help="Use what earlier and interrupted runs left in the cache.")
+]
+MinRate = Annotated[float | None, typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate.")]
 
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[
@@ -54,7 +69,7 @@ Tokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens of the corpus to use. Default: 10 × MLP width.")
 ]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="How much memory a step may take, as in 2GB. Default: what is free.")
+    str | None, typer.Option(metavar="SIZE", help="How much memory activations may take, as in 2GB. Default: 800MB.")
 ]
 
 

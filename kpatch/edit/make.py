@@ -24,7 +24,6 @@ from kpatch.edit.hyper import hyper_for
 from kpatch.edit.one_layer import PRESETS, one_layer_hyper
 from kpatch.edit.requests import contexts_for, group_facts
 from kpatch.edit.single import Settings, make_single
-from kpatch.edit.traced import traced_layers
 from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
@@ -36,6 +35,7 @@ from kpatch.outputs import check_new_file
 from kpatch.patch.format import read_patch
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.covariance import collect
+from kpatch.trace.files import read_layers
 
 METHODS = ("memit", *PRESETS)
 
@@ -106,7 +106,7 @@ def make(
     if layers_from is not None:
         if layers is not None:
             raise BadInput("--layers and --layers-from exclude each other", hint="leave one of them out")
-        layers = traced_layers(layers_from, edited)
+        layers = read_layers(layers_from, edited)
     check_lengths(edited.tokenizer, chosen)
     if method in PRESETS:
         one = one_layer_hyper(method, edited, layers, settings or {}, report)

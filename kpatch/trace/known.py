@@ -16,7 +16,7 @@ from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, record
 from kpatch.reporter import SILENT, Reporter
 from kpatch.trace.clean_corrupted import Traced
-from kpatch.trace.lists import slotted
+from kpatch.trace.fact_lists import slotted
 
 _BATCH = 128  # prompts asked at once
 

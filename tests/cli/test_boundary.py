@@ -13,7 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
+from kpatch.cli import parse
 from kpatch.cli.app import app
 from kpatch.cli.commands import show
 from kpatch.cli.errors import translate
@@ -132,6 +134,20 @@ def test_notes_and_warnings_name_options(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("kpatch.patch.header.read_header", read)
     assert run("show", "x").err == "a note on -q\nwarning: a warning of --json\nerror: no\n"
+
+
+def test_help_on_memory_names_the_default_that_is_used() -> None:
+    from kpatch.edit import values_cache
+    from kpatch.trace import memory
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    helps = {
+        name: option.help for name, command in commands.items() for option in command.params if option.name == "memory"
+    }
+    assert set(helps) == {"make", "stack", "trace"}
+    for name, text in helps.items():
+        default = memory.DEFAULT_BUDGET if name == "trace" else values_cache.DEFAULT_BUDGET
+        assert parse.memory(text.rpartition("Default: ")[2].rstrip(".")) == default, name
 
 
 def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch) -> None:

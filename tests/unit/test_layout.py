@@ -21,7 +21,7 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"facts"},
     "trace": {"models", "facts"},
     "stats": {"models", "facts"},
-    "edit": {"models", "facts", "stats", "patch", "checkpoint", "evaluate"},
+    "edit": {"models", "facts", "trace", "stats", "patch", "checkpoint", "evaluate"},
     "patch": set(),
     "checkpoint": {"patch"},
     "evaluate": {"models", "facts", "patch", "checkpoint"},
