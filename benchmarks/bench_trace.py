@@ -25,13 +25,13 @@ sys.path.insert(0, str(ROOT))
 from kpatch.models.address import resolve  # noqa: E402
 from kpatch.models.model import Model, load_model  # noqa: E402
 from kpatch.trace.cells import Cell, severed, state, window  # noqa: E402
-from kpatch.trace.clean_corrupted import run_base  # noqa: E402
+from kpatch.trace.clean_corrupted import run_clean_and_corrupted  # noqa: E402
 from kpatch.trace.engine import trace_cells  # noqa: E402
+from kpatch.trace.fact_lists import built_in  # noqa: E402
 from kpatch.trace.known import ask_one, subject_items  # noqa: E402
-from kpatch.trace.lists import built_in  # noqa: E402
-from kpatch.trace.memory import DEFAULT_BUDGET, Room  # noqa: E402
+from kpatch.trace.memory import DEFAULT_BUDGET, MemoryBudget  # noqa: E402
 from kpatch.trace.noise import draw, spread_of_embeddings  # noqa: E402
-from kpatch.trace.run import Settings, trace  # noqa: E402
+from kpatch.trace.run import TraceSettings, trace  # noqa: E402
 from tests.oracle import trace as oracle  # noqa: E402
 
 PROMPTS = (
@@ -60,7 +60,7 @@ def one_prompt(model: Model, prompt: tuple[str, str], level: float, options: arg
     noise = draw(model, item, level, options.samples, 0)
     text = known.fact.text()
     begin = time.perf_counter()
-    base = run_base(model, [item], [noise])
+    base = run_clean_and_corrupted(model, [item], [noise])
     clean, corrupted = float(base.probabilities[0]), float(base.probabilities[1:].mean())
     first = time.perf_counter() - begin
     print(f"{text!r} ({len(item.ids)} tokens): P({known.answer}) {clean:.3f} clean, {corrupted:.3f} corrupted")
@@ -76,7 +76,7 @@ def one_prompt(model: Model, prompt: tuple[str, str], level: float, options: arg
     found = {}
     for name, cells in grids.items():
         begin = time.perf_counter()
-        found[name] = trace_cells(base, [cells], Room(options.memory))[0]
+        found[name] = trace_cells(base, [cells], MemoryBudget(options.memory))[0]
         seconds = time.perf_counter() - begin + (first if name == "states" else 0)
         fast = line(name, seconds, len(cells))
         if name == "states":
@@ -111,13 +111,13 @@ def main() -> None:
     print(f"{model.name}, {model.dtype}, {model.device}, {threads} threads, load {load:.1f}; {peak()} with the model")
     level = 3.0 * spread_of_embeddings(model, subject_items(model, built_in()))
     warm = ask_one(model, *PROMPTS[0]).item  # what only the first run does is not what is asked
-    run_base(model, [warm], [draw(model, warm, level, options.samples, 0)])
+    run_clean_and_corrupted(model, [warm], [draw(model, warm, level, options.samples, 0)])
     for prompt in PROMPTS:
         one_prompt(model, prompt, level, options)
     if options.facts:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["KPATCH_CACHE"] = cache
-            settings = Settings(samples=options.samples, window=min(10, model.n_layers), quick=options.quick)
+            settings = TraceSettings(samples=options.samples, window=min(10, model.n_layers), quick=options.quick)
             traces = trace(model, limit=options.facts, settings=settings, budget=options.memory)
         count, seconds = len(traces.facts), traces.seconds
         print(f"{count} facts of {traces.tried} tried: {seconds:.1f} s, {60 * count / seconds:.1f} facts a minute")

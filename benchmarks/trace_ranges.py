@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from kpatch.edit.make import make
-from kpatch.edit.traced import traced_layers
 from kpatch.facts.fact import Fact, Neighbor
 from kpatch.models.address import resolve
 from kpatch.models.model import load_model
-from kpatch.trace.lists import slotted
+from kpatch.trace.fact_lists import slotted
+from kpatch.trace.files import read_layers
 
 
 def read_counterfact(path: Path, count: int) -> list[Fact]:
@@ -75,7 +75,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     model = load_model(resolve(options.model), device=options.device, dtype=options.dtype)
-    found = traced_layers(options.trace, model)
+    found = read_layers(options.trace, model)
     if options.ranges is None:
         others = rivals(found, model.n_layers)
     else:

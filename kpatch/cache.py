@@ -1,4 +1,4 @@
-"""Where kpatch keeps what is dear to compute, and how it writes there: whole files or none, one writer at a time."""
+"""Where kpatch keeps what is expensive to compute, and how it writes: whole files or none, one writer at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def write_error(error: BaseException, path: Path) -> KpatchError:
-    """What to tell a user about a file that could not be written."""
+    """The error for a file that could not be written."""
     hint = "set KPATCH_CACHE to a folder that can be written" if path.is_relative_to(cache_root()) else None
     if is_full(error):
         return KpatchError(
@@ -70,9 +70,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        os.chmod(
-            temporary, 0o666 & ~_umask()
-        )  # mkstemp and safetensors both make files that only their owner can read
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and safetensors make files that only their owner can read
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
@@ -82,6 +80,15 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         if isinstance(error, OSError) or is_full(error):
             raise write_error(error, path) from error
         raise
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, whole or not at all. Raises as `atomic_write` does."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    atomic_write(path, write)
 
 
 def sync(path: Path) -> None:
@@ -109,7 +116,7 @@ def lock(path: Path, *, wait: bool = True, report: Reporter = SILENT) -> Iterato
         who = _read_holder(note)
         if not wait:
             raise Refused(
-                "Another kpatch is at work here",
+                "Another kpatch is running here",
                 where=str(path),
                 details=[f"held by {who}"],
                 hint="wait for it to end",

@@ -12,6 +12,7 @@ import typer
 
 from kpatch import distributed
 from kpatch.cli.errors import EXIT_CODES, guarded
+from kpatch.cli.options import option_names, with_options
 from kpatch.cli.output import begin, output
 from kpatch.errors import BadInput
 
@@ -58,13 +59,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line and answer its exit code. Never raises, but for what a second Ctrl-C may do."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = given[: given.index("--")] if "--" in given else given
-    begin(json="--json" in options, quiet=False, verbose=False)  # for errors before the command reads its options
+    out = begin(
+        json="--json" in options, quiet=False, verbose=False
+    )  # for errors before the command reads its options
+    out.spell = lambda text: with_options(text, option_names(app, _command(options))) if "`" in text else text
     with warnings.catch_warnings():
         if "-v" not in options and "--verbose" not in options:
             warnings.simplefilter("ignore")  # of libraries: nothing a user of kpatch can act on
         if distributed.launched():
             return _ranked(given, options)
-        return guarded(lambda: _run(given), output())
+        return guarded(lambda: _run(given), out)
+
+
+def _command(options: list[str]) -> str | None:
+    return next((word for word in options if not word.startswith("-")), None)
 
 
 def _run(given: list[str]) -> Any:
@@ -83,8 +91,7 @@ def _alone(given: list[str], options: list[str]) -> Any:
 
 def _ranked(given: list[str], options: list[str]) -> int:
     """One command line in one of several processes: work that can be shared is, the rest is rank 0's or refused."""
-    name = next((word for word in options if not word.startswith("-")), None)
-    if name not in _SHARED or {"--help", "-h"} & set(options):
+    if _command(options) not in _SHARED or {"--help", "-h"} & set(options):
         if distributed.rank():
             return 0
         return guarded(lambda: _alone(given, options), output())

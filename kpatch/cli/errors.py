@@ -72,21 +72,30 @@ def _tell(error: BaseException, out: Output) -> int:
         traceback.print_exception(error, file=sys.stderr)
     with distributed.telling() as mine:
         if mine and out.json:
-            said = {"code": known.code, "message": known.message, "hint": known.hint, "where": known.where}
-            out.finish({**said, "details": list(known.details)})
+            out.finish(_as_json(known, out.spell))
         elif mine:
-            print(render(known), file=sys.stderr, flush=True)
+            print(_as_text(known, out.spell), file=sys.stderr, flush=True)
     return known.exit_code
 
 
-def render(error: KpatchError) -> str:
+def _as_json(error: KpatchError, spell: Callable[[str], str]) -> dict[str, Any]:
+    return {
+        "code": error.code,
+        "message": spell(error.message),
+        "hint": error.hint and spell(error.hint),
+        "where": error.where,
+        "details": [spell(detail) for detail in error.details],
+    }
+
+
+def _as_text(error: KpatchError, spell: Callable[[str], str]) -> str:
     """The message for people: what, where, expected and found, what to do next."""
-    lines = [f"{paint('error:', '31')} {clean(error.message)}"]
+    lines = [f"{paint('error:', '31')} {clean(spell(error.message))}"]
     if error.where and error.where not in error.message:
         lines.append(f"  in {clean(error.where)}")
-    lines += [f"  {clean(detail)}" for detail in error.details]
+    lines += [f"  {clean(spell(detail))}" for detail in error.details]
     if error.hint:
-        lines.append(f"{paint('hint:', '36')} {clean(error.hint)}")
+        lines.append(f"{paint('hint:', '36')} {clean(spell(error.hint))}")
     return "\n".join(lines)
 
 

@@ -15,12 +15,12 @@ _SIGNS = " .:-=+*#%@"
 _MOST_LABEL = 24
 
 
-def show(out: Output, panel: Panel) -> None:
+def print_heatmap(output: Output, panel: Panel) -> None:
     """One heatmap: its title, a line a row with the layers from left to right, the scale of its colours."""
     from rich.cells import cell_len
     from rich.text import Text
 
-    coloured, columns = out.screen()
+    coloured, columns = output.screen()
     layers = len(panel.values[0])
     names = [clean(name)[:_MOST_LABEL] for name in panel.rows]
     margin = max(map(cell_len, names), default=0) + 1
@@ -32,11 +32,11 @@ def show(out: Output, panel: Panel) -> None:
             _cell(line, panel, value, wide, coloured)
         lines.append(line)
     lines.append(Text(" " * margin + _ruler(layers, wide) + "  layer"))
-    out.drawing(lines)
+    output.drawing(lines)
 
 
 def _cell(line: Text, panel: Panel, value: float, wide: int, coloured: bool) -> None:
-    from kpatch.trace.colors import hex_of, on_dark
+    from kpatch.trace.panels import hex_of, on_dark
 
     share = (value - panel.low) / max(panel.high - panel.low, 1e-12)
     if coloured:

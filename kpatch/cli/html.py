@@ -8,9 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from kpatch.cache import atomic_write
+from kpatch.cache import atomic_write_text
 from kpatch.cli.output import percent
-from kpatch.cli.tables import KINDS, failures, plain
+from kpatch.cli.tables import RATES, failures, format_number
 
 _STYLE = """
 :root { color-scheme: light dark; --old: #8a8f98; --new: #2f6fde; --bad: #c2410c; --line: #8884; }
@@ -36,12 +36,7 @@ def write_page(
     before: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write the page of what `eval` found; `before` are the facts in the model without its patches, or none."""
-    text = page(name, found, facts, before)
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    atomic_write(path, write)
+    atomic_write_text(path, page(name, found, facts, before))
 
 
 def page(
@@ -63,7 +58,7 @@ def page(
 def _rates(found: Mapping[str, Any]) -> str:
     metrics, old = found["metrics"], found["unpatched"] or {}
     rows = []
-    for kind, over in KINDS.items():
+    for kind, over in RATES.items():
         part, was = metrics[kind], old.get(kind) or {}
         if part is not None:
             for label, key, pair in (
@@ -79,22 +74,22 @@ def _rates(found: Mapping[str, Any]) -> str:
     for key, label in (("fluency", "Fluency, bits"), ("consistency", "Consistency")):
         if found[key] is not None:
             between = _pair(found.get(f"{key}_interval"), 1)
-            rows.append((label, "", plain(old.get(key)), plain(found[key]), between))
+            rows.append((label, "", format_number(old.get(key)), format_number(found[key]), between))
     if found["perplexity"]:
         read = found["perplexity"]
-        rows.append(("Perplexity", "", plain(read["before"]), plain(read["after"]), ""))
+        rows.append(("Perplexity", "", format_number(read["before"]), format_number(read["after"]), ""))
     return _table(("Measure", "n", "Without", "With", "95 %"), rows, numbers=(1, 2, 3, 4))
 
 
 def _bars(found: Mapping[str, Any]) -> str:
     """Success before and after as bars with whiskers."""
     old = found["unpatched"] or {}
-    parts = [f'<svg viewBox="0 0 640 {40 * len(KINDS) + 30}" width="640" role="img" aria-label="Success rates">']
+    parts = [f'<svg viewBox="0 0 640 {40 * len(RATES) + 30}" width="640" role="img" aria-label="Success rates">']
     for tenth in range(0, 11, 2):
         x = 140 + 45 * tenth
-        parts.append(f'<line class="axis" x1="{x}" y1="0" x2="{x}" y2="{40 * len(KINDS)}"/>')
-        parts.append(f'<text x="{x}" y="{40 * len(KINDS) + 18}" text-anchor="middle">{10 * tenth}</text>')
-    for row, kind in enumerate(KINDS):
+        parts.append(f'<line class="axis" x1="{x}" y1="0" x2="{x}" y2="{40 * len(RATES)}"/>')
+        parts.append(f'<text x="{x}" y="{40 * len(RATES) + 18}" text-anchor="middle">{10 * tenth}</text>')
+    for row, kind in enumerate(RATES):
         parts.append(f'<text x="130" y="{40 * row + 24}" text-anchor="end">{kind}</text>')
         for source, style, y in ((old, "old", 40 * row + 6), (found["metrics"], "new", 40 * row + 20)):
             part = source.get(kind)

@@ -1,15 +1,17 @@
-"""Options that several commands share, so that they read and behave the same everywhere."""
+"""Options that several commands share, and how a message names an option of the command that runs."""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
 Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No notes and no progress.")]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Say more: every step with its time.")]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Report more: every step with its time.")]
 
 Model = Annotated[
     str,
@@ -25,6 +27,21 @@ Checkpoint = Annotated[
     ),
 ]
 Facts = Annotated[Path, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
+# Beside a MODEL: the two are told apart, so that either order is understood
+FactsFirst = Annotated[str, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
+Patches = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--patch", metavar="PATCH", help="Try this patch in memory, beside the model without; can be repeated."
+    ),
+]
+NewPatch = Annotated[Path | None, typer.Option("-o", "--out", metavar="PATCH", help="The file to write.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over an existing file.")]
+FirstFacts = Annotated[int | None, typer.Option("--limit", min=1, metavar="N", help="The first N facts only.")]
+Resume = Annotated[
+    bool, typer.Option("--resume/--afresh", help="Use what earlier and interrupted runs left in the cache.")
+]
+MinRate = Annotated[float | None, typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate.")]
 
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")]
 Dtype = Annotated[
@@ -52,10 +69,45 @@ Tokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens of the corpus to use. Default: 10 × MLP width.")
 ]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="How much memory a step may take, as in 2GB. Default: what is free.")
+    str | None, typer.Option(metavar="SIZE", help="How much memory activations may take, as in 2GB. Default: 800MB.")
 ]
 
 
 def examples(*commands: str) -> str:
     """The end of a command's help; the first character tells Typer not to wrap the lines."""
     return "\b\n" + "\n".join(("Examples:", *(f"  {command}" for command in commands)))
+
+
+# The Python parameter and its option have the same name, but for these
+_OTHER_NAMES = {"set": "settings"}
+_PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
+
+
+def option_names(app: typer.Typer, command: str | None) -> dict[str, str]:
+    """What each Python parameter of a command is called on the command line: `out` is -o, `layers_from` --layers-from.
+
+    An argument is called by its metavar. Without a command, or for an unknown one, there are none.
+    """
+    commands: Mapping[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    names: dict[str, str] = {}
+    for parameter in getattr(commands.get(command or ""), "params", ()):
+        argument = parameter.param_type_name == "argument"
+        shown = str(parameter.metavar or parameter.name.upper()) if argument else str(parameter.opts[0])
+        name = str(parameter.name).rstrip("_")
+        names |= {name: shown, _OTHER_NAMES.get(name, name): shown}
+    return names
+
+
+def with_options(text: str, names: Mapping[str, str]) -> str:
+    """`text` with every parameter in backticks as its option: `force` is --force, `dtype=float32` --dtype float32.
+
+    What is no parameter of the command stays as it is.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        if name not in names:
+            return match.group()
+        return names[name] if value in (None, "True") else f"{names[name]} {value}"
+
+    return _PARAMETER.sub(option, text)

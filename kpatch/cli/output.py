@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -40,6 +40,7 @@ class Output:
     """
 
     def __init__(self) -> None:
+        self.spell: Callable[[str], str] = str  # shows parameters in backticks as the options of the running command
         self.configure()
 
     def configure(self, *, json: bool = False, quiet: bool = False, verbose: bool = False) -> Output:
@@ -111,10 +112,10 @@ class Output:
 
     def note(self, message: str) -> None:
         if not self.quiet:
-            self._say(message)
+            self._say(self.spell(message))
 
     def warn(self, message: str) -> None:
-        self._say(f"{paint('warning:', '33')} {clean(message)}", cleaned=True)
+        self._say(f"{paint('warning:', '33')} {clean(self.spell(message))}", cleaned=True)
 
     @contextmanager
     def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:

@@ -1,13 +1,4 @@
-"""What a patch did, as tables: each fact's answer before and after, then the rates.
-
-What `make` and `stack --resolve` say at their end: the patch, and what it does.
-
-What apply and revert say at their end: the patches, and how each weight came through the rounding.
-
-How much patches move each other's keys, as a table: one row for each ordered pair, one column for each layer.
-
-What `eval` found, as tables: rates with their intervals, and the facts that failed.
-"""
+"""Tables that several commands print: what a patch does, how it was applied, interference, and what `eval` found."""
 
 from __future__ import annotations
 
@@ -22,16 +13,21 @@ if TYPE_CHECKING:
     from kpatch.patch.header import PatchInfo
     from kpatch.patch.interference import Interference
 
-
-_RATES = ("efficacy", "generalization", "specificity")
-_MEANING = {
+# The three rates, and what each is taken over
+RATES = {
     "efficacy": "the edited prompts",
     "generalization": "their paraphrases",
     "specificity": "neighbors, which must stay",
 }
+_FACTS_SHOWN = 25
+# Of what a patch wrote: above this share, another patch is likely to change answers of its facts
+_STRONG_INTERFERENCE = 0.5
 
 
-def show_facts(out: Output, facts: Sequence[Mapping[str, Any]], limit: int | None = None) -> None:
+# What a patch does
+
+
+def print_facts(output: Output, facts: Sequence[Mapping[str, Any]], limit: int | None = None) -> None:
     """One row per fact: prompt, target, the greedy answer and the target's probability before and after."""
     rows: list[list[Cell]] = []
     for fact in facts[:limit]:
@@ -46,39 +42,29 @@ def show_facts(out: Output, facts: Sequence[Mapping[str, Any]], limit: int | Non
                 percent(after.get("probability")),
             ]
         )
-    out.table(("Prompt", "Target", "Before", "P(target)", "After", "P(target)"), rows, right=(3, 5))
+    output.table(("Prompt", "Target", "Before", "P(target)", "After", "P(target)"), rows, right=(3, 5))
     if limit is not None and len(facts) > limit:
-        out.line(f"… and {len(facts) - limit} more facts (-v shows all)")
+        output.line(f"… and {len(facts) - limit} more facts (-v shows all)")
 
 
-def show_metrics(out: Output, effect: Mapping[str, Any]) -> None:
+def print_rates(output: Output, effect: Mapping[str, Any]) -> None:
     """Rates before and after: of beating the old answer, and of being the model's first choice."""
     before, after = effect.get("before") or {}, effect.get("after") or {}
     rows: list[list[Cell]] = []
-    for name in _RATES:
+    for name, over in RATES.items():
         old, new = before.get(name) or {}, after.get(name)
         if new:
             first = f"{percent(old.get('accuracy'))} → {percent(new['accuracy'])}"
             success: list[Cell] = [percent(old.get("success")), percent(new["success"])]
-            rows.append([name.capitalize(), _MEANING[name], new["n"], *success, first])
+            rows.append([name.capitalize(), over, new["n"], *success, first])
     if after.get("score") is not None:
         rows.append(["Score", "harmonic mean", None, percent(before.get("score")), percent(after["score"]), None])
-    out.table(("Rate", "Over", "n", "Before", "After", "As first choice"), rows, right=(2, 3, 4, 5))
+    output.table(("Rate", "Over", "n", "Before", "After", "As first choice"), rows, right=(2, 3, 4, 5))
 
 
-def rate(metrics: Mapping[str, Any], name: str) -> float | None:
-    """The rate that a threshold is held against: success, or accuracy where no fact says what it `was`."""
-    part = metrics.get(name)
-    if not part:
-        return None
-    success: float | None = part["success"]
-    accuracy: float = part["accuracy"]
-    return accuracy if success is None else success
-
-
-def tell_made(say: Output, result: MakeResult) -> None:
+def print_made(output: Output, result: MakeResult) -> None:
     """Print a patch just made and what it does, for people and as JSON."""
-    say.result(
+    output.result(
         {
             "patch": {"id": result.patch_id, "path": str(result.path), "bytes": result.bytes},
             "model": result.model,
@@ -90,40 +76,39 @@ def tell_made(say: Output, result: MakeResult) -> None:
             "peak_memory_bytes": result.peak_memory_bytes,
         }
     )
-    show_facts(say, result.facts, limit=None if say.verbose else 25)
-    say.line()
-    show_metrics(say, result.effect)
-    say.line()
+    print_facts(output, result.facts, limit=None if output.verbose else _FACTS_SHOWN)
+    output.line()
+    print_rates(output, result.effect)
+    output.line()
     total = result.seconds.get("total", 0.0)
     peak = "" if not result.peak_memory_bytes else f", {size(result.peak_memory_bytes)} of memory at most"
-    say.line(f"{result.path}  {result.patch_id[:12]}  {size(result.bytes)}, made in {total:.1f} s{peak}")
-    say.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
+    output.line(f"{result.path}  {result.patch_id[:12]}  {size(result.bytes)}, made in {total:.1f} s{peak}")
+    output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
 
 
-def show_report(out: Output, report: ApplyReport, done: str, where: str) -> None:
+# How patches were applied, and what they do to each other
+
+
+def print_apply_report(output: Output, report: ApplyReport, done: str, where: str) -> None:
     """Print what was done (or with --check would be), for people and as JSON."""
-    out.result(report.to_dict())
+    output.result(report.to_dict())
     rows = [
         (weight.name, percent(weight.unchanged), percent(weight.delta_error), percent(weight.key_error))
         for weight in report.weights
         if weight.unchanged is not None
     ]
-    out.table(("Weight", "Entries unchanged", "Lost in rounding", "At the facts' keys"), rows, right=(1, 2, 3))
+    output.table(("Weight", "Entries unchanged", "Lost in rounding", "At the facts' keys"), rows, right=(1, 2, 3))
     names = ", ".join(f"{patch['name']} ({patch['id'][:12]})" for patch in report.patches)
     weights = f"{len(report.weights)} weights, {report.seconds:.1f} s"
-    out.line(f"{done} {names} {where} {report.model}: {weights}; state {report.state}")
+    output.line(f"{done} {names} {where} {report.model}: {weights}; state {report.state}")
 
 
-# Of what a patch wrote: beyond this share another one is likely to change answers of its facts.
-_MUCH = 0.5
-
-
-def show_interference(
-    out: Output, patches: Sequence[PatchInfo], found: Sequence[Interference], warn: bool = False
+def print_interference(
+    output: Output, patches: Sequence[PatchInfo], found: Sequence[Interference], warn: bool = False
 ) -> None:
     """Print ‖Δ_a K_b‖ / ‖Δ_b K_b‖; with `warn` also warn of pairs where it is large."""
     if not found:
-        out.line("interference: no two patches change a weight for which one of them stores keys")
+        output.line("interference: no two patches change a weight for which one of them stores keys")
         return
     layers = sorted({one.layer for one in found})
     names = _names(patches)
@@ -136,11 +121,11 @@ def show_interference(
             [names[by], names[on], *(percent(share) for share in shares), f"{percent(most.worst)}  {most.fact}"]
         )
     headers = ("Delta of", "moves keys of", *(f"layer {layer}" for layer in layers), "most")
-    out.table(headers, rows, right=tuple(range(2, 2 + len(layers))))
-    much = {(one.by, one.on) for one in found if warn and one.ratio > _MUCH}
-    for by, on in sorted(much):
-        out.warn(
-            f"{names[by]} moves keys of {names[on]} by more than {_MUCH:.0%} of what that wrote there; "
+    output.table(headers, rows, right=tuple(range(2, 2 + len(layers))))
+    strong = {(one.by, one.on) for one in found if warn and one.ratio > _STRONG_INTERFERENCE}
+    for by, on in sorted(strong):
+        output.warn(
+            f"{names[by]} moves keys of {names[on]} by more than {_STRONG_INTERFERENCE:.0%} of what that wrote there; "
             f"facts of {names[on]} may be lost"
         )
 
@@ -151,15 +136,11 @@ def _names(patches: Sequence[PatchInfo]) -> list[str]:
     return [f"{info.name} ({info.id[:8]})" if names.count(info.name) > 1 else info.name for info in patches]
 
 
-KINDS = {
-    "efficacy": "the edited prompts",
-    "generalization": "their paraphrases",
-    "specificity": "neighbors, which must stay",
-}
+# What `eval` found
 
 
-def show(
-    out: Output,
+def print_evaluation(
+    output: Output,
     found: Mapping[str, Any],
     facts: Sequence[Mapping[str, Any]],
     before: Sequence[Mapping[str, Any]] = (),
@@ -170,7 +151,7 @@ def show(
     """
     metrics, old = found["metrics"], found["unpatched"] or {}
     rows: list[list[Cell]] = []
-    for name, over in KINDS.items():
+    for name, over in RATES.items():
         part = metrics[name]
         if part is None:
             continue
@@ -187,22 +168,23 @@ def show(
         ("consistency", "with texts about the targets", found.get("compared")),
     ):
         if found[name] is not None:
-            numbers = _cells(old.get(name), found[name], found.get(f"{name}_interval"), plain)
+            numbers = _cells(old.get(name), found[name], found.get(f"{name}_interval"), format_number)
             rows.append([name.capitalize(), over, count, *numbers])
     read = found["perplexity"]
     if read is not None:
         more = "" if read["drift"] is None else f": {100 * read['drift']:+.2f} %"
-        rows.append(["Perplexity", f"of the text{more}", None, *_cells(read["before"], read["after"], None, plain)])
+        cells = _cells(read["before"], read["after"], None, format_number)
+        rows.append(["Perplexity", f"of the text{more}", None, *cells])
     headers, right = ["Measure", "Over", "n", "Without", "With", "95 %"], [2, 3, 4, 5]
     if found["unpatched"] is None:
         headers, right = ["Measure", "Over", "n", "Value", "95 %"], [2, 3, 4]
         rows = [[*row[:3], *row[4:]] for row in rows]
-    out.table(headers, rows, right=right)
+    output.table(headers, rows, right=right)
     if facts:
-        _failures(out, facts, before)
+        _print_failures(output, facts, before)
 
 
-def plain(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """A number that is no rate."""
     return "–" if value is None else f"{value:.3f}"
 
@@ -219,9 +201,9 @@ def _cells(
 
 
 def failures(fact: Mapping[str, Any], before: Mapping[str, Any] | None = None) -> list[str]:
-    """What of a fact the model got wrong, in words: the old answer winning, or the new one not being said.
+    """What of a fact the model got wrong, in words: the old answer wins, or the new one is not written.
 
-    A neighbor that was wrong `before` too is told apart from one that a patch has spoilt.
+    A neighbor that was wrong `before` too is marked, since no patch has spoilt it.
     """
     found = []
     if fact.get("success") is False:
@@ -240,13 +222,13 @@ def failures(fact: Mapping[str, Any], before: Mapping[str, Any] | None = None) -
     return found
 
 
-def _failures(out: Output, facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> None:
+def _print_failures(output: Output, facts: Sequence[Mapping[str, Any]], before: Sequence[Mapping[str, Any]]) -> None:
     rows: list[list[Cell]] = []
     for number, fact in enumerate(facts):
         wrong = failures(fact, before[number] if before else None)
         if wrong:
             chances = [percent(fact.get("probability")), percent(fact.get("was_probability"))]
             rows.append([fact["id"], fact["text"], fact["target"], *chances, fact.get("answer"), "; ".join(wrong)])
-    out.line()
-    out.table(("Fact", "Prompt", "Target", "P(target)", "P(was)", "Answer", "Wrong"), rows, right=(3, 4))
-    out.line(f"{len(rows):,} of {len(facts):,} facts have something wrong")
+    output.line()
+    output.table(("Fact", "Prompt", "Target", "P(target)", "P(was)", "Answer", "Wrong"), rows, right=(3, 4))
+    output.line(f"{len(rows):,} of {len(facts):,} facts have something wrong")

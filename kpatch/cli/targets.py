@@ -1,57 +1,52 @@
-"""Which checkpoint was last applied to: what `kpatch revert` means when none is named. No torch.
-
-Which checkpoint a command without MODEL_DIR means.
-
-The model that a command names, in memory: resolved, said which, loaded.
-"""
+"""What a command works on: the checkpoint that none names, the model that an address names, facts and patches."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kpatch.cache import atomic_write, cache_dir, cache_root
+from kpatch.cache import atomic_write_text, cache_dir, cache_root
 from kpatch.cli.output import Output
 from kpatch.errors import BadInput, KpatchError
 
 if TYPE_CHECKING:
+    from kpatch.facts.fact import FactFile
     from kpatch.models.model import Model
 
+_LAST_APPLIED = "last-applied.json"
+_FACT_FILES = (".yaml", ".yml", ".jsonl", ".csv")
 
-_NAME = "last-applied.json"
+
+# Checkpoints: `kpatch revert` without a directory means the one last applied to
 
 
-def remember(model: Path) -> None:
+def remember_checkpoint(model: Path) -> None:
     """Note the checkpoint last applied to. A cache that cannot be written is no reason to fail."""
-    text = json.dumps({"model": str(model)}, ensure_ascii=True)
     with suppress(KpatchError, OSError):
-        atomic_write(cache_dir() / _NAME, lambda temporary: _write(temporary, text))
+        atomic_write_text(cache_dir() / _LAST_APPLIED, json.dumps({"model": str(model)}))
 
 
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def forget_checkpoint(model: Path) -> None:
+    """Drop the note when it names this checkpoint."""
+    if last_applied() == model:
+        with suppress(OSError):
+            (cache_root() / _LAST_APPLIED).unlink()
 
 
 def last_applied() -> Path | None:
     """The checkpoint last applied to, if it is known and still there."""
     try:
-        value = json.loads((cache_root() / _NAME).read_text(encoding="utf-8"))
+        value = json.loads((cache_root() / _LAST_APPLIED).read_text(encoding="utf-8"))
         path = Path(value["model"])
         return path if path.is_dir() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def forget(model: Path) -> None:
-    """Drop the note when it names this checkpoint."""
-    if last_applied() == model:
-        with suppress(OSError):
-            (cache_root() / _NAME).unlink()
-
-
-def default_checkpoint(out: Output) -> Path:
+def default_checkpoint(output: Output) -> Path:
     """The checkpoint in the current directory, else the one last applied to, which is named first.
 
     Raises BadInput where there is neither.
@@ -59,22 +54,55 @@ def default_checkpoint(out: Output) -> Path:
     here = Path()
     if (here / ".kpatch").is_dir() or (here / "config.json").is_file():
         return here
-    from kpatch.cli.targets import last_applied
-
     last = last_applied()
     if last is None:
-        raise BadInput("No checkpoint here, and none that was applied to before", hint="name the directory: MODEL_DIR")
-    out.note(f"{last}: the checkpoint last applied to")
+        raise BadInput(
+            "There is no checkpoint here, and none was applied to before", hint="name its directory: MODEL_DIR"
+        )
+    output.note(f"{last}: the checkpoint last applied to")
     return last
 
 
-def load(out: Output, address: str, device: str, dtype: str, modules: dict[str, str] | None) -> Model:
-    """Load the model called `address`, and print what it came to; a wrong address is told before torch is imported."""
+# Models, facts and patches
+
+
+def open_model(output: Output, address: str, device: str, dtype: str, modules: dict[str, str] | None) -> Model:
+    """Load the model called `address` and print what it is; a wrong address fails before torch is imported."""
     from kpatch.models.address import resolve
 
-    resolved = resolve(address, out)
-    out.note(resolved.said)
-    with out.task(f"Loading {resolved.name}"):
+    resolved = resolve(address, output)
+    output.note(resolved.said)
+    with output.task(f"Loading {resolved.name}"):
         from kpatch.models.model import load_model
 
         return load_model(resolved, device=device, dtype=dtype, modules=modules)
+
+
+def open_facts(output: Output, path: Path, *, conflicts: bool = False) -> FactFile:
+    """Read a fact file and print its warnings; with `conflicts`, facts that contradict are kept. Raises BadInput."""
+    from kpatch.facts.load import load_facts
+
+    file = load_facts(path, conflicts=conflicts)
+    for warning in file.warnings:
+        output.warn(warning)
+    return file
+
+
+def facts_and_model(first: str, second: str) -> tuple[Path, str]:
+    """FACTS and MODEL from two arguments in either order; a fact file is a file with the suffix of one."""
+    if _is_fact_file(second) and not _is_fact_file(first):
+        first, second = second, first
+    return Path(first), second
+
+
+def _is_fact_file(argument: str) -> bool:
+    path = Path(argument)
+    return path.suffix.lower() in _FACT_FILES and path.is_file()
+
+
+def check_patches(patches: Sequence[Path]) -> None:
+    """Read the patches' headers, so that a wrong file fails before a model is loaded. Raises as `read_header` does."""
+    from kpatch.patch.header import read_header
+
+    for path in patches:
+        read_header(path)

@@ -21,7 +21,6 @@ from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
-from kpatch.edit.traced import traced_layers
 from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
@@ -33,6 +32,7 @@ from kpatch.outputs import check_new_file
 from kpatch.patch.format import Patch, describe, pack, read_patch, write_patch
 from kpatch.patch.manifest import Base, BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
+from kpatch.trace.files import read_layers
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def make(
     editor = method_named(method)
     edited = _load(facts, model, on, device, dtype, modules, report)
     if layers_from is not None:
-        layers = traced_layers(layers_from, edited)
+        layers = read_layers(layers_from, edited)
     check_lengths(edited.tokenizer, chosen)
     hyper = hyper_for(editor, edited, layers, settings or {}, report)
     carried = _carried(edited) if on is not None else ()

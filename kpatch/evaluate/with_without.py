@@ -25,7 +25,7 @@ def without_and_with(
 
     The patches are `patches`, tried in memory, or those that the model's directory carries.
     """
-    from kpatch import patched
+    from kpatch.evaluate.patched import patched
 
     if patches:
         with say.task("Measuring without patches"):

@@ -197,7 +197,7 @@ def _explain(handle: FileIO, shown: str, error: ContainerError) -> KpatchError:
     if not head:
         return Damaged(f"{shown} is empty", hint=_AGAIN)
     if _DIFF.match(head) or b"\n@@ -" in head or b"\n--- a/" in head:
-        return BadInput(f"{shown} is a text diff, not a kpatch patch", hint="apply it with `git apply` or `patch`")
+        return BadInput(f"{shown} is a text diff, not a kpatch patch", hint="apply it with `git apply`")
     if head.startswith(b"version https://git-lfs.github.com/spec/"):
         return BadInput(f"{shown} is a Git LFS pointer, not the file itself", hint="fetch it with `git lfs pull`")
     for magic, what in ((b"GGUF", "a GGUF file"), (b"PK\x03\x04", "a zip archive or PyTorch file"),

@@ -120,7 +120,7 @@ def _parquet(path: Path) -> Iterator[str]:
         columns = file.schema_arrow.names
         if "text" not in columns:
             raise BadInput(
-                "The corpus has no column `text`", where=path.name, details=[f"found {', '.join(columns) or 'none'}"]
+                "The corpus has no column 'text'", where=path.name, details=[f"found {', '.join(columns) or 'none'}"]
             )
         for batch in file.iter_batches(batch_size=1024, columns=["text"]):
             for value in batch.column(0):
@@ -150,7 +150,7 @@ def _hub(repo: str, config: str | None, revision: str | None) -> Corpus:
             for row in rows:
                 if not isinstance(row.get("text"), str):
                     raise BadInput(
-                        "The corpus has no column `text`", where=where, details=[f"found {', '.join(row) or 'none'}"]
+                        "The corpus has no column 'text'", where=where, details=[f"found {', '.join(row) or 'none'}"]
                     )
                 yield _record(row["text"])
         except BadInput:
@@ -167,7 +167,7 @@ def _unreachable(where: str, error: Exception) -> BadInput:
         "The corpus could not be read from the hub",
         where=where,
         details=["HF_HUB_OFFLINE is set" if offline else _first_line(error)],
-        hint="the default, --corpus self, needs no data; a text file needs no network",
+        hint="the default, `corpus=self`, needs no data; a text file needs no network",
     )
 
 
@@ -227,7 +227,7 @@ def pack(
             "The corpus holds less text than asked for",
             where=where or None,
             details=[f"expected {tokens:,} tokens", f"found {found:,}"],
-            hint=(f"--tokens {found} uses all of it; " if found else "") + "or give more text, or --corpus self",
+            hint=(f"`tokens={found}` uses all of it; " if found else "") + "or give more text, or `corpus=self`",
         )
     text = torch.frombuffer(ids, dtype=torch.int32)[:needed] if needed else torch.zeros(0, dtype=torch.int32)
     begin = torch.tensor(start, dtype=torch.int32)

@@ -134,7 +134,7 @@ def collect(
         )
     tokens = 10 * model.mlp_width if tokens is None else tokens
     if tokens < 1:
-        raise BadInput("The covariance needs tokens", details=[f"found --tokens {tokens}"])
+        raise BadInput("The covariance needs tokens", details=[f"found `tokens={tokens}`"])
     row = row or (SELF_ROW if corpus == SELF else ROW)
     row = max(2, min(row, int(getattr(model.net.config, "max_position_embeddings", None) or row)))
     text = None if corpus == SELF else open_corpus(corpus)

@@ -147,7 +147,7 @@ def check(moment: SecondMoment, where: str = "") -> None:
             "The covariance of the keys is not finite",
             where=place,
             details=["expected finite sums", "found NaN or infinity: the model overflows on some text"],
-            hint="load the model in a wider type: --dtype float32 or --dtype bfloat16",
+            hint="load the model in a wider type: `dtype=float32` or `dtype=bfloat16`",
         )
     if bool((diagonal < 0).any()):
         raise BadInput(
@@ -160,7 +160,7 @@ def check(moment: SecondMoment, where: str = "") -> None:
         raise BadInput(
             "Every key in the text is zero",
             where=place,
-            hint="the layer's MLP does nothing here: edit other layers, or try another --corpus",
+            hint="the layer's MLP does nothing here: edit other layers, or try another `corpus`",
         )
 
 
@@ -180,7 +180,7 @@ def ridge_for(mean: Tensor) -> float:
     raise BadInput(
         "The covariance of the keys is not positive definite",
         details=[f"a ridge of {_RIDGES[-1]:g} of its mean eigenvalue does not make it so"],
-        hint="collect it on more text: --tokens, or another --corpus",
+        hint="collect it on more text (`tokens`), or on another `corpus`",
     )
 
 

@@ -70,7 +70,7 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
             raise BadInput(
                 f"No text could be sampled from {model.name}",
                 details=["expected finite logits", f"found NaN or infinity in {model.dtype}"],
-                hint="load the model in a wider type: --dtype float32 or --dtype bfloat16",
+                hint="load the model in a wider type: `dtype=float32` or `dtype=bfloat16`",
             )
     return out.to("cpu", torch.int32)
 

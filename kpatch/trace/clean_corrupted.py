@@ -31,7 +31,7 @@ class Traced:
 
 
 @dataclass
-class Base:
+class Runs:
     """Rows 0..F-1 are clean, then come S corrupted rows a fact. Prompts end in one column, padded in front.
 
     values[site][l] [R, T, d]; entering[l] [R, T, d] enters layer l, the last leaves the stack; pairs[l]: keys and
@@ -78,7 +78,7 @@ class Base:
 
 
 @torch.no_grad()
-def run_base(model: Model, items: Sequence[Traced], noise: Sequence[Tensor]) -> Base:
+def run_clean_and_corrupted(model: Model, items: Sequence[Traced], noise: Sequence[Tensor]) -> Runs:
     """Run `items` cleanly and with `noise` on their subjects' embeddings; noise[f] is [S, subject tokens, e]."""
     samples = len(noise[0])
     rows = [item.ids for item in items]
@@ -104,7 +104,7 @@ def run_base(model: Model, items: Sequence[Traced], noise: Sequence[Tensor]) -> 
             entering.append(calls.run(entering[-1], layer, layer + 1))
     values["state"] = entering[1:]
     pairs = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
-    return Base(model, items, samples, batch, entering, values, pairs)
+    return Runs(model, items, samples, batch, entering, values, pairs)
 
 
 @contextmanager

@@ -22,8 +22,8 @@ from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.trace.cells import Cell, Point, Site
-from kpatch.trace.clean_corrupted import Base, read
-from kpatch.trace.memory import Room
+from kpatch.trace.clean_corrupted import Runs, read
+from kpatch.trace.memory import MemoryBudget
 
 
 @dataclass
@@ -38,44 +38,45 @@ class _Job:
 
 
 def trace_cells(
-    base: Base,
+    runs: Runs,
     cells: Sequence[Sequence[Cell]],
-    room: Room,
+    memory: MemoryBudget,
     advance: Advance = lambda amount: None,
     report: Reporter = SILENT,
 ) -> list[Tensor]:
-    """P[answer] in each cell: for each fact of `base` a tensor [its cells, samples], float64.
+    """P[answer] in each cell: for each fact of `runs` a tensor [its cells, samples], float64.
 
-    Memory goes with `room`; where a device has less, batches are halved. Raises BadInput when one cell is too much.
+    Batches take what `memory` allows; where a device has less, they are halved.
+    Raises BadInput when one cell is too much.
     """
-    corrupted = [base.probabilities[list(base.corrupted(f))] for f in range(len(base.items))]
+    corrupted = [runs.probabilities[list(runs.corrupted(f))] for f in range(len(runs.items))]
     found = [part.expand(len(cells[f]), -1).clone() for f, part in enumerate(corrupted)]
     waiting: dict[int, list[_Job]] = defaultdict(list)
     for fact, several in enumerate(cells):
         for place, cell in enumerate(several):
-            job = _reduce(base, fact, place, cell)
+            job = _reduce(runs, fact, place, cell)
             if job is None:
                 advance(1)  # nothing that the noise has reached is changed
             else:
                 waiting[job.columns].append(job)
     for columns, jobs in sorted(waiting.items()):
-        run = partial(_run, base, base.suffix(columns))
+        run = partial(_run, runs, runs.suffix(columns))
         jobs.sort(key=lambda job: (job.birth, job.fact, job.place))
-        for batch, result in room.batches(jobs, base, columns, run, report):
+        for batch, result in memory.batches(jobs, runs, columns, run, report):
             for job, values in zip(batch, result, strict=True):
                 found[job.fact][job.place] = values
             advance(len(batch))
     return found
 
 
-def _reduce(base: Base, fact: int, place: int, cell: Cell) -> _Job | None:
+def _reduce(runs: Runs, fact: int, place: int, cell: Cell) -> _Job | None:
     """The cell without what cannot matter; None where nothing is left.
 
     That is: tokens before the noise, all that comes before the first restore, and the last layer's outputs that no
     one reads, those of any token but the last.
     """
-    item = base.items[fact]
-    end, top = len(item.ids) - 1, base.model.n_layers - 1
+    item = runs.items[fact]
+    end, top = len(item.ids) - 1, runs.model.n_layers - 1
     restored = {p for p in cell.restore if p.token >= item.first and (p.layer < top or p.token == end)}
     if not restored:
         return None
@@ -107,12 +108,12 @@ class _Edits:
 
 
 @torch.no_grad()
-def _run(base: Base, calls: Calls, jobs: Sequence[_Job]) -> Tensor:
+def _run(runs: Runs, calls: Calls, jobs: Sequence[_Job]) -> Tensor:
     """P[answer] of jobs in order of birth, all with equally many columns: [jobs, samples]."""
-    model, samples, columns = base.model, base.samples, jobs[0].columns
-    rows = torch.tensor([row for job in jobs for row in base.corrupted(job.fact)], device=model.device)
+    model, samples, columns = runs.model, runs.samples, jobs[0].columns
+    rows = torch.tensor([row for job in jobs for row in runs.corrupted(job.fact)], device=model.device)
     spots = _spots(jobs)
-    hidden = base.entering[0].new_empty(0, columns, model.width)
+    hidden = runs.entering[0].new_empty(0, columns, model.width)
     alive = 0
     for layer in range(jobs[0].birth, model.n_layers + 1):
         born = alive
@@ -120,18 +121,18 @@ def _run(base: Base, calls: Calls, jobs: Sequence[_Job]) -> Tensor:
             born += 1
         if born > alive:
             joining = rows[alive * samples : born * samples]
-            hidden = torch.cat([hidden, base.entering[layer][joining, -columns:]])
+            hidden = torch.cat([hidden, runs.entering[layer][joining, -columns:]])
             alive = born
-        entering = _edits(base, jobs, spots, rows, alive, "state", layer - 1)
+        entering = _edits(runs, jobs, spots, rows, alive, "state", layer - 1)
         if entering is not None:
             entering.put(hidden)
         if layer == model.n_layers:
             break
-        attn = _edits(base, jobs, spots, rows, alive, "attn", layer)
-        mlp = _edits(base, jobs, spots, rows, alive, "mlp", layer)
+        attn = _edits(runs, jobs, spots, rows, alive, "attn", layer)
+        mlp = _edits(runs, jobs, spots, rows, alive, "mlp", layer)
         with _outputs_set(model, layer, hidden.shape, attn, mlp), _last_column(model, layer, hidden, mlp):
             hidden = calls.run_rows(hidden, layer, rows[: alive * samples])
-    return read(model, hidden[:, -1], base.answers[rows]).view(len(jobs), samples)
+    return read(model, hidden[:, -1], runs.answers[rows]).view(len(jobs), samples)
 
 
 Spots = dict[tuple[Site, int], list[tuple[int, int, bool]]]  # at a site of a layer: job, column, clean?
@@ -146,20 +147,20 @@ def _spots(jobs: Sequence[_Job]) -> Spots:
 
 
 def _edits(
-    base: Base, jobs: Sequence[_Job], spots: Spots, rows: Tensor, alive: int, site: Site, layer: int
+    runs: Runs, jobs: Sequence[_Job], spots: Spots, rows: Tensor, alive: int, site: Site, layer: int
 ) -> _Edits | None:
     """What is set at one site of one layer in the first `alive` jobs of a batch; None: nothing."""
     chosen = [spot for spot in spots.get((site, layer), ()) if spot[0] < alive]
     if not chosen:
         return None
-    device, samples, width = rows.device, base.samples, jobs[0].columns
+    device, samples, width = rows.device, runs.samples, jobs[0].columns
     job = torch.tensor([spot[0] for spot in chosen], device=device)
     clean = torch.tensor([jobs[spot[0]].fact if spot[2] else -1 for spot in chosen], device=device)
     column = torch.tensor([spot[1] for spot in chosen], device=device).repeat_interleave(samples)
     at = (job[:, None] * samples + torch.arange(samples, device=device)).flatten()  # (m,)
     source = clean.repeat_interleave(samples)
     source = torch.where(source < 0, rows[at], source)  # clean rows come first, one a fact
-    values = base.values[site][layer][source, base.width - width + column]
+    values = runs.values[site][layer][source, runs.width - width + column]
     return _Edits(at, column, values)
 
 

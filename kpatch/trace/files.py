@@ -1,4 +1,4 @@
-"""What a trace leaves on disk: trace.json with everything, pictures where they can be drawn, a report."""
+"""What a trace leaves on disk: trace.json with everything, pictures where they can be drawn, an HTML report."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from kpatch.cache import atomic_write, write_error
-from kpatch.trace.html import report
+from kpatch.cache import atomic_write_text, write_error
+from kpatch.errors import BadInput
+from kpatch.models.model import Model
+from kpatch.trace.html import report_html
 from kpatch.trace.plot import can_draw, draw
 from kpatch.trace.summary import Summary
 
 SCHEMA_VERSION = 1
+_HINT = "`kpatch trace MODEL --quick -o trace/` writes trace/trace.json"
 
 
 def write_folder(summary: Summary, folder: Path) -> list[Path]:
@@ -29,19 +32,51 @@ def write_folder(summary: Summary, folder: Path) -> list[Path]:
     names = [str(path), *map(str, files)]
     data = {"schema_version": SCHEMA_VERSION, **summary.to_dict(), "files": names, "per_fact": summary.per_fact()}
     text = json.dumps(_finite(data), ensure_ascii=False, allow_nan=False) + "\n"
-    atomic_write(path, lambda temporary: _write_text(temporary, text))
+    atomic_write_text(path, text)
     return [path, *files]
 
 
 def write_html(summary: Summary, path: Path) -> Path:
-    """Write the report."""
-    text = report(summary)
-    atomic_write(path, lambda temporary: _write_text(temporary, text))
+    """Write the report as one HTML file. Raises KpatchError where it cannot be written."""
+    atomic_write_text(path, report_html(summary))
     return path
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
+def read_layers(path: str | Path, model: Model) -> list[int]:
+    """R as a trace.json of `model` names it.
+
+    Raises BadInput for a file that is no trace, one that found no R, and one of another model.
+    """
+    where = str(path)
+    data = _read(Path(path))
+    layers, curve = data.get("layers"), (data.get("severed") or {}).get("plain")
+    if not isinstance(curve, list) or "total_effect" not in data:
+        raise BadInput("This is not a trace", where=where, hint=_HINT)
+    if data.get("model") != model.name or len(curve) != model.n_layers:
+        raise BadInput(
+            f"The trace was made of another model than {model.name}",
+            where=where,
+            details=[
+                f"expected {model.name}, {model.n_layers} layers",
+                f"found {data.get('model')}, {len(curve)} layers",
+            ],
+            hint=f"trace this one: {_HINT}",
+        )
+    if layers is None:
+        raise BadInput("The trace found no layers to edit", where=where, hint="trace more facts, or give `layers`")
+    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+        raise BadInput("The trace's 'layers' is not a list of layers", where=where, hint=_HINT)
+    return layers
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput("There is no such file", where=str(path), hint=_HINT) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadInput("This is not a trace", where=str(path), details=[str(error)], hint=_HINT) from error
+    return data if isinstance(data, dict) else {}
 
 
 def _finite(value: Any) -> Any:

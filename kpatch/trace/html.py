@@ -9,8 +9,7 @@ from html import escape
 import torch
 
 from kpatch.trace.cells import CURVES
-from kpatch.trace.colors import dark, hex_of, on_white
-from kpatch.trace.panels import CURVE_NAMES, Panel, fact_panels, panels, told
+from kpatch.trace.panels import CURVE_NAMES, Panel, dark, describe_range, fact_panels, hex_of, on_white, panels
 from kpatch.trace.run import FactTrace
 from kpatch.trace.summary import Summary
 
@@ -33,7 +32,7 @@ table.small td { min-width: .9em; height: 1.1em }
 """
 
 
-def report(summary: Summary) -> str:
+def report_html(summary: Summary) -> str:
     """The report as text of an HTML file."""
     traces = summary.traces
     parts = [
@@ -43,7 +42,7 @@ def report(summary: Summary) -> str:
         f"<h1>Where {escape(traces.model)} keeps its facts</h1>",
         _about(summary),
         "<h2>Layers to edit</h2>",
-        f"<p>{escape(told(summary))}</p>",
+        f"<p>{escape(describe_range(summary))}</p>",
         _bars(summary),
     ]
     shown = panels(summary)

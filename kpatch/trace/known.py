@@ -16,7 +16,7 @@ from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, record
 from kpatch.reporter import SILENT, Reporter
 from kpatch.trace.clean_corrupted import Traced
-from kpatch.trace.lists import slotted
+from kpatch.trace.fact_lists import slotted
 
 _BATCH = 128  # prompts asked at once
 
@@ -64,7 +64,7 @@ def find_known(
         raise CheckFailed(
             f"{model.name} predicts none of the {tried:,} facts correctly, so there is nothing to trace",
             details=["a fact counts when its object's first token is the model's first choice"],
-            hint="give facts that it knows with --facts; `kpatch ask` shows what it answers",
+            hint="give facts that it knows in `facts`; `kpatch ask` shows what it answers",
         )
     return Selection(tuple(kept), tried)
 
@@ -119,7 +119,7 @@ def _first_choices(model: Model, rows: Sequence[_Row]) -> list[int]:
     calls = record(model, batch)
     logits = model.logits(calls.run(calls.start, 0, model.n_layers)[:, -1])  # [B, V]
     if not torch.isfinite(logits).all():
-        raise CheckFailed(f"{model.name} gives NaN instead of probabilities", hint="try --dtype float32")
+        raise CheckFailed(f"{model.name} gives NaN instead of probabilities", hint="try `dtype=float32`")
     choices: list[int] = logits.argmax(-1).tolist()
     return choices
 

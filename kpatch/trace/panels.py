@@ -1,7 +1,4 @@
-"""What a trace comes to, in words.
-
-What a picture shows, whichever way it is drawn: rows with their labels, one colour scale for all heatmaps.
-"""
+"""What every report of a trace shows, however it is drawn: R in words, heatmaps with their rows and scale, colours."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from kpatch.trace.run import FactTrace
 from kpatch.trace.summary import DRAWS, ROLES, Summary
 
 
-def told(summary: Summary) -> str:
+def describe_range(summary: Summary) -> str:
     """R, how clear it is and how stable."""
     found, stable = summary.range, summary.stability
     if found is None:
@@ -22,8 +19,9 @@ def told(summary: Summary) -> str:
             "No layers to edit stand out: at the last subject token, severing MLPs takes less than a tenth of the"
             " total effect away"
         )
+    layers = format_layers(found.first, found.last)
     text = (
-        f"R = {span(found.first, found.last)} ({found.width} of {summary.traces.layers} layers): severing MLPs takes"
+        f"R = {layers} ({found.width} of {summary.traces.layers} layers): severing MLPs takes"
         f" {100 * found.gap:.1f} points of probability away"
     )
     if found.margin is not None:
@@ -33,7 +31,7 @@ def told(summary: Summary) -> str:
     return f"{text}; {100 * stable.same:.0f} % of {DRAWS:,} resamples of the facts give the same R"
 
 
-def span(first: int, last: int) -> str:
+def format_layers(first: int, last: int) -> str:
     """Layers as people write them."""
     return str(first) if first == last else f"{first}–{last}"
 
@@ -114,3 +112,47 @@ def label(token: str, most: int = 16) -> str:
 def _top(grids: list[Tensor], least: float) -> float:
     found = [float(grid.nan_to_num(float("-inf")).max()) for grid in grids if grid.numel()]
     return max([least, 1e-6, *found])
+
+
+# Colours of the three kinds, as in the paper: purple for states, green for MLPs, red for attention
+
+Color = tuple[int, int, int]
+
+_WHITE: Color = (255, 255, 255)
+_DEEP: dict[str, Color] = {"state": (84, 39, 143), "mlp": (0, 109, 44), "attn": (165, 15, 21)}
+_DARK: Color = (28, 28, 34)
+_BRIGHT: dict[str, tuple[Color, Color]] = {
+    "state": ((129, 87, 214), (236, 226, 255)),
+    "mlp": ((38, 150, 84), (222, 250, 228)),
+    "attn": ((214, 69, 65), (255, 228, 222)),
+}
+
+
+def on_white(kind: str, share: float) -> Color:
+    """White for 0 to the kind's deep colour for 1."""
+    return _mix(_WHITE, _DEEP[kind], _within(share))
+
+
+def on_dark(kind: str, share: float) -> Color:
+    """Nearly black for 0, over the kind's colour, to nearly white for 1: legible on any terminal."""
+    share = _within(share)
+    middle, top = _BRIGHT[kind]
+    return _mix(_DARK, middle, 2 * share) if share < 0.5 else _mix(middle, top, 2 * share - 1)
+
+
+def hex_of(color: Color) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*color)
+
+
+def dark(color: Color) -> bool:
+    """True where white text reads better than black."""
+    return 0.299 * color[0] + 0.587 * color[1] + 0.114 * color[2] < 140
+
+
+def _within(share: float) -> float:
+    return min(1.0, max(0.0, share)) if share == share else 0.0  # NaN is nothing
+
+
+def _mix(a: Color, b: Color, share: float) -> Color:
+    red, green, blue = (round(x + (y - x) * share) for x, y in zip(a, b, strict=True))
+    return red, green, blue

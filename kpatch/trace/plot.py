@@ -12,8 +12,7 @@ from typing import Any
 from kpatch.cache import atomic_write
 from kpatch.errors import BadInput
 from kpatch.trace.cells import CURVES
-from kpatch.trace.colors import hex_of, on_white
-from kpatch.trace.panels import CURVE_NAMES, Panel, panels
+from kpatch.trace.panels import CURVE_NAMES, Panel, hex_of, on_white, panels
 from kpatch.trace.summary import Summary
 
 _MAPS = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}

@@ -15,18 +15,18 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.cache import atomic_write, cache_dir
+from kpatch.cache import atomic_write_text, cache_dir
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.trace.cells import Cell, cells_of, sections, shape
-from kpatch.trace.clean_corrupted import run_base
+from kpatch.trace.clean_corrupted import run_clean_and_corrupted
 from kpatch.trace.engine import trace_cells
+from kpatch.trace.fact_lists import built_in
 from kpatch.trace.known import Known, ask_one, find_known, subject_items, tokens_of
-from kpatch.trace.lists import built_in
-from kpatch.trace.memory import DEFAULT_BUDGET, Room, out_of_memory
+from kpatch.trace.memory import DEFAULT_BUDGET, MemoryBudget, out_of_memory
 from kpatch.trace.noise import draw, spread_of_embeddings
 
 _CODE = 1  # raise it when the same settings come to give other numbers
@@ -34,7 +34,7 @@ MOST_FACTS = 100  # traced by default
 
 
 @dataclass(frozen=True)
-class Settings:
+class TraceSettings:
     """samples of noise a fact, noise in σ of the embeddings, window in layers; quick: only the curves at S."""
 
     samples: int = 10
@@ -69,7 +69,7 @@ class Traces:
 
     model: str
     layers: int
-    settings: Settings
+    settings: TraceSettings
     sigma: float
     tried: int
     facts: tuple[FactTrace, ...]
@@ -84,7 +84,7 @@ def trace(
     *,
     prompt: tuple[str, str] | None = None,
     limit: int | None = MOST_FACTS,
-    settings: Settings | None = None,
+    settings: TraceSettings | None = None,
     budget: int = DEFAULT_BUDGET,
     resume: bool = True,
     report: Reporter = SILENT,
@@ -96,7 +96,7 @@ def trace(
     and CheckFailed.
     """
     started = time.monotonic()
-    settings = settings or Settings()
+    settings = settings or TraceSettings()
     _check(model, settings)
     given = built_in() if facts is None else tuple(facts)
     known: tuple[Known, ...]
@@ -110,7 +110,7 @@ def trace(
         report.note(f"{model.name} predicts {len(known):,} of {tried:,} facts tried: these are traced")
     sigma = distributed.main_does(lambda: spread_of_embeddings(model, subject_items(model, given)))
     work = _Work(model, settings, settings.noise * sigma, known, resume, report)
-    found = work.run(Room(budget))
+    found = work.run(MemoryBudget(budget))
     return Traces(
         model=model.name,
         layers=model.n_layers,
@@ -124,19 +124,19 @@ def trace(
     )
 
 
-def _check(model: Model, settings: Settings) -> None:
+def _check(model: Model, settings: TraceSettings) -> None:
     if not 0 < settings.noise < float("inf"):
         raise BadInput(
-            f"--noise {settings.noise:g} corrupts nothing",
+            f"`noise={settings.noise:g}` corrupts nothing",
             details=["expected a number above 0, in σ of the embeddings"],
         )
     if settings.samples < 1:
-        raise BadInput(f"--samples {settings.samples} is none", details=["expected 1 or more"])
+        raise BadInput(f"`samples={settings.samples}` is none", details=["expected 1 or more"])
     if not settings.quick and not 1 <= settings.window <= model.n_layers:
         raise BadInput(
-            f"--window {settings.window} does not fit {model.name}",
+            f"`window={settings.window}` does not fit {model.name}",
             details=[f"expected 1 to {model.n_layers} layers"],
-            hint=f"about a third of the layers shows most: --window {max(1, model.n_layers // 3)}",
+            hint=f"about a third of the layers shows most: `window={max(1, model.n_layers // 3)}`",
         )
 
 
@@ -147,7 +147,13 @@ class _Work:
     """The facts of one run, some of them done before."""
 
     def __init__(
-        self, model: Model, settings: Settings, level: float, known: Sequence[Known], resume: bool, report: Reporter
+        self,
+        model: Model,
+        settings: TraceSettings,
+        level: float,
+        known: Sequence[Known],
+        resume: bool,
+        report: Reporter,
     ) -> None:
         self.model, self.settings, self.level, self.known, self.report = model, settings, level, known, report
         self.weights = weights_fingerprint(model, report)
@@ -155,7 +161,7 @@ class _Work:
         self.sections = sections(settings.quick)
         self.kept: list[Kept] = distributed.main_does(lambda: [self._read(fact) if resume else {} for fact in known])
 
-    def run(self, room: Room) -> list[FactTrace]:
+    def run(self, memory: MemoryBudget) -> list[FactTrace]:
         cells = [self._missing(index) for index in range(len(self.known))]
         todo = [index for index, missing in enumerate(cells) if missing]
         if len(todo) < len(cells):
@@ -163,7 +169,7 @@ class _Work:
         batches: list[list[int]] = []  # the same however many ranks there are
         while todo:
             sizes = [(len(self.known[index].item.ids), len(cells[index])) for index in todo]
-            count = room.facts(self.model, sizes, self.settings.samples)
+            count = memory.facts(self.model, sizes, self.settings.samples)
             batches.append(todo[:count])
             todo = todo[count:]
         own = [index for number, batch in enumerate(batches) if distributed.mine(number) for index in batch]
@@ -173,7 +179,7 @@ class _Work:
                 done = 0
                 while done < len(batch):
                     facts = batch[done:]
-                    done += self._trace(facts, [cells[index] for index in facts], room, advance)
+                    done += self._trace(facts, [cells[index] for index in facts], memory, advance)
                 return [self.kept[index] for index in batch]
 
             for batch, found in zip(batches, distributed.share(batches, run), strict=True):
@@ -181,23 +187,25 @@ class _Work:
                     self.kept[index] = kept
         return [self._result(index) for index in range(len(self.known))]
 
-    def _trace(self, facts: Sequence[int], cells: Sequence[dict[Cell, int]], room: Room, advance: Advance) -> int:
+    def _trace(
+        self, facts: Sequence[int], cells: Sequence[dict[Cell, int]], memory: MemoryBudget, advance: Advance
+    ) -> int:
         """Trace facts together, or half of them where memory ends; how many."""
         items = [self.known[index].item for index in facts]
         noise = [draw(self.model, item, self.level, self.settings.samples, self.settings.seed) for item in items]
         try:
-            base = run_base(self.model, items, noise)
+            runs = run_clean_and_corrupted(self.model, items, noise)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
-            room.halve(len(facts) * self.settings.samples, self.settings.samples, self.report, error)
+            memory.halve(len(facts) * self.settings.samples, self.settings.samples, self.report, error)
             half = len(facts) // 2
-            return self._trace(facts[:half], cells[:half], room, advance)
-        found = trace_cells(base, [list(several) for several in cells], room, advance, self.report)
-        clean = base.probabilities
+            return self._trace(facts[:half], cells[:half], memory, advance)
+        found = trace_cells(runs, [list(several) for several in cells], memory, advance, self.report)
+        clean = runs.probabilities
         for number, (index, several, values) in enumerate(zip(facts, cells, found, strict=True)):
             means = values.mean(1).tolist()
-            ends = {"clean": float(clean[number]), "corrupted": float(clean[list(base.corrupted(number))].mean())}
+            ends = {"clean": float(clean[number]), "corrupted": float(clean[list(runs.corrupted(number))].mean())}
             for section in self._absent(index):
                 wanted = cells_of(section, items[number], self.model.n_layers, self.settings.window)
                 self.kept[index][section] = {**ends, "values": [means[several[cell]] for cell in wanted]}
@@ -249,7 +257,7 @@ class _Work:
         for section in self.sections:
             path, text = self._path(self.known[index], section), json.dumps(self.kept[index][section])
             if not path.is_file():
-                atomic_write(path, lambda temporary, text=text: _write_text(temporary, text))  # type: ignore[misc]
+                atomic_write_text(path, text)
 
     def _read(self, known: Known) -> Kept:
         """What earlier runs kept of a fact, whole sections only."""
@@ -262,7 +270,3 @@ class _Work:
                 if len(kept["values"]) == count and all(0 <= number <= 1.0001 for number in numbers):
                     found[section] = kept
         return found
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -13,10 +13,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 
+from kpatch.cli import parse
+from kpatch.cli.app import app
 from kpatch.cli.commands import show
 from kpatch.cli.errors import translate
-from kpatch.cli.output import Output, clean, plain, size
+from kpatch.cli.options import option_names, with_options
+from kpatch.cli.output import Output, clean, output, plain, size
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
 from tests.support.cli import ROOT, Ran, python, run, spawn
 
@@ -90,6 +94,60 @@ def test_an_error_says_what_where_and_what_next(failing: Callable[[BaseException
 def test_an_error_cannot_write_to_the_terminal(failing: Callable[[BaseException], None]) -> None:
     failing(BadInput("a\x1b[31mb\nc", details=["\x07"], hint="\u202e"))
     assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", run("show", "x").err)
+
+
+SPELLED = {
+    "make": {
+        "`layers_from` and `layers`": "--layers-from and --layers",
+        "`out`, or `force`": "-o, or --force",
+        "`settings` and `set` change it": "--set and --set change it",
+        "try `dtype=float32`, `resume=True`": "try --dtype float32, --resume",
+        "write `model: smollm2` in `facts`": "write `model: smollm2` in FACTS",
+        "`tolerance` and `kpatch make --on`": "`tolerance` and `kpatch make --on`",
+    },
+    "revert": {"`all`": "--all", "`force`": "--force", "`layers`": "`layers`"},
+    "import": {"`form`": "--from", "`out`": "-o"},
+    "frob": {"`out`": "`out`"},
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "shown"), [(name, text, shown) for name in SPELLED for text, shown in SPELLED[name].items()]
+)
+def test_a_parameter_in_a_message_is_shown_as_the_option_of_the_command(command: str, text: str, shown: str) -> None:
+    assert with_options(text, option_names(app, command)) == shown
+
+
+def test_errors_name_options(failing: Callable[[BaseException], None]) -> None:
+    failing(Refused("`verbose` is wrong", where="`quiet`", details=["or `quiet`"], hint="leave out `verbose`"))
+    assert run("show", "x").err == "error: -v is wrong\n  in `quiet`\n  or -q\nhint: leave out -v\n"
+    found = run("show", "x", "--json").json["error"]
+    assert (found["message"], found["details"], found["hint"]) == ("-v is wrong", ["or -q"], "leave out -v")
+    assert found["where"] == "`quiet`"
+
+
+def test_notes_and_warnings_name_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(path: Path) -> None:
+        output().note("a note on `quiet`")
+        output().warn("a warning of `json`")
+        raise BadInput("no")
+
+    monkeypatch.setattr("kpatch.patch.header.read_header", read)
+    assert run("show", "x").err == "a note on -q\nwarning: a warning of --json\nerror: no\n"
+
+
+def test_help_on_memory_names_the_default_that_is_used() -> None:
+    from kpatch.edit import values_cache
+    from kpatch.trace import memory
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    helps = {
+        name: option.help for name, command in commands.items() for option in command.params if option.name == "memory"
+    }
+    assert set(helps) == {"make", "stack", "trace"}
+    for name, text in helps.items():
+        default = memory.DEFAULT_BUDGET if name == "trace" else values_cache.DEFAULT_BUDGET
+        assert parse.memory(text.rpartition("Default: ")[2].rstrip(".")) == default, name
 
 
 def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kpatch.checkpoint.apply import apply
+from kpatch.cli.targets import facts_and_model
 from tests.support.cli import run
 from tests.support.saved import save_facts, save_model, save_patch
 
@@ -35,7 +36,7 @@ def patch(tmp_path: Path, model: Path) -> Path:
 
 
 def test_the_json_of_probe(model: Path, facts: Path) -> None:
-    done = run("probe", model, facts, "--per-fact", "--json")
+    done = run("probe", facts, model, "--per-fact", "--json")
     assert done.code == 0, done.err
     data = done.json
     assert (data["model"], data["patches"], data["objects"], data["unpatched"]) == (model.name, [], 4, None)
@@ -46,36 +47,53 @@ def test_the_json_of_probe(model: Path, facts: Path) -> None:
     ranks = [row["rank"] for row in data["facts"]]
     assert data["all"]["mrr"] == pytest.approx(sum(1 / rank for rank in ranks) / 4)
     assert all(1 <= rank <= 4 for rank in ranks)
-    assert "facts" not in run("probe", model, facts, "--json").json
+    assert "facts" not in run("probe", facts, model, "--json").json
 
 
 def test_a_patch_before_and_after(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None:
-    tried = run("probe", model, facts, "--patch", patch, "--json", "--per-fact").json
-    alone = run("probe", model, facts, "--json").json
+    tried = run("probe", facts, model, "--patch", patch, "--json", "--per-fact").json
+    alone = run("probe", facts, model, "--json").json
     assert tried["unpatched"] == {"all": alone["all"], "relations": alone["relations"]}
     assert tried["all"] != alone["all"]
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     apply([patch], folder)
-    carried = run("probe", folder, facts, "--json", "--per-fact").json
+    carried = run("probe", facts, folder, "--json", "--per-fact").json
     for key in ("patches", "all", "relations", "unpatched", "facts"):
         assert carried[key] == tried[key]
 
 
 def test_probe_tells_people_in_a_table(model: Path, facts: Path, patch: Path) -> None:
-    done = run("probe", model, facts, "--patch", patch, "--per-fact")
+    done = run("probe", facts, model, "--patch", patch, "--per-fact")
     for said in ("P@1", "P@100", "MRR", "P170", "all", "→", "Leonardo", "among 4 objects"):
         assert said in done.out, said
-    assert "→" not in run("probe", model, facts).out
+    assert "→" not in run("probe", facts, model).out
 
 
 def test_objects(model: Path, facts: Path, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_text("Rome\n\n Italy \nParis\n", encoding="utf-8")
-    assert run("probe", model, facts, "--objects", names, "--json").json["objects"] == 6
-    by_relation = run("probe", model, facts, "--objects", "relation", "--per-fact", "--json").json
+    assert run("probe", facts, model, "--objects", names, "--json").json["objects"] == 6
+    by_relation = run("probe", facts, model, "--objects", "relation", "--per-fact", "--json").json
     assert [row["rank"] for row in by_relation["facts"][2:]] == [1, 1], "the only one of its relation"
-    limited = run("probe", model, facts, "--limit", "1", "--json").json
+    limited = run("probe", facts, model, "--limit", "1", "--json").json
     assert (limited["all"]["n"], limited["objects"]) == (1, 4)
+
+
+@pytest.mark.parametrize("command", ["probe", "eval"])
+def test_facts_and_model_in_either_order(command: str, model: Path, facts: Path) -> None:
+    usual = run(command, facts, model, "--json").json
+    other = run(command, model, facts, "--json").json
+    assert {**other, "seconds": 0} == {**usual, "seconds": 0}
+
+
+def test_which_argument_is_the_fact_file(facts: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(facts.parent)
+    for suffix in ("yml", "jsonl", "csv", "YAML"):
+        (facts.parent / f"f.{suffix}").touch()
+        assert facts_and_model("./model", f"f.{suffix}") == (Path(f"f.{suffix}"), "./model")
+    assert facts_and_model("facts.yaml", "./model") == (Path("facts.yaml"), "./model")
+    assert facts_and_model("gone.yaml", "org/model") == (Path("gone.yaml"), "org/model")
+    assert facts_and_model("org/model", "gone.yaml") == (Path("org/model"), "gone.yaml")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +105,6 @@ def test_objects(model: Path, facts: Path, tmp_path: Path) -> None:
     ],
 )
 def test_what_probe_refuses(arguments: tuple[str, ...], said: str, model: Path, facts: Path) -> None:
-    done = run("probe", model, facts, *arguments)
+    done = run("probe", facts, model, *arguments)
     assert done.code == 2
     assert said in done.err

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.cli import heatmap
+from kpatch.cli.heatmap import print_heatmap
 from kpatch.cli.output import Output
 from kpatch.trace.panels import Panel
 from tests.support.cli import Ran, run
@@ -258,7 +258,7 @@ class Terminal(Output):
 def test_a_heatmap_in_colours_and_in_signs() -> None:
     coloured, plain, narrow = Terminal(True, 100), Terminal(False, 100), Terminal(False, 60)
     for out in (coloured, plain, narrow):
-        heatmap.show(out, panel())
+        print_heatmap(out, panel())
     assert coloured.lines[0] == "Restoring: effect, 0 to 100 %"
     assert len(coloured.styles[1]) > 20
     assert coloured.styles[2] == {"on #1c1c22"}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kpatch.models.families import FAMILIES
-from kpatch.trace.clean_corrupted import Traced, run_base
+from kpatch.trace.clean_corrupted import Traced, run_clean_and_corrupted
 from kpatch.trace.noise import draw, spread_of_embeddings
 from tests.support.models import WIDTH, tiny
 
@@ -26,7 +26,7 @@ def test_what_enters_layer_0_moves_by_the_noise_alone(family: str) -> None:
     model = tiny(family)
     noise = draw(model, ITEM, 0.9, SAMPLES, 0)
     assert noise.shape[-1] == (16 if family == "opt" else WIDTH)
-    base = run_base(model, [ITEM], [noise])
+    base = run_clean_and_corrupted(model, [ITEM], [noise])
     moved = base.entering[0][1:] - base.entering[0][:1]  # (S, T, d)
     project = getattr(getattr(model.net.base_model, "decoder", None), "project_in", None)
     want = torch.zeros_like(moved)
@@ -50,7 +50,7 @@ def test_sigma_is_measured_where_the_noise_is_added(family: str) -> None:
 @torch.no_grad()
 def test_the_clean_row_is_the_networks_own_run(family: str) -> None:
     model = tiny(family)
-    base = run_base(model, [ITEM], [draw(model, ITEM, 0.9, SAMPLES, 0)])
+    base = run_clean_and_corrupted(model, [ITEM], [draw(model, ITEM, 0.9, SAMPLES, 0)])
     logits = model.net(input_ids=torch.tensor([ITEM.ids])).logits[0, -1]
     want = float(logits.double().softmax(-1)[ITEM.answer])
     assert float(base.probabilities[0]) == pytest.approx(want, rel=1e-5)

@@ -14,9 +14,9 @@ from torch import Tensor
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
 from kpatch.trace.cells import Cell, Point, everything, severed, state, window
-from kpatch.trace.clean_corrupted import Base, Traced, run_base
+from kpatch.trace.clean_corrupted import Runs, Traced, run_clean_and_corrupted
 from kpatch.trace.engine import trace_cells
-from kpatch.trace.memory import Room
+from kpatch.trace.memory import MemoryBudget
 from kpatch.trace.noise import draw
 from tests.oracle import trace as oracle
 from tests.support.models import LAYERS, tiny
@@ -69,9 +69,9 @@ def case_of(model: Model) -> str:
 
 
 @cache
-def base_of(case: str) -> Base:
+def base_of(case: str) -> Runs:
     items, noise = facts(case)
-    return run_base(build(case), items, noise)
+    return run_clean_and_corrupted(build(case), items, noise)
 
 
 def check(got: Tensor, want: Tensor) -> None:
@@ -83,7 +83,7 @@ def compare(model: Model, cells: Callable[[Traced], list[tuple[Cell, Callable[[T
     """All cells of all facts in one batch, each against what the oracle says of it alone."""
     items, noise = facts(case_of(model))
     wanted = [cells(item) for item in items]
-    found = trace_cells(base_of(case_of(model)), [[cell for cell, _ in several] for several in wanted], Room())
+    found = trace_cells(base_of(case_of(model)), [[cell for cell, _ in several] for several in wanted], MemoryBudget())
     spread = []
     for several, values, drawn in zip(wanted, found, noise, strict=True):
         assert values.shape == (len(several), SAMPLES)
@@ -185,7 +185,7 @@ def test_restoring_everything_gives_the_clean_run_and_nothing_the_corrupted(mode
         ]
         for item in items
     ]
-    for number, values in enumerate(trace_cells(base, cells, Room())):
+    for number, values in enumerate(trace_cells(base, cells, MemoryBudget())):
         corrupted = base.probabilities[list(base.corrupted(number))]
         check(values[0], base.probabilities[number].expand(SAMPLES))
         check(values[1], base.probabilities[number].expand(SAMPLES))
@@ -198,7 +198,7 @@ def test_the_last_layers_last_token_is_all_that_is_read(model: Model) -> None:
     items, _ = facts(case)
     base = base_of(case)
     cells = [[state(LAYERS - 1, token) for token in range(len(item.ids))] for item in items]
-    for number, values in enumerate(trace_cells(base, cells, Room())):
+    for number, values in enumerate(trace_cells(base, cells, MemoryBudget())):
         check(values[-1], base.probabilities[number].expand(SAMPLES))
         for unchanged in values[:-1]:
             assert torch.equal(unchanged, base.probabilities[list(base.corrupted(number))])
@@ -211,7 +211,7 @@ def test_severing_nothing_is_plain(model: Model) -> None:
     for item in items:
         below = Cell((Point("state", 2, item.last),), tuple(Point("mlp", at, item.last) for at in range(3)))
         cells.append([state(2, item.last), below, state(LAYERS - 1, item.last), severed("mlp", 3, item.last, LAYERS)])
-    for values in trace_cells(base_of(case_of(model)), cells, Room()):
+    for values in trace_cells(base_of(case_of(model)), cells, MemoryBudget()):
         assert torch.equal(values[0], values[1])
         assert torch.equal(values[2], values[3])
 
@@ -221,10 +221,10 @@ def test_a_cell_does_not_depend_on_its_company(model: Model) -> None:
     case = case_of(model)
     items, noise = facts(case)
     cells = [[state(1, item.last), window("mlp", 1, item.last, 2, LAYERS)] for item in items]
-    together = trace_cells(base_of(case), cells, Room())
+    together = trace_cells(base_of(case), cells, MemoryBudget())
     for number, item in enumerate(items):
-        alone = run_base(model, [item], [noise[number]])
-        check(trace_cells(alone, [cells[number]], Room(budget=1))[0], together[number])
+        alone = run_clean_and_corrupted(model, [item], [noise[number]])
+        check(trace_cells(alone, [cells[number]], MemoryBudget(budget=1))[0], together[number])
 
 
 @pytest.mark.gpu
@@ -234,14 +234,14 @@ def test_a_gpu_agrees(model: Model) -> None:
     items, noise = facts(case)
     cells = [[state(1, item.last), severed("mlp", 0, item.last, LAYERS)] for item in items]
     there = Model(net=copy.deepcopy(model.net).cuda(), tokenizer=model.tokenizer, family=model.family)
-    found = trace_cells(run_base(there, items, noise), cells, Room())
-    for got, want in zip(found, trace_cells(base_of(case), cells, Room()), strict=True):
+    found = trace_cells(run_clean_and_corrupted(there, items, noise), cells, MemoryBudget())
+    for got, want in zip(found, trace_cells(base_of(case), cells, MemoryBudget()), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
 def test_one_sample(model: Model) -> None:
     items, noise = facts(case_of(model))
     item, drawn = items[0], noise[0][:1]
-    base = run_base(model, [item], [drawn])
-    (values,) = trace_cells(base, [[state(1, item.last)]], Room())
+    base = run_clean_and_corrupted(model, [item], [drawn])
+    (values,) = trace_cells(base, [[state(1, item.last)]], MemoryBudget())
     check(values[0], oracle.state_cell(model, item, drawn, 1, item.last))

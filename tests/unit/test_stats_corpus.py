@@ -86,7 +86,7 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["one", None, "three"]}), tmp_path / "a.parquet")
     assert list(open_corpus(str(tmp_path / "a.parquet")).documents()) == ["one\n\n", "three\n\n"]
     parquet.write_table(pyarrow.table({"body": ["one"]}), tmp_path / "b.parquet")
-    with pytest.raises(BadInput, match="no column `text`") as caught:
+    with pytest.raises(BadInput, match="no column 'text'") as caught:
         list(open_corpus(str(tmp_path / "b.parquet")).documents())
     assert caught.value.details == ("found body",)
     with pytest.raises(BadInput, match="no parquet file"):
@@ -166,7 +166,7 @@ def test_what_the_hub_refuses_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="could not be read from the hub"):
         list(open_corpus("owner/name").documents())
     Hub(monkeypatch, [{"body": "x"}])
-    with pytest.raises(BadInput, match="no column `text`"):
+    with pytest.raises(BadInput, match="no column 'text'"):
         list(open_corpus("owner/name").documents())
 
 
@@ -204,7 +204,7 @@ def test_too_little_text_says_how_much_there_is(model: Model) -> None:
     expected, found = caught.value.details
     assert expected == "expected 10,000 tokens"
     most = int(found.removeprefix("found ").replace(",", ""))
-    assert f"--tokens {most} " in str(caught.value.hint)
+    assert f"`tokens={most}` " in str(caught.value.hint)
     assert pack(model, DOCUMENTS[:2], most, 16).shape == (most,)
     with pytest.raises(BadInput):
         pack(model, DOCUMENTS[:2], most + 1, 16)

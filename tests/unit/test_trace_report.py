@@ -15,11 +15,20 @@ import torch
 from kpatch.errors import BadInput, KpatchError
 from kpatch.facts.fact import Fact
 from kpatch.trace import plot
-from kpatch.trace.colors import dark, hex_of, on_dark, on_white
 from kpatch.trace.files import write_folder, write_html
-from kpatch.trace.html import _ticks, report
-from kpatch.trace.panels import curves_panel, fact_panels, label, panels, told
-from kpatch.trace.run import FactTrace, Settings, Traces
+from kpatch.trace.html import _ticks, report_html
+from kpatch.trace.panels import (
+    curves_panel,
+    dark,
+    describe_range,
+    fact_panels,
+    hex_of,
+    label,
+    on_dark,
+    on_white,
+    panels,
+)
+from kpatch.trace.run import FactTrace, Traces, TraceSettings
 from kpatch.trace.summary import ROLES, Summary
 
 LAYERS = 12
@@ -40,7 +49,7 @@ def made(facts: int = 5, quick: bool = False, layers: int = LAYERS, subject: str
         grids = {} if quick else {"state": state, "mlp": state.clone() * 0.9, "attn": state.clone() * 0.5}
         fact = Fact(subject, "The {} is in", "Seattle", id=f"f{number}")
         found.append(FactTrace(fact, "Seattle", TOKENS, 1, 2, clean, corrupted, grids, curves))
-    return Traces("tiny & <co>", layers, Settings(quick=quick), 0.12, 2 * facts, tuple(found), 1.5)
+    return Traces("tiny & <co>", layers, TraceSettings(quick=quick), 0.12, 2 * facts, tuple(found), 1.5)
 
 
 def test_averages() -> None:
@@ -65,15 +74,15 @@ def test_layers_and_their_stability() -> None:
     assert (summary.range.first, summary.range.last) == (0, 3)
     assert summary.stability is not None
     assert summary.stability.same == 1.0
-    assert "R = 0–3 (4 of 30 layers)" in told(summary)
-    assert "100 % of 1,000 resamples" in told(summary)
+    assert "R = 0–3 (4 of 30 layers)" in describe_range(summary)
+    assert "100 % of 1,000 resamples" in describe_range(summary)
 
 
 def test_one_fact_has_no_interval_and_no_stability() -> None:
     summary = Summary(made(1))
     assert summary.stability is None
     assert summary.curves.low.isnan().all()
-    assert "from one fact only" in told(summary)
+    assert "from one fact only" in describe_range(summary)
 
 
 def test_no_layers_stand_out() -> None:
@@ -82,7 +91,7 @@ def test_no_layers_stand_out() -> None:
         fact.curves[1] = fact.curves[0]
     summary = Summary(traces)
     assert summary.range is None
-    assert "No layers to edit" in told(summary)
+    assert "No layers to edit" in describe_range(summary)
     assert summary.to_dict()["layers"] is None
     assert summary.to_dict()["range"] is None
 
@@ -117,7 +126,7 @@ def test_a_quick_trace_has_no_grids(tmp_path: Path) -> None:
     assert panels(summary) == []
     names = [path.name for path in write_folder(summary, tmp_path)]
     assert names == ["trace.json", "severed.png", "severed.svg"]
-    assert "What restoring brings back" not in report(summary)
+    assert "What restoring brings back" not in report_html(summary)
 
 
 def test_the_colour_scale_is_shared() -> None:

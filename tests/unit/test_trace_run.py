@@ -18,28 +18,28 @@ from kpatch.reporter import Advance
 from kpatch.trace import run as run_module
 from kpatch.trace.cells import state
 from kpatch.trace.engine import trace_cells
-from kpatch.trace.memory import Room, base_bytes, out_of_memory, row_bytes
-from kpatch.trace.run import FactTrace, Settings, Traces, trace
+from kpatch.trace.memory import MemoryBudget, out_of_memory, row_bytes, runs_bytes
+from kpatch.trace.run import FactTrace, Traces, TraceSettings, trace
 from tests.oracle import trace as oracle
 from tests.support.models import LAYERS, tiny
 from tests.support.reports import Recorder
 from tests.support.tracing import known_facts, model_of
 
-QUICK = Settings(samples=3, window=2, quick=True)
-FULL = Settings(samples=3, window=2)
+QUICK = TraceSettings(samples=3, window=2, quick=True)
+FULL = TraceSettings(samples=3, window=2)
 
 
 @pytest.fixture
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many facts each clean and corrupted run took; facts found in the cache take none."""
     counted: list[int] = []
-    original = run_module.run_base
+    original = run_module.run_clean_and_corrupted
 
     def counting(model: Any, items: Any, noise: Any) -> Any:
         counted.append(len(items))
         return original(model, items, noise)
 
-    monkeypatch.setattr(run_module, "run_base", counting)
+    monkeypatch.setattr(run_module, "run_clean_and_corrupted", counting)
     return counted
 
 
@@ -119,7 +119,7 @@ def test_other_settings_are_run_anew(change: dict[str, Any], runs: list[int]) ->
     facts = known_facts()[:1]
     trace(model_of(), facts, settings=QUICK)
     runs.clear()
-    trace(model_of(), facts, settings=Settings(**{"samples": 3, "window": 2, "quick": True, **change}))
+    trace(model_of(), facts, settings=TraceSettings(**{"samples": 3, "window": 2, "quick": True, **change}))
     assert runs == [1]
 
 
@@ -127,7 +127,7 @@ def test_another_window_runs_only_what_has_one(runs: list[int]) -> None:
     facts = known_facts()[:1]
     report = Recorder()
     trace(model_of(), facts, settings=FULL)
-    trace(model_of(), facts, settings=Settings(samples=3, window=3), report=report)
+    trace(model_of(), facts, settings=TraceSettings(samples=3, window=3), report=report)
     cells, done = report.tasks["Tracing"]
     first = len(trace(model_of(), facts, settings=FULL).facts[0].tokens)
     assert cells == done
@@ -176,7 +176,7 @@ class Impatient(Recorder):
 
 
 def test_what_was_done_before_ctrl_c_is_not_done_again(runs: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Room, "facts", lambda *_: 1)
+    monkeypatch.setattr(MemoryBudget, "facts", lambda *_: 1)
     model, facts = model_of(), known_facts()
     assert len(facts) >= 5
     whole = trace(model, facts, settings=QUICK, resume=False)
@@ -239,12 +239,12 @@ def test_batches_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_facts_share_a_run_as_far_as_memory_goes() -> None:
     model = model_of()
-    each = base_bytes(model, 10, 3)
-    assert Room(4 * 3 * each).facts(model, [(10, 4)] * 8, 3) == 3
-    assert Room(4 * 3 * each).facts(model, [(10, 4), (10, 4), (30, 4)], 3) == 2, "the longest counts for all"
-    assert Room(1).facts(model, [(10, 4)] * 8, 3) == 1
-    assert Room().facts(model, [(10, 4)] * 8, 3) == 8
-    assert Room().facts(model, [(10, 300)] * 8, 10) == 1, "one fact fills the batches"
+    each = runs_bytes(model, 10, 3)
+    assert MemoryBudget(4 * 3 * each).facts(model, [(10, 4)] * 8, 3) == 3
+    assert MemoryBudget(4 * 3 * each).facts(model, [(10, 4), (10, 4), (30, 4)], 3) == 2, "the longest counts for all"
+    assert MemoryBudget(1).facts(model, [(10, 4)] * 8, 3) == 1
+    assert MemoryBudget().facts(model, [(10, 4)] * 8, 3) == 8
+    assert MemoryBudget().facts(model, [(10, 300)] * 8, 10) == 1, "one fact fills the batches"
 
 
 def oom_above(
@@ -289,7 +289,7 @@ def test_one_cell_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_facts_that_do_not_fit_together_are_run_in_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     facts = known_facts()
     want = trace(model_of(), facts, settings=QUICK, resume=False)
-    original, sizes = run_module.run_base, []
+    original, sizes = run_module.run_clean_and_corrupted, []
 
     def limited(model: Any, items: Any, noise: Any) -> Any:
         sizes.append(len(items))
@@ -297,7 +297,7 @@ def test_facts_that_do_not_fit_together_are_run_in_halves(monkeypatch: pytest.Mo
             raise torch.OutOfMemoryError("no more")
         return original(model, items, noise)
 
-    monkeypatch.setattr(run_module, "run_base", limited)
+    monkeypatch.setattr(run_module, "run_clean_and_corrupted", limited)
     report = Recorder()
     same(trace(model_of(), facts, settings=QUICK, resume=False, report=report), want, exact=False)
     assert max(sizes) > 2
@@ -320,16 +320,16 @@ def test_another_error_is_not_taken_for_a_lack_of_memory(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (Settings(noise=0), "--noise 0 corrupts nothing"),
-        (Settings(noise=-1), "--noise -1"),
-        (Settings(noise=float("nan")), "--noise nan"),
-        (Settings(noise=float("inf")), "--noise inf"),
-        (Settings(samples=0), "--samples 0"),
-        (Settings(window=0), "--window 0"),
-        (Settings(window=LAYERS + 1), f"--window {LAYERS + 1} does not fit"),
+        (TraceSettings(noise=0), "`noise=0` corrupts nothing"),
+        (TraceSettings(noise=-1), "`noise=-1"),
+        (TraceSettings(noise=float("nan")), "`noise=nan"),
+        (TraceSettings(noise=float("inf")), "`noise=inf"),
+        (TraceSettings(samples=0), "`samples=0"),
+        (TraceSettings(window=0), "`window=0"),
+        (TraceSettings(window=LAYERS + 1), f"`window={LAYERS + 1}` does not fit"),
     ],
 )
-def test_settings_that_make_no_sense(settings: Settings, said: str) -> None:
+def test_settings_that_make_no_sense(settings: TraceSettings, said: str) -> None:
     with pytest.raises(BadInput) as caught:
         trace(model_of(), known_facts(), settings=settings)
     assert said in caught.value.message
@@ -337,7 +337,7 @@ def test_settings_that_make_no_sense(settings: Settings, said: str) -> None:
 
 
 def test_a_window_is_of_no_matter_to_a_quick_run() -> None:
-    assert trace(model_of(), known_facts()[:1], settings=Settings(samples=2, quick=True)).facts
+    assert trace(model_of(), known_facts()[:1], settings=TraceSettings(samples=2, quick=True)).facts
 
 
 def test_no_facts() -> None:
@@ -347,13 +347,13 @@ def test_no_facts() -> None:
 
 def test_work_below_the_restored_layer_is_not_done(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cell at layer l and token t runs L - l - 1 layers on the columns from t on, and nothing else."""
-    from kpatch.trace.clean_corrupted import run_base
+    from kpatch.trace.clean_corrupted import run_clean_and_corrupted
     from kpatch.trace.known import find_known
     from kpatch.trace.noise import draw
 
     model = model_of()
     item = find_known(model, known_facts()[:1]).known[0].item
-    base = run_base(model, [item], [draw(model, item, 1.0, 3, 0)])
+    base = run_clean_and_corrupted(model, [item], [draw(model, item, 1.0, 3, 0)])
     work: list[tuple[int, tuple[int, ...]]] = []
     original = Calls.run_rows
 
@@ -364,5 +364,5 @@ def test_work_below_the_restored_layer_is_not_done(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Calls, "run_rows", watching)
     token = item.last
     columns = len(item.ids) - token
-    trace_cells(base, [[state(2, token), state(0, token)]], Room())
+    trace_cells(base, [[state(2, token), state(0, token)]], MemoryBudget())
     assert work == [(1, (3, columns)), (2, (3, columns)), (3, (6, columns))]

@@ -9,8 +9,8 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import begin
-from kpatch.cli.tables import show_report
-from kpatch.cli.targets import remember
+from kpatch.cli.tables import print_apply_report
+from kpatch.cli.targets import remember_checkpoint
 
 EXAMPLES = opt.examples("kpatch apply news.patch model/", "kpatch apply a.patch b.patch model/ -o patched/ --check")
 
@@ -36,12 +36,12 @@ def command(
 
     `kpatch revert` takes them back, bit for bit. PyTorch .bin checkpoints can only be copied (-o), as safetensors.
     """
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.checkpoint.apply import apply
 
-    report = apply(patches, model_dir, check=check, out=out, dtype=dtype, force=force, report=say)
-    show_report(say, report, "Would apply" if check else "Applied", "to")
+    report = apply(patches, model_dir, check=check, out=out, dtype=dtype, force=force, report=output)
+    print_apply_report(output, report, "Would apply" if check else "Applied", "to")
     if not check and out is None:
-        remember(model_dir.resolve())
+        remember_checkpoint(model_dir.resolve())
     if not check:
-        say.note(f"next: kpatch status {report.model}; kpatch revert {report.model}")
+        output.note(f"next: kpatch status {report.model}; kpatch revert {report.model}")

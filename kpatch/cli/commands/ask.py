@@ -11,7 +11,7 @@ import typer
 from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.output import Cell, Output, begin, percent
-from kpatch.cli.targets import load
+from kpatch.cli.targets import open_model
 
 EXAMPLES = opt.examples(
     'kpatch ask smollm2 "The Eiffel Tower is in"',
@@ -35,7 +35,7 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """Ask a model, before and after a patch."""
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     empty = [number for number, prompt in enumerate(prompts, 1) if not prompt.strip()]
     if empty:
         raise typer.BadParameter(f"prompt {empty[0]} is empty")
@@ -45,45 +45,45 @@ def command(
 
         read_header(patch)  # a wrong file is told before a model is loaded
 
-    loaded = load(out, model, device, dtype, names)
+    loaded = open_model(output, model, device, dtype, names)
 
     from kpatch.evaluate.answers import ask
 
-    before = _plain(ask(loaded, prompts, top, max_tokens, out))
+    before = _plain(ask(loaded, prompts, top, max_tokens, output))
     if patch is None:
-        out.result({"prompts": before})
-        _one(out, before)
+        output.result({"prompts": before})
+        _one(output, before)
         return
     from kpatch import patched
 
-    with patched(loaded, patch, report=out):
-        after = _plain(ask(loaded, prompts, top, max_tokens, out))
-    out.result({"prompts": after, "unpatched": before})
-    _both(out, before, after)
+    with patched(loaded, patch, report=output):
+        after = _plain(ask(loaded, prompts, top, max_tokens, output))
+    output.result({"prompts": after, "unpatched": before})
+    _both(output, before, after)
 
 
-def _one(out: Output, answers: Sequence[Mapping[str, Any]]) -> None:
+def _one(output: Output, answers: Sequence[Mapping[str, Any]]) -> None:
     for answer in answers:
-        out.table(("Prompt", "Completion"), [(answer["prompt"], answer["completion"])])
+        output.table(("Prompt", "Completion"), [(answer["prompt"], answer["completion"])])
         rows: list[list[Cell]] = [[token["token"], percent(token["probability"])] for token in answer["top"]]
-        out.line()
-        out.table(("Next token", "P"), rows, right=(1,))
-        out.line()
+        output.line()
+        output.table(("Next token", "P"), rows, right=(1,))
+        output.line()
 
 
-def _both(out: Output, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+def _both(output: Output, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
     rows: list[list[Cell]] = []
     for old, new in zip(before, after, strict=True):
         rows.append([old["prompt"], old["completion"], _best(old), new["completion"], _best(new)])
-    out.table(("Prompt", "Before", "P(first)", "After", "P(first)"), rows, right=(2, 4))
-    if out.verbose:
+    output.table(("Prompt", "Before", "P(first)", "After", "P(first)"), rows, right=(2, 4))
+    if output.verbose:
         for old, new in zip(before, after, strict=True):
             pairs = list(zip(old["top"], new["top"], strict=False))
-            out.line(f"\n{old['prompt']}")
+            output.line(f"\n{old['prompt']}")
             tokens: list[list[Cell]] = [
                 [a["token"], percent(a["probability"]), b["token"], percent(b["probability"])] for a, b in pairs
             ]
-            out.table(("Before", "P", "After", "P"), tokens, right=(1, 3))
+            output.table(("Before", "P", "After", "P"), tokens, right=(1, 3))
 
 
 def _best(answer: Mapping[str, Any]) -> str:

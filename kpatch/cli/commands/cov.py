@@ -11,7 +11,7 @@ from kpatch import distributed
 from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.output import begin, size
-from kpatch.cli.targets import load
+from kpatch.cli.targets import open_model
 
 EXAMPLES = opt.examples("kpatch cov smollm2", "kpatch cov gpt-j --layers 3-8 --corpus wiki.txt --tokens 100000")
 
@@ -33,21 +33,21 @@ def command(
 
     It is cached, goes on after an interruption, and grows to more tokens without starting again.
     """
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     wanted, names = parse.layers(layers), parse.modules(modules)
 
     start = time.monotonic()
-    loaded = load(out, model, device, dtype, names)
+    loaded = open_model(output, model, device, dtype, names)
 
     from kpatch.edit.methods import hyper_for, method_named
     from kpatch.stats.covariance import collect
 
-    chosen = hyper_for(method_named("memit"), loaded, wanted, {}, out).layers
-    covariance = collect(loaded, chosen, corpus=corpus, tokens=tokens, seed=seed, report=out)
+    chosen = hyper_for(method_named("memit"), loaded, wanted, {}, output).layers
+    covariance = collect(loaded, chosen, corpus=corpus, tokens=tokens, seed=seed, report=output)
     if not distributed.is_main():
         return
     width = loaded.mlp_width
-    out.result(
+    output.result(
         {
             "model": loaded.name,
             **covariance.to_dict(),
@@ -58,5 +58,5 @@ def command(
     )
     packed = size(width * (width + 1) // 2 * 8)
     rows = [(layer, f"{moment.count:,}", f"{width} × {width}", packed) for layer, moment in covariance.moments.items()]
-    out.table(("Layer", "Tokens", "Matrix", "Stored"), rows, right=(0, 1, 3))
-    out.line(f"{loaded.name}: {covariance.corpus}, {covariance.tokens:,} tokens, id {covariance.id[:12]}")
+    output.table(("Layer", "Tokens", "Matrix", "Stored"), rows, right=(0, 1, 3))
+    output.line(f"{loaded.name}: {covariance.corpus}, {covariance.tokens:,} tokens, id {covariance.id[:12]}")

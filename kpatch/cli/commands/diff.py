@@ -10,7 +10,7 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import Cell, Output, begin, clean, percent, size
-from kpatch.cli.tables import show_interference
+from kpatch.cli.tables import print_interference
 from kpatch.errors import BadInput
 from kpatch.outputs import check_new_file
 
@@ -52,7 +52,7 @@ def command(
 
     Of two checkpoint directories, -o makes a patch.
     """
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     if a.is_dir() != b.is_dir():
         patch, folder = (b, a) if a.is_dir() else (a, b)
         raise BadInput(
@@ -60,15 +60,15 @@ def command(
             hint=f"`kpatch verify {patch} {folder}` says whether the patch fits",
         )
     if a.is_dir():
-        _checkpoints(say, a, b, out, tolerance, max_rank, seed, force)
+        _checkpoints(output, a, b, out, tolerance, max_rank, seed, force)
     elif out or tolerance is not None or max_rank is not None:
         raise BadInput("-o, --tolerance and --max-rank are for two checkpoint directories", hint="`kpatch stack` adds")
     else:
-        _patches(say, a, b)
+        _patches(output, a, b)
 
 
 def _checkpoints(
-    say: Output,
+    output: Output,
     a: Path,
     b: Path,
     out: Path | None,
@@ -83,13 +83,13 @@ def _checkpoints(
         check_new_file(out, force=force, what="a patch")
     from kpatch.checkpoint.diff.checkpoints import diff_checkpoints
 
-    found = diff_checkpoints(a, b, out, tolerance=tolerance, max_rank=max_rank, seed=seed, force=force, report=say)
-    say.result(found.to_dict())
+    found = diff_checkpoints(a, b, out, tolerance=tolerance, max_rank=max_rank, seed=seed, force=force, report=output)
+    output.result(found.to_dict())
     total = len(found.tensors) + found.same
     if found.equal:
-        say.line(f"{a} and {b}: the same {total} tensors")
+        output.line(f"{a} and {b}: the same {total} tensors")
         return
-    shown = found.tensors if say.verbose else found.tensors[:_TENSORS_SHOWN]
+    shown = found.tensors if output.verbose else found.tensors[:_TENSORS_SHOWN]
     rows: list[list[Cell]] = []
     for tensor in shown:
         row: list[Cell] = [tensor.name, " × ".join(map(str, tensor.shape)), f"{tensor.norm:.3g}"]
@@ -99,79 +99,79 @@ def _checkpoints(
             row += [f"{tensor.differs:,}" if tensor.differs else "–"]
         rows.append(row)
     headers = ("Tensor", "Shape", "Norm of B − A", "of A", "Stored", "Size", "Entries off")
-    say.table(headers[: len(rows[0])], rows, right=tuple(range(2, len(rows[0]))))
+    output.table(headers[: len(rows[0])], rows, right=tuple(range(2, len(rows[0]))))
     if len(shown) < len(found.tensors):
-        say.line(f"… and {len(found.tensors) - len(shown)} more (-v shows all)")
+        output.line(f"… and {len(found.tensors) - len(shown)} more (-v shows all)")
     if found.path is None or found.id is None:
-        say.line(f"{len(found.tensors)} of {total} tensors differ; {found.seconds:.1f} s")
-        say.note(f"next: kpatch diff {a} {b} -o PATCH")
+        output.line(f"{len(found.tensors)} of {total} tensors differ; {found.seconds:.1f} s")
+        output.note(f"next: kpatch diff {a} {b} -o PATCH")
         return
-    say.line(f"{found.path}  {found.id[:12]}  {size(found.bytes)}: {len(found.tensors)} of {total} tensors differ")
-    _exactness(say, found)
-    say.note(f"next: kpatch show {found.path}; kpatch apply {found.path} {a}")
+    output.line(f"{found.path}  {found.id[:12]}  {size(found.bytes)}: {len(found.tensors)} of {total} tensors differ")
+    _exactness(output, found)
+    output.note(f"next: kpatch show {found.path}; kpatch apply {found.path} {a}")
 
 
-def _exactness(say: Output, found: CheckpointDiff) -> None:
+def _exactness(output: Output, found: CheckpointDiff) -> None:
     """Does the patch give B bit for bit, and what would less than that save?"""
     off = sum(tensor.differs or 0 for tensor in found.tensors)
     if not off:
-        say.line(f"applied to {found.a} it gives {found.b} bit for bit; {found.seconds:.1f} s")
+        output.line(f"applied to {found.a} it gives {found.b} bit for bit; {found.seconds:.1f} s")
     else:
         entries = sum(tensor.entries for tensor in found.tensors)
         worst = max(tensor.error or 0.0 for tensor in found.tensors)
         missed_part = f"{off:,} of {entries:,} entries ({percent(off / entries)})"
-        say.line(f"applied to {found.a} it gives {found.b} but for {missed_part}; {found.seconds:.1f} s")
-        say.line(f"largest relative error of a tensor's change {worst:.2g}")
+        output.line(f"applied to {found.a} it gives {found.b} but for {missed_part}; {found.seconds:.1f} s")
+        output.line(f"largest relative error of a tensor's change {worst:.2g}")
     missed = [(tensor, tensor.shorter) for tensor in found.tensors if tensor.shorter is not None]
     if missed:
         saved = sum((tensor.bytes or 0) - shorter[1] for tensor, shorter in missed)
         share = sum(shorter[2] for _, shorter in missed) / sum(tensor.entries for tensor, _ in missed)
-        say.note(
+        output.note(
             f"{len(missed)} changes of low rank are stored otherwise, because as factors {percent(share)} of their "
             f"entries would miss B's bits; --tolerance 1e-6 does without those and saves {size(saved)}"
         )
 
 
-def _patches(say: Output, a: Path, b: Path) -> None:
+def _patches(output: Output, a: Path, b: Path) -> None:
     from kpatch.patch.compare import diff_patches
 
-    found = diff_patches(a, b, say)
-    say.result(found.to_dict())
+    found = diff_patches(a, b, output)
+    output.result(found.to_dict())
     first, second = found.patches
-    say.line(f"{first.path}  {first.id[:12]}  →  {second.path}  {second.id[:12]}")
+    output.line(f"{first.path}  {first.id[:12]}  →  {second.path}  {second.id[:12]}")
     if found.equal:
-        say.line("one and the same patch")
+        output.line("one and the same patch")
         return
     if found.base is not None:
-        say.warn(f"made for different models: {found.base}")
-    _facts(say, found)
+        output.warn(f"made for different models: {found.base}")
+    _facts(output, found)
     if found.settings:
-        say.line()
-        say.table(
+        output.line()
+        output.table(
             ("Setting", "Before", "After"), [(key, _short(old), _short(new)) for key, old, new in found.settings]
         )
-    say.line()
-    _weights(say, found)
+    output.line()
+    _weights(output, found)
     if found.base is None:
-        say.line()
-        show_interference(say, found.patches, found.interference)
+        output.line()
+        print_interference(output, found.patches, found.interference)
 
 
-def _facts(say: Output, found: PatchDiff) -> None:
+def _facts(output: Output, found: PatchDiff) -> None:
     facts = found.facts.to_dict()
     lines = [f"- {fact['text']} → {fact['target']}" for fact in facts["removed"]]
     lines += [f"+ {fact['text']} → {fact['target']}" for fact in facts["added"]]
     lines += [f"~ {fact['text']} → {fact['after']}, was → {fact['before']}" for fact in facts["changed"]]
-    shown = lines if say.verbose else lines[:_FACTS_SHOWN]
+    shown = lines if output.verbose else lines[:_FACTS_SHOWN]
     for line in shown:
-        say.line(clean(line))
+        output.line(clean(line))
     if len(shown) < len(lines):
-        say.line(f"… and {len(lines) - len(shown)} more (-v shows all)")
+        output.line(f"… and {len(lines) - len(shown)} more (-v shows all)")
     counts = (len(facts["added"]), len(facts["removed"]), len(facts["changed"]), facts["same"])
-    say.line("facts: {} added, {} removed, {} changed, {} the same".format(*counts))
+    output.line("facts: {} added, {} removed, {} changed, {} the same".format(*counts))
 
 
-def _weights(say: Output, found: PatchDiff) -> None:
+def _weights(output: Output, found: PatchDiff) -> None:
     rows = [
         (
             weight.name,
@@ -183,7 +183,7 @@ def _weights(say: Output, found: PatchDiff) -> None:
         for weight in found.weights
     ]
     headers = ("Weight", "Norm of A's Δ", "of B's", "Rank", "", "Angle", "‖B − A‖")
-    say.table(headers, rows, right=(1, 2, 3, 4, 5, 6))
+    output.table(headers, rows, right=(1, 2, 3, 4, 5, 6))
 
 
 def _number(value: float | None) -> str:

@@ -10,7 +10,7 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import Cell, Output, begin, percent, size
-from kpatch.cli.tables import show_report
+from kpatch.cli.tables import print_apply_report
 from kpatch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """Write a patch as a LoRA adapter or a checkpoint."""
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     if (base is not None) != (to is To.checkpoint):
         raise BadInput("--to checkpoint needs --base MODEL_DIR" if base is None else "--base is for --to checkpoint")
     if max_rank is not None and to is To.checkpoint:
@@ -68,19 +68,19 @@ def command(
     if base is not None:
         from kpatch.checkpoint.apply import apply
 
-        show_report(say, apply([patch], base, out=out, report=say), "Exported", "to")
+        print_apply_report(output, apply([patch], base, out=out, report=output), "Exported", "to")
         return
 
     from kpatch.export import gguf, peft
     from kpatch.export.lora import adapter
     from kpatch.patch.header import read_header
 
-    found = adapter(read_header(patch), max_rank, say)
+    found = adapter(read_header(patch), max_rank, output)
     written = peft.write(found, out) if to is To.peft else gguf.write(found, out, force)
-    _tell(say, found, to, out, written)
+    _tell(output, found, to, out, written)
 
 
-def _tell(say: Output, found: Adapter, to: To, out: Path, written: int) -> None:
+def _tell(output: Output, found: Adapter, to: To, out: Path, written: int) -> None:
     rows: list[list[Cell]] = [
         [module.name, module.rank, percent(module.error), percent(module.key_error)] for module in found.modules
     ]
@@ -88,7 +88,7 @@ def _tell(say: Output, found: Adapter, to: To, out: Path, written: int) -> None:
         {"name": module.name, "rank": module.rank, "error": module.error, "key_error": module.key_error}
         for module in found.modules
     ]
-    say.result(
+    output.result(
         {
             "patch": {"id": found.patch.id, "path": str(found.patch.path)},
             "to": to.value,
@@ -98,13 +98,15 @@ def _tell(say: Output, found: Adapter, to: To, out: Path, written: int) -> None:
             "modules": modules,
         }
     )
-    say.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
-    say.line(f"{out}  {size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
+    output.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
+    output.line(f"{out}  {size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
     lost = max((module.key_error or 0.0 for module in found.modules), default=0.0)
     if lost > _LOSS:
-        say.warn(f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost")
+        output.warn(
+            f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost"
+        )
     for note in _next(found, to, out):
-        say.note(note)
+        output.note(note)
 
 
 def _next(found: Adapter, to: To, out: Path) -> list[str]:

@@ -54,13 +54,13 @@ def command(
 
     Records that break a rule are listed and counted; -v lists all of them.
     """
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.facts.importers.read import import_facts
     from kpatch.facts.write import write_facts
 
     found = import_facts(file, form, target=target, limit=limit, drop_conflicts=drop_conflicts)
     write_facts(out, found.facts, force=force)
-    say.result(
+    output.result(
         {
             "path": str(out),
             "format": found.format,
@@ -73,22 +73,22 @@ def command(
         }
     )
     if found.format == "zsre":
-        say.note("target: the true answers" if target == "answers" else "target: the false answers, alt")
-    _list(say, "left out, for they break a rule", found.rejected)
-    _list(say, "left out, for they repeat an earlier fact", found.repeats)
+        output.note("target: the true answers" if target == "answers" else "target: the false answers, alt")
+    _list(output, "left out, for they break a rule", found.rejected)
+    _list(output, "left out, for they repeat an earlier fact", found.repeats)
     what = "left out, for they contradict an earlier fact"
     if not drop_conflicts:
         what = "kept, though they contradict an earlier fact (`make` refuses them, --drop-conflicts leaves them out)"
-    _list(say, what, found.conflicts)
-    say.line(f"{out}: {len(found.facts):,} facts from {found.records:,} records ({found.format})")
+    _list(output, what, found.conflicts)
+    output.line(f"{out}: {len(found.facts):,} facts from {found.records:,} records ({found.format})")
 
 
-def _list(say: Output, what: str, lines: tuple[str, ...]) -> None:
+def _list(output: Output, what: str, lines: tuple[str, ...]) -> None:
     if not lines:
         return
-    say.warn(f"{len(lines):,} {what}:")
-    shown = lines if say.verbose else lines[:_SHOWN]
+    output.warn(f"{len(lines):,} {what}:")
+    shown = lines if output.verbose else lines[:_SHOWN]
     for line in shown:
-        say.warn(f"  {line}")
+        output.warn(f"  {line}")
     if len(shown) < len(lines):
-        say.warn(f"  and {len(lines) - len(shown):,} more (-v lists them)")
+        output.warn(f"  and {len(lines) - len(shown):,} more (-v lists them)")

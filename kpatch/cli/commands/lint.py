@@ -30,29 +30,29 @@ def command(
 
     With --model, also how its subjects and targets are tokenized; -v shows the tokens.
     """
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.facts.lint import lint
     from kpatch.facts.load import load_facts
 
     file = load_facts(facts)
-    report = lint(file, None if model is None else _tokenizer(out, model))
-    out.result({"path": str(facts), "model": model, **report.to_dict()})
+    report = lint(file, None if model is None else _tokenizer(output, model))
+    output.result({"path": str(facts), "model": model, **report.to_dict()})
     for finding in report.findings:
-        out.line(f"{finding.where or facts}: {finding.level}: {finding.message}")
+        output.line(f"{finding.where or facts}: {finding.level}: {finding.message}")
     if verbose:
-        _show_tokens(out, report)
+        _show_tokens(output, report)
     count = len(report.findings) - report.errors
     said = f"{report.facts:,} facts, {count} warnings"
     if report.errors:
         raise BadInput(f"{facts}: {said}, {report.errors} errors", hint="`kpatch make` will refuse these facts")
-    out.line(f"{facts}: {said}")
+    output.line(f"{facts}: {said}")
 
 
-def _tokenizer(out: Output, model: str) -> Any:
+def _tokenizer(output: Output, model: str) -> Any:
     from kpatch.models.address import resolve
 
-    resolved = resolve(model, out)
-    out.note(resolved.said)
+    resolved = resolve(model, output)
+    output.note(resolved.said)
     from transformers import AutoTokenizer
 
     try:
@@ -62,6 +62,6 @@ def _tokenizer(out: Output, model: str) -> Any:
         raise BadInput(f"The tokenizer of {resolved.name} could not be loaded", details=[reason]) from error
 
 
-def _show_tokens(out: Output, report: LintReport) -> None:
+def _show_tokens(output: Output, report: LintReport) -> None:
     rows = [(row.where, " | ".join(row.subject), row.subject_last, " | ".join(row.target)) for row in report.tokens]
-    out.table(("Fact", "Subject's tokens", "Last at", "Target's tokens"), rows, right=(2,))
+    output.table(("Fact", "Subject's tokens", "Last at", "Target's tokens"), rows, right=(2,))

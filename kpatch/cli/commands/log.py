@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
-import typer
-
 from kpatch.cli import options as opt
 from kpatch.cli.output import begin
 from kpatch.cli.targets import default_checkpoint
@@ -15,12 +10,7 @@ EXAMPLES = opt.examples("kpatch log model/", "kpatch log model/ --json | jq .ent
 
 
 def command(
-    model_dir: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="MODEL_DIR", help="A checkpoint directory. Default: the one here, else the one last applied to."
-        ),
-    ] = None,
+    model_dir: opt.Checkpoint = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -29,15 +19,15 @@ def command(
 
     The log goes with the last patch: a checkpoint without one is as it was before kpatch.
     """
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.checkpoint.status import history
 
-    found = history(default_checkpoint(out) if model_dir is None else model_dir)
-    out.result(found.to_dict())
+    found = history(default_checkpoint(output) if model_dir is None else model_dir)
+    output.result(found.to_dict())
     rows = []
     for entry in found.entries:
         shown = [f"{name} ({identity if verbose else identity[:12]})" for identity, name in entry.patches]
         rows.append((entry.time, entry.action, ", ".join(shown)))
-    out.table(("Time", "Action", "Patches"), rows)
+    output.table(("Time", "Action", "Patches"), rows)
     if not rows:
-        out.line(f"{found.model}: no patches applied, so no log is kept")
+        output.line(f"{found.model}: no patches applied, so no log is kept")

@@ -10,9 +10,10 @@ import typer
 from kpatch import distributed
 from kpatch.cli import options as opt
 from kpatch.cli import parse
-from kpatch.cli.output import begin, percent
-from kpatch.cli.tables import rate, tell_made
-from kpatch.errors import BadInput, CheckFailed
+from kpatch.cli.gates import rates_of, shortfalls
+from kpatch.cli.output import begin
+from kpatch.cli.tables import print_made
+from kpatch.errors import CheckFailed
 from kpatch.outputs import check_new_file
 
 EXAMPLES = opt.examples(
@@ -102,21 +103,12 @@ def command(
     )
     if not distributed.is_main():
         return
-    tell_made(say, result)
+    print_made(say, result)
     _check_rates(result.effect["after"], least, method)
 
 
 def _check_rates(after: dict[str, Any], least: dict[str, float | None], method: str) -> None:
-    short = []
-    for name, wanted in least.items():
-        if wanted is None:
-            continue
-        found = rate(after, name)
-        if found is None:
-            missing = "paraphrases" if name == "generalization" else "neighbors"
-            raise BadInput(f"--min-{name} cannot be checked: the facts have no {missing}", hint="add some to the file")
-        if found < wanted:
-            short.append(f"{name}: expected at least {percent(wanted)}, found {percent(found)}")
+    short = shortfalls(rates_of(after), least)
     if short:
         raise CheckFailed(
             "The patch was made, but falls short of what was asked",

@@ -24,24 +24,24 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """List known aliases, families and presets, or find one model."""
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     if model is None:
-        _list(out)
+        _list(output)
     else:
-        _find(out, model)
+        _find(output, model)
 
 
-def _find(out: Output, model: str) -> None:
+def _find(output: Output, model: str) -> None:
     from kpatch.models.address import resolve
 
-    found = resolve(model, out)
+    found = resolve(model, output)
     fields = {"address": model, "name": found.name, "kind": found.kind, "revision": found.revision}
-    out.result({**fields, "path": str(found.path)})
-    out.note(found.said)
-    out.line(str(found.path))
+    output.result({**fields, "path": str(found.path)})
+    output.note(found.said)
+    output.line(str(found.path))
 
 
-def _list(out: Output) -> None:
+def _list(output: Output) -> None:
     from kpatch.edit.methods import all_presets
     from kpatch.edit.presets import PRESETS
     from kpatch.models.aliases import ALIASES
@@ -58,18 +58,18 @@ def _list(out: Output) -> None:
         for alias in ALIASES.values()
     ]
     presets = all_presets()
-    out.result({"aliases": aliases, "families": list(FAMILIES), "presets": presets})
+    output.result({"aliases": aliases, "families": list(FAMILIES), "presets": presets})
     rows: list[list[Cell]] = []
     for alias in ALIASES.values():
         known = "yes" if alias.name in PRESETS["memit"] else ""
         rows.append([alias.name, str(alias.source), alias.family, alias.parameters, known])
-    out.table(("Alias", "Model", "Family", "Size", "Preset"), rows, right=(3,))
-    out.line(f"\nFamilies: {', '.join(FAMILIES)}")
-    out.line(
+    output.table(("Alias", "Model", "Family", "Size", "Preset"), rows, right=(3,))
+    output.line(f"\nFamilies: {', '.join(FAMILIES)}")
+    output.line(
         "Any hub id (owner/name, with @revision if you like), checkpoint directory or GGUF file of these works.\n"
     )
     rows = []
     for preset in presets:
         ends = sorted({min(preset["layers"]), max(preset["layers"])})
         rows.append([preset["name"], preset["method"], "–".join(map(str, ends)), preset["source"]])
-    out.table(("Preset", "Method", "Layers", "Where its numbers come from"), rows)
+    output.table(("Preset", "Method", "Layers", "Where its numbers come from"), rows)

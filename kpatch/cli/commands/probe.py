@@ -13,7 +13,7 @@ import typer
 from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.output import Cell, Output, begin, percent
-from kpatch.cli.targets import load
+from kpatch.cli.targets import check_patches, facts_and_model, open_facts, open_model
 from kpatch.errors import BadInput
 from kpatch.evaluate.with_without import without_and_with
 
@@ -22,19 +22,16 @@ if TYPE_CHECKING:
     from kpatch.facts.fact import Fact
 
 EXAMPLES = opt.examples(
-    "kpatch probe smollm2 known.yaml",
-    "kpatch probe smollm2 news.yaml --patch news.patch --objects cities.txt --per-fact",
+    "kpatch probe known.yaml smollm2",
+    "kpatch probe news.yaml smollm2 --patch news.patch --objects cities.txt --per-fact",
 )
 _RATES = ("p_at_1", "p_at_10", "p_at_100", "mrr")
 
 
 def command(
+    facts: opt.FactsFirst,
     model: opt.Model,
-    facts: opt.Facts,
-    patch: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="PATCH", help="Try this patch in memory, beside the model without; can be repeated."),
-    ] = None,
+    patch: opt.Patches = None,
     objects: Annotated[
         str,
         typer.Option(
@@ -43,7 +40,7 @@ def command(
             " text file besides those of all facts.",
         ),
     ] = "all",
-    limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="The first N facts only.")] = None,
+    limit: opt.FirstFacts = None,
     per_fact: Annotated[bool, typer.Option("--per-fact", help="Also show every fact's rank and best object.")] = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -57,45 +54,36 @@ def command(
     Each fact's target is ranked among all objects that come into question: P@1, P@10, P@100 and mean reciprocal rank,
     for every relation. With patches, before and after.
     """
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     started = time.monotonic()
+    path, address = facts_and_model(facts, model)
     names = parse.modules(modules)
-
-    from kpatch.facts.load import load_facts
-    from kpatch.patch.header import read_header
-
-    file = load_facts(facts, conflicts=True)
-    for warning in file.warnings:
-        say.warn(warning)
+    file = open_facts(output, path, conflicts=True)
     chosen = file.facts[:limit]
     choices = _objects(file.facts, chosen, objects)
-    for path in patch or ():
-        read_header(path)
-    loaded = load(say, model, device, dtype, names)
+    check_patches(patch or ())
+    loaded = open_model(output, address, device, dtype, names)
 
-    from kpatch.evaluate.probe import by_relation, rank_objects, rates
+    from kpatch.evaluate.probe import rank_objects
 
     before, after, on = without_and_with(
-        say, loaded, patch or [], lambda: rank_objects(loaded, chosen, choices, report=say)
+        output, loaded, patch or [], lambda: rank_objects(loaded, chosen, choices, report=output)
     )
     found: dict[str, Any] = {
         "model": loaded.name,
         "patches": on,
         "objects": len({name for some in choices for name in some}),
-        "all": rates(after),
-        "relations": _listed(by_relation(chosen, after)),
-        "unpatched": None
-        if before is None
-        else {"all": rates(before), "relations": _listed(by_relation(chosen, before))},
+        **_as_json(chosen, after),
+        "unpatched": None if before is None else _as_json(chosen, before),
         "seconds": time.monotonic() - started,
     }
     rows = [_row(fact, one) for fact, one in zip(chosen, after, strict=True)]
-    say.result({**found, "facts": rows} if per_fact else found)
-    _show(say, found)
+    output.result({**found, "facts": rows} if per_fact else found)
+    _print_rates(output, found)
     if per_fact:
-        say.line()
+        output.line()
         table: list[list[Cell]] = [[row["text"], row["target"], row["rank"], row["best"]] for row in rows]
-        say.table(("Prompt", "Target", "Rank", "Best"), table, right=(2,))
+        output.table(("Prompt", "Target", "Rank", "Best"), table, right=(2,))
 
 
 def _objects(every: Sequence[Fact], chosen: Sequence[Fact], given: str) -> list[tuple[str, ...]]:
@@ -116,14 +104,18 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise BadInput("There is no such file", where=str(path), hint="--objects is all, relation or a file") from None
+        raise BadInput("There is no such file", where=str(path), hint="`objects` is all, relation or a file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput("The objects cannot be read", where=str(path), details=[str(error)]) from error
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-def _listed(relations: Mapping[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{"relation": name, **numbers} for name, numbers in relations.items()]
+def _as_json(facts: Sequence[Fact], ranks: Sequence[Ranked]) -> dict[str, Any]:
+    """The rates of all facts, and of each relation."""
+    from kpatch.evaluate.probe import by_relation, rates
+
+    relations = [{"relation": name, **numbers} for name, numbers in by_relation(facts, ranks).items()]
+    return {"all": rates(ranks), "relations": relations}
 
 
 def _row(fact: Fact, one: Ranked) -> dict[str, Any]:
@@ -131,15 +123,15 @@ def _row(fact: Fact, one: Ranked) -> dict[str, Any]:
     return {**about, **asdict(one)}
 
 
-def _show(say: Output, found: Mapping[str, Any]) -> None:
+def _print_rates(output: Output, found: Mapping[str, Any]) -> None:
     unpatched = found["unpatched"]
     before = {} if unpatched is None else {row["relation"]: row for row in unpatched["relations"]}
     rows: list[list[Cell]] = []
     for row in found["relations"]:
         rows.append([row["relation"], row["n"], *_cells(before.get(row["relation"]), row)])
     rows.append(["all", found["all"]["n"], *_cells(unpatched and unpatched["all"], found["all"])])
-    say.table(("Relation", "n", "P@1", "P@10", "P@100", "MRR"), rows, right=(1, 2, 3, 4, 5))
-    say.line(f"{found['model']}: ranks among {found['objects']:,} objects, {found['seconds']:.1f} s")
+    output.table(("Relation", "n", "P@1", "P@10", "P@100", "MRR"), rows, right=(1, 2, 3, 4, 5))
+    output.line(f"{found['model']}: ranks among {found['objects']:,} objects, {found['seconds']:.1f} s")
 
 
 def _cells(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:

@@ -22,9 +22,9 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """Complete or undo an interrupted apply or revert."""
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.checkpoint.recover import recover
 
-    done = recover(default_checkpoint(out) if model_dir is None else model_dir, out)
-    out.result(done.to_dict())
-    out.line(f"{done.model}: {_OUTCOME[done.outcome].format(action=done.action)}")
+    done = recover(default_checkpoint(output) if model_dir is None else model_dir, output)
+    output.result(done.to_dict())
+    output.line(f"{done.model}: {_OUTCOME[done.outcome].format(action=done.action)}")

@@ -9,8 +9,8 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import begin
-from kpatch.cli.tables import show_report
-from kpatch.cli.targets import default_checkpoint, forget
+from kpatch.cli.tables import print_apply_report
+from kpatch.cli.targets import default_checkpoint, forget_checkpoint
 from kpatch.errors import BadInput
 
 EXAMPLES = opt.examples("kpatch revert", "kpatch revert news.patch model/")
@@ -36,19 +36,19 @@ def command(
 
     What stays is as if they had never been applied.
     """
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     patches, model_dir = _split(arguments or [])
     if all_ and patches:
         raise BadInput("--all takes every patch back; name none beside it")
     if model_dir is None:
-        model_dir = default_checkpoint(out)
+        model_dir = default_checkpoint(output)
 
     from kpatch.checkpoint.revert import revert
 
-    report = revert(model_dir, patches or None, all=all_, check=check, force=force, report=out)
+    report = revert(model_dir, patches or None, all=all_, check=check, force=force, report=output)
     if not check and not report.plan.stack:
-        forget(model_dir.resolve())
-    show_report(out, report, "Would revert" if check else "Reverted", "from")
+        forget_checkpoint(model_dir.resolve())
+    print_apply_report(output, report, "Would revert" if check else "Reverted", "from")
 
 
 def _split(arguments: list[str]) -> tuple[list[str], Path | None]:

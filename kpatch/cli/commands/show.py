@@ -6,7 +6,7 @@ from typing import Any
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin, clean, percent, size
-from kpatch.cli.tables import show_facts, show_metrics
+from kpatch.cli.tables import print_facts, print_rates
 
 EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --json | jq .facts")
 
@@ -22,16 +22,16 @@ def command(
     """Show a patch: facts, base, layers, sizes, measured effect."""
     from kpatch.patch.header import read_header
 
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     info = read_header(patch)
     manifest: dict[str, Any] = info.manifest.to_dict()
-    out.result({**manifest, "id": info.id, "bytes": info.bytes, "weights": info.weights()})
-    _summary(out, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {size(info.bytes)}")
-    _facts(out, manifest, None if verbose else _FACTS_SHOWN)
-    _weights(out, info.weights())
+    output.result({**manifest, "id": info.id, "bytes": info.bytes, "weights": info.weights()})
+    _summary(output, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {size(info.bytes)}")
+    _facts(output, manifest, None if verbose else _FACTS_SHOWN)
+    _weights(output, info.weights())
 
 
-def _summary(out: Output, manifest: dict[str, Any], title: str) -> None:
+def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
     base, covariance = manifest["base"], manifest["covariance"]
     revision = f" at {base['revision']}" if base["revision"] else ""
     dtypes = ", ".join(sorted({weight["dtype"] for weight in base["weights"].values()}))
@@ -45,29 +45,29 @@ def _summary(out: Output, manifest: dict[str, Any], title: str) -> None:
         ("on top of", ", ".join(parent[:12] for parent in manifest["parents"])),
         ("made by", manifest["tool"]),
     ]
-    out.line(clean(title))
+    output.line(clean(title))
     for name, text in rows:
         if text:
-            out.line(f"  {name:<11} {clean(text)}")
+            output.line(f"  {name:<11} {clean(text)}")
 
 
-def _facts(out: Output, manifest: dict[str, Any], limit: int | None) -> None:
+def _facts(output: Output, manifest: dict[str, Any], limit: int | None) -> None:
     facts, effect = manifest["facts"], manifest["effect"] or {}
-    out.line()
+    output.line()
     if effect.get("facts"):
-        show_facts(out, effect["facts"], limit)
+        print_facts(output, effect["facts"], limit)
     else:
         rows = [(fact["prompt"].replace("{}", fact["subject"]), fact["target"], fact.get("was")) for fact in facts]
-        out.table(("Prompt", "Target", "Was"), rows[:limit])
+        output.table(("Prompt", "Target", "Was"), rows[:limit])
         if limit is not None and len(rows) > limit:
-            out.line(f"… and {len(rows) - limit} more facts (-v shows all)")
+            output.line(f"… and {len(rows) - limit} more facts (-v shows all)")
     if effect.get("after"):
-        out.line()
-        show_metrics(out, effect)
+        output.line()
+        print_rates(output, effect)
 
 
-def _weights(out: Output, weights: list[dict[str, Any]]) -> None:
-    out.line()
+def _weights(output: Output, weights: list[dict[str, Any]]) -> None:
+    output.line()
     rows = [
         (
             weight["name"],
@@ -78,7 +78,7 @@ def _weights(out: Output, weights: list[dict[str, Any]]) -> None:
         )
         for weight in weights
     ]
-    out.table(("Weight", "Shape", "Rank", "Norm of Δ", "of the weight"), rows, right=(2, 3, 4))
+    output.table(("Weight", "Shape", "Rank", "Norm of Δ", "of the weight"), rows, right=(2, 3, 4))
 
 
 def _short(value: Any) -> str:

@@ -10,7 +10,7 @@ import typer
 from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.output import Output, begin, size
-from kpatch.cli.tables import show_interference, tell_made
+from kpatch.cli.tables import print_interference, print_made
 from kpatch.errors import BadInput
 from kpatch.outputs import check_new_file
 
@@ -57,7 +57,7 @@ def command(
 
     Facts that contradict each other are refused; how much the patches disturb each other is said.
     """
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     if check == (out is not None):
         raise BadInput(
             "--check writes nothing; leave out -o" if check else "-o is missing", hint="-o PATCH, or --check"
@@ -67,16 +67,16 @@ def command(
     if not resolve and (model or corpus or modules):
         raise BadInput("--model, --corpus and --modules are for --resolve; deltas are added up without the model")
     if resolve and out is not None:
-        _resolve(say, patches, out, model, corpus, device, memory, modules, force)
+        _resolve(output, patches, out, model, corpus, device, memory, modules, force)
         return
     from kpatch.patch.stack import stack
 
-    result = stack(patches, out, scales=scale, force=force, report=say)
-    _tell(say, result)
+    result = stack(patches, out, scales=scale, force=force, report=output)
+    _tell(output, result)
 
 
 def _resolve(
-    say: Output,
+    output: Output,
     patches: list[Path],
     out: Path,
     model: str | None,
@@ -100,24 +100,24 @@ def _resolve(
         memory=budget,
         modules=names,
         force=force,
-        report=say,
+        report=output,
     )
-    say.result(about_patches(infos, (1.0,) * len(infos), union, ()))
-    tell_made(say, result)
+    output.result(about_patches(infos, (1.0,) * len(infos), union, ()))
+    print_made(output, result)
 
 
-def _tell(say: Output, result: StackResult) -> None:
-    say.result(result.to_dict())
-    show_interference(say, result.patches, result.interference, warn=True)
+def _tell(output: Output, result: StackResult) -> None:
+    output.result(result.to_dict())
+    print_interference(output, result.patches, result.interference, warn=True)
     facts = f"{len(result.union.facts)} facts of {len(result.patches)} patches"
     if result.path is None or result.id is None:
-        say.line(f"{facts} go together; nothing was written")
+        output.line(f"{facts} go together; nothing was written")
         return
     ranks = sorted({weight["rank"] for weight in result.weights if weight["form"] == "lowrank"})
     rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
     dense = sum(weight["form"] == "dense" for weight in result.weights)
-    say.line(
+    output.line(
         f"{result.path}  {result.id[:12]}  {size(result.bytes)}: {facts}, {len(result.weights)} weights{rank}"
         f"{f', {dense} dense' if dense else ''}; {result.seconds:.1f} s"
     )
-    say.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
+    output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")

@@ -22,22 +22,22 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """Say what is applied to a checkpoint, and whether it is intact."""
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.checkpoint.status import status
 
-    found = status(default_checkpoint(out) if model_dir is None else model_dir, out)
-    out.result(found.to_dict())
+    found = status(default_checkpoint(output) if model_dir is None else model_dir, output)
+    output.result(found.to_dict())
     busy = "; a kpatch is at work there now" if found.busy else ""
-    out.line(f"{found.model}: {found.state} ({_MEANING.get(found.state, '')}{busy})")
+    output.line(f"{found.model}: {found.state} ({_MEANING.get(found.state, '')}{busy})")
     if found.base:
-        out.line(f"base: {found.base}")
+        output.line(f"base: {found.base}")
     if found.patches:
         rows = [(row["id"] if verbose else row["id"][:12], row["name"], row["facts"]) for row in found.patches]
-        out.table(("Patch, bottom to top", "Name", "Facts"), rows, right=(2,))
-        out.line(f"{size(found.kept_bytes)} of original bytes kept")
+        output.table(("Patch, bottom to top", "Name", "Facts"), rows, right=(2,))
+        output.line(f"{size(found.kept_bytes)} of original bytes kept")
     else:
-        out.line("no patches applied")
+        output.line("no patches applied")
     for name in found.changed:
-        out.line(f"changed: {name}")
+        output.line(f"changed: {name}")
     if found.next:
-        out.line(f"next: {found.next}")
+        output.line(f"next: {found.next}")

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kpatch import distributed
-from kpatch.cli import heatmap, parse
 from kpatch.cli import options as opt
+from kpatch.cli import parse
+from kpatch.cli.heatmap import print_heatmap
 from kpatch.cli.output import Cell, Output, begin, percent
-from kpatch.cli.targets import load
+from kpatch.cli.targets import open_model
 from kpatch.errors import BadInput
 
 if TYPE_CHECKING:
@@ -51,9 +52,7 @@ def command(
         Path | None, typer.Option("-o", "--out", metavar="DIR", help="Write trace.json and pictures (PNG, SVG) there.")
     ] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a report in one HTML file.")] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--afresh", help="Use what earlier and interrupted runs left in the cache.")
-    ] = True,
+    resume: opt.Resume = True,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same facts and noise.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
@@ -67,16 +66,16 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """See where a model keeps its facts, and find the layers R to edit."""
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     one = _one_prompt(prompt, subject, facts)
     budget, names = parse.memory(memory), parse.modules(modules)
-    _check_outputs(say, out, html)
-    given = _facts(say, facts)
+    _check_outputs(output, out, html)
+    given = _facts(output, facts)
+    loaded = open_model(output, model, device, dtype, names)
 
-    loaded = load(say, model, device, dtype, names)
-
+    from kpatch.trace.files import write_folder, write_html
     from kpatch.trace.memory import DEFAULT_BUDGET
-    from kpatch.trace.run import Settings, trace
+    from kpatch.trace.run import TraceSettings, trace
     from kpatch.trace.summary import Summary
 
     traces = trace(
@@ -84,91 +83,85 @@ def command(
         given,
         prompt=one,
         limit=limit,
-        settings=Settings(samples, noise, window, seed, quick),
+        settings=TraceSettings(samples, noise, window, seed, quick),
         budget=DEFAULT_BUDGET if budget is None else budget,
         resume=resume,
-        report=say,
+        report=output,
     )
     if not distributed.is_main():
         return
     summary = Summary(traces)
-    with say.task("Writing pictures and reports"):
-        files = _write(summary, out, html)
-    say.result({**summary.to_dict(), "files": files})
-    _tell(say, summary, files)
-    _next(say, summary, out)
+    with output.task("Writing pictures and reports"):
+        files = [] if out is None else write_folder(summary, out)
+        files += [] if html is None else [write_html(summary, html)]
+    output.result({**summary.to_dict(), "files": [str(path) for path in files]})
+    _print_summary(output, summary)
+    for path in files:
+        output.note(f"wrote {path}")
+    _note_next(output, summary, out)
 
 
 def _one_prompt(prompt: str | None, subject: str | None, facts: Path | None) -> tuple[str, str] | None:
     if prompt is None and subject is None:
         return None
     if prompt is None or subject is None:
-        missing = "--prompt" if prompt is None else "--subject"
-        raise BadInput(f"{missing} is missing", hint='as in --prompt "The {} is in" --subject "Space Needle"')
+        missing = "prompt" if prompt is None else "subject"
+        raise BadInput(f"`{missing}` is missing", hint='as in `prompt="The {} is in"` `subject="Space Needle"`')
     if facts is not None:
-        raise BadInput("--prompt and --facts exclude each other", hint="leave one of them out")
-    from kpatch.trace.lists import slotted
+        raise BadInput("`prompt` and `facts` exclude each other", hint="leave one of them out")
+    from kpatch.trace.fact_lists import slotted
 
     return slotted(prompt, subject), subject
 
 
-def _facts(say: Output, path: Path | None) -> Sequence[Fact] | None:
+def _facts(output: Output, path: Path | None) -> Sequence[Fact] | None:
     if path is None:
         return None
-    from kpatch.trace.lists import read_facts
+    from kpatch.trace.fact_lists import read_facts
 
     file = read_facts(path)
     for warning in file.warnings:
-        say.warn(warning)
+        output.warn(warning)
     return file.facts
 
 
-def _check_outputs(say: Output, out: Path | None, html: Path | None) -> None:
+def _check_outputs(output: Output, out: Path | None, html: Path | None) -> None:
     """Refuse before hours of work what would be refused after them."""
     if out is not None:
         if out.exists() and not out.is_dir():
-            raise BadInput(f"{out} is a file", hint="give -o the name of a directory")
+            raise BadInput(f"{out} is a file", hint="give `out` the name of a directory")
         if find_spec("matplotlib") is None:
-            say.warn("no pictures: they need matplotlib (pip install 'kpatch[plot]'); trace.json is written")
+            output.warn("no pictures: they need matplotlib (pip install 'kpatch[plot]'); trace.json is written")
     if html is not None:
         if html.is_dir():
-            raise BadInput(f"{html} is a directory", hint="give --html the name of a file")
+            raise BadInput(f"{html} is a directory", hint="give `html` the name of a file")
         if not html.parent.is_dir():
             raise BadInput(f"There is no directory {html.parent}", where=str(html), hint="make it first")
 
 
-def _write(summary: Summary, out: Path | None, html: Path | None) -> list[str]:
-    from kpatch.trace.files import write_folder, write_html
-
-    written = [] if out is None else write_folder(summary, out)
-    written += [] if html is None else [write_html(summary, html)]
-    return [str(path) for path in written]
-
-
-def _tell(say: Output, summary: Summary, files: Sequence[str]) -> None:
-    from kpatch.trace.panels import curves_panel, panels, told
+def _print_summary(output: Output, summary: Summary) -> None:
+    """The heatmaps, then what they come to."""
+    from kpatch.trace.panels import curves_panel, describe_range, panels
 
     for panel in (*panels(summary), curves_panel(summary)):
-        heatmap.show(say, panel)
-        say.line()
+        print_heatmap(output, panel)
+        output.line()
     traces = summary.traces
-    _largest(say, summary)
+    _print_peaks(output, summary)
     if len(traces.facts) == 1:
         fact = traces.facts[0]
-        say.line(f"{fact.fact.text()} → {fact.answer}")
+        output.line(f"{fact.fact.text()} → {fact.answer}")
     else:
-        say.line(f"{len(traces.facts):,} facts that {traces.model} knows, of {traces.tried:,} tried")
+        output.line(f"{len(traces.facts):,} facts that {traces.model} knows, of {traces.tried:,} tried")
     clean, corrupted, total = (float(part.mean) for part in (summary.clean, summary.corrupted, summary.total_effect))
     low, high = float(summary.total_effect.low), float(summary.total_effect.high)
     between = f" (95 %: {low:.3f} to {high:.3f})" if low == low else ""
-    say.line(f"P(answer) {clean:.3f} clean, {corrupted:.3f} corrupted; total effect {total:.3f}{between}")
-    say.line(told(summary))
-    for path in files:
-        say.note(f"wrote {path}")
+    output.line(f"P(answer) {clean:.3f} clean, {corrupted:.3f} corrupted; total effect {total:.3f}{between}")
+    output.line(describe_range(summary))
 
 
-def _largest(say: Output, summary: Summary) -> None:
-    """Where each kind of restoring brings most back: a table of the heatmaps' peaks, by role."""
+def _print_peaks(output: Output, summary: Summary) -> None:
+    """Where each kind of restoring has its largest effect: a table of the heatmaps' peaks, by role."""
     from kpatch.trace.cells import KINDS
     from kpatch.trace.summary import ROLES
 
@@ -186,12 +179,12 @@ def _largest(say: Output, summary: Summary) -> None:
             between = f" ({_points(low)} to {_points(high)})" if low == low else ""
             row += [f"{percent(float(found.mean[role, layer]))}{between}", layer]
         rows.append(row)
-    say.table(
+    output.table(
         ("Largest effect (95 %)", "Facts", "State", "Layer", "MLP window", "Layer", "Attention window", "Layer"),
         rows,
         right=(1, 3, 5, 7),
     )
-    say.line()
+    output.line()
 
 
 def _points(value: float) -> str:
@@ -199,9 +192,9 @@ def _points(value: float) -> str:
     return f"{round(100 * value, 1) + 0.0:.1f}"
 
 
-def _next(say: Output, summary: Summary, out: Path | None) -> None:
+def _note_next(output: Output, summary: Summary, out: Path | None) -> None:
     found = summary.range
     if found is None or len(summary.traces.facts) < 2:
         return
     layers = f"--layers {found.first}-{found.last}" if out is None else f"--layers-from {out / 'trace.json'}"
-    say.note(f"next: kpatch make facts.yaml {layers}")
+    output.note(f"next: kpatch make facts.yaml {layers}")

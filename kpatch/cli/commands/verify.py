@@ -27,25 +27,25 @@ def command(
 
     Exit 1 where it does not fit, 4 where it is damaged.
     """
-    out = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     from kpatch.patch.format import verify
 
-    info = verify(patch, out)
+    info = verify(patch, output)
     count = len(info.manifest.tensors)
-    out.result({"id": info.id, "path": str(patch), "intact": True, "tensors": count})
-    out.line(f"{patch}: intact, {count} tensors, id {info.id[:12]}")
+    output.result({"id": info.id, "path": str(patch), "intact": True, "tensors": count})
+    output.line(f"{patch}: intact, {count} tensors, id {info.id[:12]}")
     if model_dir is None:
         return
 
     from kpatch.checkpoint.fit import verify_fit
 
-    fit = verify_fit(patch, model_dir, out)
+    fit = verify_fit(patch, model_dir, output)
     weights = [{"name": weight.name, "fit": weight.how, "detail": weight.detail} for weight in fit.weights]
-    out.result({"model": str(model_dir), "fits": fit.ok, "weights": weights})
+    output.result({"model": str(model_dir), "fits": fit.ok, "weights": weights})
     if verbose or not fit.ok:
-        out.table(("Weight", "Fit", ""), [(weight.name, weight.how, weight.detail) for weight in fit.weights])
+        output.table(("Weight", "Fit", ""), [(weight.name, weight.how, weight.detail) for weight in fit.weights])
     if not fit.ok:
         raise fit.error(CheckFailed)
     for note in fit.notes:
-        out.note(note)
-    out.line(f"{patch}: fits {model_dir}")
+        output.note(note)
+    output.line(f"{patch}: fits {model_dir}")

@@ -80,6 +80,6 @@ def slotted(prompt: str, subject: str) -> str:
     if prompt.count(SLOT) or not subject.strip() or subject.strip() not in prompt:
         raise BadInput(
             f"The subject {cut(subject)!r} is not in the prompt {cut(prompt)!r}",
-            hint='put {} where it goes: --prompt "The {} is in" --subject "Space Needle"',
+            hint='put {} where it goes: `prompt="The {} is in"`, `subject="Space Needle"`',
         )
     return prompt.replace(subject.strip(), SLOT, 1)

@@ -12,7 +12,7 @@ import yaml
 
 from kpatch.errors import BadInput
 from kpatch.facts.fact import SLOT
-from kpatch.trace.lists import built_in, read_facts, slotted
+from kpatch.trace.fact_lists import built_in, read_facts, slotted
 
 ROOT = Path(__file__).parents[2]
 
