@@ -23,7 +23,8 @@ from kpatch.checkpoint import files
 from kpatch.patch.container import ITEM_SIZE
 from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.fingerprint import DTYPES, NAMES, tensor_bytes, tensor_from
-from kpatch.patch.header import KEYS, PatchInfo
+from kpatch.patch.header import PatchInfo
+from kpatch.patch.interference import keys_name
 
 
 def to_stored(values: Tensor, dtype: str) -> Tensor:
@@ -45,8 +46,6 @@ def stored_bytes(values: Tensor) -> memoryview:
 SAMPLE = 32
 # Of a weight's outputs, those looked at: this many or up to twice as many.
 OUTPUTS = 512
-# Families whose MLP output is a Conv1D, stored [in, out]; needed only where W is square.
-_TRANSPOSED = ("gpt2",)
 
 
 class KeyShift:
@@ -92,24 +91,13 @@ def key_shift(patches: Sequence[tuple[PatchInfo, str]], deltas: Sequence[Delta])
 
     `deltas` are theirs, in the same order. None when no patch has keys for it.
     """
-    found, transposed = [], False
-    for (info, weight), delta in zip(patches, deltas, strict=True):
-        name = _keys_of(info, weight)
-        if name is None:
-            continue
-        (count, width), shape = info.entries[name].shape, delta.shape
-        if width not in shape or not count:
-            continue
-        transposed = width != shape[1] or (shape[0] == shape[1] and info.manifest.base.family in _TRANSPOSED)
-        found.append(_sample(info, name, max(1, SAMPLE // len(patches))))
-    return KeyShift(torch.cat(found), deltas, transposed) if found else None
-
-
-def _keys_of(info: PatchInfo, weight: str) -> str | None:
-    """The tensor with the keys of a weight; its layer is the first number in the weight's name."""
-    layer = next((part for part in weight.split(".") if part.isdecimal()), None)
-    name = f"{KEYS}{layer}"
-    return name if name in info.entries else None
+    named = [(info, weight, keys_name(info, weight)) for info, weight in patches]
+    found = [(info, weight, name) for info, weight, name in named if name is not None and info.entries[name].shape[0]]
+    if not found:
+        return None
+    keys = torch.cat([_sample(info, name, max(1, SAMPLE // len(patches))) for info, _, name in found])
+    info, weight, _ = found[0]
+    return KeyShift(keys, deltas, info.manifest.transposed(weight))
 
 
 def _sample(info: PatchInfo, name: str, most: int) -> Tensor:

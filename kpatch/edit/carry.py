@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch._version import __version__
 from kpatch.edit.first_token import Part, preserve
 from kpatch.edit.hyper import Hyper
 from kpatch.edit.memit import add, restored, spread
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model, tokenizer_hash
+from kpatch.patch.build import build_manifest
 from kpatch.patch.delta import Dense, LowRank, total
-from kpatch.patch.format import describe, pack, write_patch
-from kpatch.patch.manifest import Base, BaseWeight, Manifest
+from kpatch.patch.format import pack, write_patch
+from kpatch.patch.manifest import BaseWeight
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.covariance import Covariance
 
@@ -100,12 +100,16 @@ class Origin:
 
 def save(out: str | Path, model: Model, found: Carried, origin: Origin, force: bool) -> str:
     """Write the patch and give its id. Raises Refused where `out` exists, BadInput where it cannot be written."""
-    base = origin.base
-    manifest = Manifest(
-        base=Base(model.name, model.family.model_type, base, model.revision, tokenizer_hash(model.tokenizer)),
+    manifest = build_manifest(
+        base_name=model.name,
+        family=model.family.model_type,
+        revision=model.revision,
+        tokenizer=tokenizer_hash(model.tokenizer),
+        weights=origin.base,
+        transposed=model.stores_transposed,
+        deltas=found.deltas,
         method=origin.method,
-        layers=tuple(sorted(found.keys)),
-        deltas={name: describe(delta, float(base[name].sketch[0])) for name, delta in found.deltas.items()},
+        layers=tuple(found.keys),
         facts=tuple(fact.in_manifest() for fact in origin.facts),
         hyperparameters={
             **origin.hyper.to_dict(),
@@ -117,6 +121,5 @@ def save(out: str | Path, model: Model, found: Carried, origin: Origin, force: b
         effect=origin.effect,
         groups=found.groups,
         stack=origin.stack,
-        tool=f"kpatch {__version__}",
     )
     return write_patch(out, manifest, pack(found.deltas, found.values, found.keys), force)

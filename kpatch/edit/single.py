@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch._version import __version__
 from kpatch.checkpoint.fit import base_weights
 from kpatch.edit.ft import stored_small, tune
 from kpatch.edit.memit import add, restored
@@ -21,9 +20,9 @@ from kpatch.edit.rome import edit_all, preserved_by, rome_contexts, together
 from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model, tokenizer_hash
+from kpatch.patch.build import build_manifest
 from kpatch.patch.delta import Delta, smaller
-from kpatch.patch.format import describe, pack, write_patch
-from kpatch.patch.manifest import Base, Manifest
+from kpatch.patch.format import pack, write_patch
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -95,17 +94,21 @@ def make_single(
         after = measure(model, facts, report=report)
     measured = effect(before, after)
     dtype = str(model.dtype).removeprefix("torch.")
-    manifest = Manifest(
-        base=Base(model.name, model.family.model_type, base, model.revision, tokenizer_hash(model.tokenizer)),
+    manifest = build_manifest(
+        base_name=model.name,
+        family=model.family.model_type,
+        revision=model.revision,
+        tokenizer=tokenizer_hash(model.tokenizer),
+        weights=base,
+        transposed=model.stores_transposed,
+        deltas={name: found.delta},
         method=method,
         layers=(hyper.layer,),
-        deltas={name: describe(found.delta, float(base[name].sketch[0]))},
         facts=tuple(fact.in_manifest() for fact in facts),
         hyperparameters={**hyper.to_dict(), "seed": settings.seed, "dtype": dtype},
         covariance=found.covariance,
         parents=parents,
         effect=measured,
-        tool=f"kpatch {__version__}",
     )
     keys = None if found.keys is None else {hyper.layer: found.keys}
     return write_patch(out, manifest, pack({name: found.delta}, found.values, keys), force), measured

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from kpatch._version import __version__
 from kpatch.errors import BadInput
+from kpatch.patch.build import build_manifest
 from kpatch.patch.combine import (
     Repeated,
     Union,
@@ -26,10 +26,9 @@ from kpatch.patch.combine import (
     unite,
 )
 from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
-from kpatch.patch.format import describe, pack, read_delta, write_patch
+from kpatch.patch.format import pack, read_delta, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, stored_keys
-from kpatch.patch.manifest import Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -133,17 +132,21 @@ def stack(
         return StackResult(*result, time.monotonic() - start)
     groups, values, stored = gather(infos, union, report)
     covariances = [info.manifest.covariance for info in infos]
-    manifest = Manifest(
-        base=base,
+    manifest = build_manifest(
+        base_name=base.name,
+        family=base.family,
+        revision=base.revision,
+        tokenizer=base.tokenizer,
+        base_extra=base.extra,
+        weights=base.weights,
+        deltas=deltas,
         method="stack",
-        layers=tuple(sorted({layer for info in infos for layer in info.manifest.layers})),
-        deltas={name: describe(delta, _norm(base.weights[name].sketch)) for name, delta in deltas.items()},
+        layers=tuple({layer for info in infos for layer in info.manifest.layers}),
         facts=union.facts,
         groups=groups,
         covariance=covariances[0] if all(one == covariances[0] for one in covariances) else None,
         parents=outer_parents(infos),
         stack=parts_of(infos, factors),
-        tool=f"kpatch {__version__}",
     )
     identity = write_patch(out, manifest, pack(deltas, values, stored), force)
     return StackResult(*result, time.monotonic() - start, identity, Path(out), Path(out).stat().st_size)
@@ -212,7 +215,3 @@ def _lands(fact: Repeated, infos: Sequence[PatchInfo], scales: Sequence[float]) 
     """How often a fact's edit counts; a patch made on top of another that has the fact adds only what was missing."""
     ids = {infos[index].id for index in fact.patches}
     return sum(scales[index] for index in fact.patches if not ids & set(infos[index].manifest.parents))
-
-
-def _norm(sketch: Sequence[float]) -> float:
-    return float(sketch[0]) if sketch else 0.0
