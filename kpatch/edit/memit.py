@@ -19,7 +19,7 @@ from kpatch.edit.layer_states import States
 from kpatch.edit.requests import Group
 from kpatch.edit.solve import Preserved, pull_back, update
 from kpatch.models.model import Model
-from kpatch.patch.delta import Dense, LowRank, smaller
+from kpatch.patch.delta import Dense, LowRank, patched_weight, smaller
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -111,9 +111,9 @@ def norm_gain(norm: torch.nn.Module, width: int, device: torch.device) -> tuple[
 
 @torch.no_grad()
 def add(model: Model, layer: int, delta: LowRank | Dense) -> None:
-    """W^l + Δ in memory as `apply` writes it: added in float64, rounded once."""
+    """W^l + Δ in memory, the very bits that `apply` writes."""
     weight = model.weight(layer)
-    weight.copy_((weight.double() + delta.dense(torch.float64).to(weight.device)).to(weight.dtype))
+    weight.copy_(patched_weight(weight, [delta]))
 
 
 @contextmanager

@@ -224,7 +224,7 @@ def test_blocks_of_rows_add_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     patches = three(model)
     whole = make_checkpoint(model.parent / "whole", sharded=True)
     first = apply(patches, whole)
-    monkeypatch.setattr("kpatch.checkpoint.rounding.BLOCK", 25)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", 25)
     second = apply(patches, model)
     assert contents(model) == contents(whole)
     for a, b in zip(first.weights, second.weights, strict=True):

@@ -36,7 +36,7 @@ def reference(old: torch.Tensor, new: torch.Tensor, change: torch.Tensor, keys: 
 def test_the_report_equals_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, block: int
 ) -> None:
-    monkeypatch.setattr("kpatch.checkpoint.rounding.BLOCK", block)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", block)
     model = make_checkpoint(tmp_path / "model", dtype)
     old = weights(model)
     make_patch(tmp_path / "a.patch", model, scale=1e-3, facts=FACTS)
@@ -124,7 +124,7 @@ def test_many_keys_are_sampled_evenly_and_no_keys_are_no_error(
 def test_of_a_large_weight_every_so_many_th_output_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, conv1d: bool
 ) -> None:
-    monkeypatch.setattr("kpatch.checkpoint.rounding.BLOCK", block)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", block)
     monkeypatch.setattr(key_module, "OUTPUTS", 2)
     model = make_checkpoint(tmp_path / "model", "BF16", conv1d=conv1d)
     old, names = weights(model), CONV1D if conv1d else WEIGHTS
