@@ -14,8 +14,8 @@ import torch
 from kpatch.errors import BadInput
 from kpatch.patch.build import build_manifest
 from kpatch.patch.combine import (
+    FactUnion,
     Repeated,
-    Union,
     called,
     common_base,
     gather,
@@ -43,7 +43,7 @@ class StackResult:
 
     patches: tuple[PatchInfo, ...]
     scales: tuple[float, ...]
-    union: Union
+    union: FactUnion
     interference: tuple[Interference, ...]
     weights: tuple[dict[str, Any], ...]
     seconds: float
@@ -68,7 +68,7 @@ class StackResult:
 
 
 def about_patches(
-    patches: Sequence[PatchInfo], scales: Sequence[float], union: Union, found: Sequence[Interference]
+    patches: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, found: Sequence[Interference]
 ) -> dict[str, Any]:
     """The keys that every form of `stack` has in its JSON object."""
     ids = [info.id for info in patches]
@@ -104,7 +104,7 @@ def stack(
     if not infos:
         raise BadInput("No patch given")
     factors = _scales(scales, infos)
-    refuse_twice(infos)
+    refuse_twice([(info.name, info) for info in infos])
     union = unite(infos)
     base = common_base(infos, report)
     _say(infos, factors, union, report)
@@ -189,7 +189,7 @@ def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple
     return tuple(float(scale) for scale in scales)
 
 
-def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: Union, report: Reporter) -> None:
+def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, report: Reporter) -> None:
     """What a sum does that one may not expect."""
     for parent in outer_parents(infos):
         report.note(f"the result still needs patch {parent[:12]}, which one of them was made on top of")

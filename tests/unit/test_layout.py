@@ -19,12 +19,12 @@ ALLOWED = {
     "trace": {"models", "facts"},
     "stats": {"models", "facts"},
     "edit": {"models", "facts", "stats", "patch", "checkpoint", "evaluate"},
-    "patch": set(),
-    "checkpoint": {"patch"},
+    "patch": {"facts"},
+    "checkpoint": {"patch", "facts"},
     "evaluate": {"models", "facts", "patch", "checkpoint"},
     "export": {"models", "patch", "checkpoint"},
 }
-EVERYWHERE = {"errors", "reporter", "cache", "distributed", "outputs", "_version"}
+EVERYWHERE = {"errors", "reporter", "cache", "distributed", "outputs", "text", "_version"}
 COMMAND_LINE = {"typer", "rich", "click"}
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tokenizers"}
 
