@@ -92,9 +92,9 @@ def make_patch(path: Path, model: Path, weights: Sequence[str], rank: int) -> No
     import torch
 
     from kpatch.checkpoint.fit import base_weights
+    from kpatch.patch.build import build_manifest
     from kpatch.patch.delta import LowRank
-    from kpatch.patch.format import describe, pack, write_patch
-    from kpatch.patch.manifest import Base, Manifest
+    from kpatch.patch.format import pack, write_patch
 
     base = base_weights(model, weights)
     dice = torch.Generator().manual_seed(1)
@@ -107,12 +107,8 @@ def make_patch(path: Path, model: Path, weights: Sequence[str], rank: int) -> No
     layers = tuple(sorted(int(name.split(".")[2]) for name in weights))
     facts = tuple({"subject": f"S{n}", "prompt": "{} is in", "target": "Rome"} for n in range(rank))
     keys = {layer: torch.randn(rank, base[weights[0]].shape[1], generator=dice) for layer in layers}
-    manifest = Manifest(
-        base=Base("bench", "llama", base),
-        method="memit",
-        layers=layers,
-        deltas={name: describe(delta, base[name].sketch[0]) for name, delta in deltas.items()},
-        facts=facts,
+    manifest = build_manifest(
+        base_name="bench", family="llama", weights=base, deltas=deltas, method="memit", layers=layers, facts=facts
     )
     write_patch(path, manifest, pack(deltas, None, keys))
 

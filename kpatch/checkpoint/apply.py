@@ -15,7 +15,7 @@ from kpatch.checkpoint.pickled import PickledWeights, open_pickled
 from kpatch.checkpoint.plan import Plan, plan_apply
 from kpatch.checkpoint.recover import settle
 from kpatch.checkpoint.report import ApplyReport, WeightReport
-from kpatch.checkpoint.rounding import Landing
+from kpatch.checkpoint.rounding import RoundingStats
 from kpatch.checkpoint.shards import only_pickled, open_checkpoint, other_weights, real_directory
 from kpatch.checkpoint.stage import Outcome, stage_files
 from kpatch.checkpoint.status import logged
@@ -165,23 +165,23 @@ def staged(plan: Plan, outcomes: dict[str, Outcome]) -> dict[str, Staged]:
 
 def _warn(outcomes: dict[str, Outcome], report: Reporter) -> None:
     """Say it when rounding lost more of the edit than a user would expect, and what keeps all of it."""
-    lost = {name: _loss(landing) for name, (_, landing) in outcomes.items() if landing is not None}
+    lost = {name: _loss(stats) for name, (_, stats) in outcomes.items() if stats is not None}
     worst = max(lost, key=lambda name: lost[name], default=None)
     if worst is None or lost[worst] <= LOSS:
         return
-    record, landing = outcomes[worst]
-    assert landing is not None
-    shares = f"{landing.delta_error:.0%} of the change to {printable(worst, 120)}"
-    if landing.key_error is not None:
-        shares += f", and {landing.key_error:.0%} of what it does at the facts' own keys"
+    record, stats = outcomes[worst]
+    assert stats is not None
+    shares = f"{stats.delta_error:.0%} of the change to {printable(worst, 120)}"
+    if stats.key_error is not None:
+        shares += f", and {stats.key_error:.0%} of what it does at the facts' own keys"
     report.warn(
         f"Rounding to {record.dtype} lost {shares}; a float32 copy (`kpatch apply … -o NEW_DIR --dtype float32`)"
         " or a LoRA adapter beside the model (`kpatch export … --to peft`) keeps all of it"
     )
 
 
-def _loss(landing: Landing) -> float:
-    return max(landing.delta_error, landing.key_error or 0.0)
+def _loss(stats: RoundingStats) -> float:
+    return max(stats.delta_error, stats.key_error or 0.0)
 
 
 def report_of(
@@ -190,11 +190,11 @@ def report_of(
     """The report of a plan that was carried out, or only checked, since `start` (time.monotonic())."""
     weights = []
     for weight in plan.weights:
-        landing = outcomes[weight.name][1] if weight.name in outcomes else None
-        if landing is None:
+        stats = outcomes[weight.name][1] if weight.name in outcomes else None
+        if stats is None:
             weights.append(WeightReport(weight.name, None, None))
         else:
-            shares = (landing.unchanged, landing.delta_error, landing.key_error)
+            shares = (stats.unchanged, stats.delta_error, stats.key_error)
             weights.append(WeightReport(weight.name, *shares))
     patches = tuple({"id": patch.id, "name": patch.name} for patch in plan.moved)
     seconds = time.monotonic() - start

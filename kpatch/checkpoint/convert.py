@@ -21,13 +21,13 @@ import torch
 from kpatch.checkpoint import files, shards
 from kpatch.checkpoint.base_weights import Weights
 from kpatch.checkpoint.plan import Plan, WeightPlan
-from kpatch.checkpoint.rounding import to_stored
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_json
 from kpatch.checkpoint.stage import Outcome, write_weight
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Refused
 from kpatch.patch.container import ITEM_SIZE, layout, read_container
-from kpatch.patch.fingerprint import tensor_bytes
+from kpatch.patch.delta import rounded
+from kpatch.patch.fingerprint import DTYPES, tensor_bytes
 from kpatch.patch.manifest import FLOAT_DTYPES
 from kpatch.reporter import Reporter
 from kpatch.text import printable
@@ -143,7 +143,7 @@ def _converted(weights: Weights, name: str, dtype: str) -> Iterator[memoryview]:
         if same:
             yield tensor_bytes(block)
             continue
-        new = to_stored(block.double(), dtype)
+        new = rounded(block.double(), DTYPES[dtype])
         if bool(torch.isinf(new).any()) and not bool(torch.isinf(block).any()):
             raise _too_large(name, dtype)
         yield tensor_bytes(new)

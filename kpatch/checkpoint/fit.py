@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from kpatch.checkpoint import files, parallel
@@ -13,7 +14,7 @@ from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.shards import Checkpoint, open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
-from kpatch.patch.fingerprint import same_weights, sketch
+from kpatch.patch.fingerprint import match, sketch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.manifest import FLOAT_DTYPES, BaseWeight
 from kpatch.reporter import SILENT, Reporter
@@ -92,43 +93,38 @@ def fit(info: PatchInfo, weights: Weights, report: Reporter = SILENT) -> Fit:
     refs = [(name, checkpoint.find(name)) for name in sorted(info.manifest.base.weights)]
     amount = sum(checkpoint.tensors[stored].end - checkpoint.tensors[stored].begin for _, stored in refs if stored)
     with report.task(f"Checking the base of {info.name}", amount, "B") as advance:
-        hashes = parallel.each(lambda ref, go_on: _hash(info, *ref, weights, go_on), refs, advance)
-    found = [_fit_weight(info, *ref, sha256, weights) for ref, sha256 in zip(refs, hashes, strict=True)]
+        found = parallel.each(lambda ref, go_on: _fit_weight(info, *ref, weights, go_on), refs, advance)
     taken = [weight.stored for weight in found if weight.stored is not None]
     if len(set(taken)) != len(taken):
         raise BadInput(f"Two weights of {info.name} lead to the same tensor of {checkpoint.given}")
     return Fit(info, checkpoint.given, tuple(found))
 
 
-def _hash(info: PatchInfo, name: str, stored: str | None, weights: Weights, advance: files.Advance) -> str | None:
-    if stored is None or weights.checkpoint.tensors[stored].shape != info.manifest.base.weights[name].shape:
-        return None
-    return weights.hash(stored, advance)
-
-
-def _fit_weight(info: PatchInfo, name: str, stored: str | None, found: str | None, weights: Weights) -> WeightFit:
+def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights, advance: files.Advance) -> WeightFit:
     expected = info.manifest.base.weights[name]
     if stored is None:
         return WeightFit(name, None, "misfit", None, "the checkpoint has no tensor of that name")
     ref = weights.checkpoint.tensors[stored]
-    if found is None:
-        shapes = f"expected shape {list(expected.shape)}   found {list(ref.shape)}"
-        return WeightFit(name, stored, "misfit", None, shapes)
-    if found == expected.sha256 and ref.dtype == expected.dtype:
-        return WeightFit(name, stored, "same bytes", found)
-    hashes = f"expected sha256 {expected.sha256[:8]}…   found {found[:8]}…"
+    hashed = cache(lambda: weights.hash(stored, advance))
+    how = match(expected, ref.shape, ref.dtype, hashed, lambda: weights.tensor(stored))
+    if how == "other shape":
+        detail = f"expected shape {list(expected.shape)}   found {list(ref.shape)}"
+        return WeightFit(name, stored, "misfit", None, detail)
+    if how == "same bytes":
+        return WeightFit(name, stored, how, hashed())
+    if how == "other dtype":
+        detail = f"the same weights as it was made for, but stored as {ref.dtype} instead of {expected.dtype}"
+        return WeightFit(name, stored, how, hashed(), detail)
     if ref.dtype not in FLOAT_DTYPES:
-        return WeightFit(name, stored, "misfit", found, f"{hashes}  (stored as {printable(ref.dtype, 20)}: quantized)")
-    if ref.dtype != expected.dtype and same_weights(expected.sketch, weights.tensor(stored), expected.dtype):
-        said = f"the same weights as it was made for, but stored as {ref.dtype} instead of {expected.dtype}"
-        return WeightFit(name, stored, "other dtype", found, said)
-    if weights.after(stored) == expected.sha256:
+        why = f"stored as {printable(ref.dtype, 20)}: quantized"
+    elif weights.after(stored) == expected.sha256:
         why = "made for this checkpoint with patches on it; use `kpatch make --on` for that"
     elif ref.dtype == expected.dtype:
         why = "same shape; other weights, not another dtype of the same"
     else:
         why = f"stored as {ref.dtype} instead of {expected.dtype}, and other weights"
-    return WeightFit(name, stored, "misfit", found, f"{hashes}  ({why})")
+    detail = f"expected sha256 {expected.sha256[:8]}…   found {hashed()[:8]}…  ({why})"
+    return WeightFit(name, stored, "misfit", hashed(), detail)
 
 
 def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter = SILENT) -> dict[str, BaseWeight]:

@@ -17,7 +17,7 @@ from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
 from kpatch.checkpoint.store import Applied, AppliedPatch, Store
 from kpatch.errors import BadInput, KpatchError, Refused
-from kpatch.patch.combine import normal
+from kpatch.patch.combine import refuse_contradictions, refuse_twice
 from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo
 from kpatch.reporter import SILENT, Reporter
@@ -117,12 +117,12 @@ def plan_apply(
         raise BadInput("No patch given")
     checkpoint, applied = weights.checkpoint, store.applied()
     new = [verify(path, report) for path in paths]
-    _refuse_repeated(new, applied, checkpoint)
+    patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
+    named = [(patch.name, patches[patch.id]) for patch in applied.patches] + [(info.name, info) for info in new]
+    refuse_twice(named, len(applied.patches), checkpoint.given)
+    refuse_contradictions(named, "take that fact out of one of them; to replace a patch, revert it first")
     refuse_quantized(checkpoint)
     require_intact(checkpoint, applied, report)
-    patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
-    _refuse_held_twice([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
-    _refuse_conflicts([*((patch.name, patches[patch.id]) for patch in applied.patches), *_given(new)])
     _require_parents(new, [*patches.values(), *new], checkpoint)
     fits = [fit(info, weights, report) for info in new]
     for one in fits:
@@ -220,20 +220,6 @@ def _named(patch: AppliedPatch) -> str:
     return f"{printable(patch.name, 80)} ({patch.id[:12]})"
 
 
-def _refuse_repeated(new: Sequence[PatchInfo], applied: Applied, checkpoint: Checkpoint) -> None:
-    seen: set[str] = set()
-    for info in new:
-        if info.id in applied.ids:
-            raise Refused(
-                f"{info.path} is already applied to {checkpoint.given}",
-                details=[f"patch {info.id[:12]}"],
-                hint=f"`kpatch status {checkpoint.given}` lists what is applied",
-            )
-        if info.id in seen:
-            raise Refused(f"{info.path} is given twice", details=[f"patch {info.id[:12]}"])
-        seen.add(info.id)
-
-
 def _held(info: PatchInfo) -> set[str]:
     """A patch, and those that a stack adds up as they are; one at another scale is not what a patch was made on."""
     return {info.id, *(str(part["id"]) for part in info.manifest.stack if part["scale"] == 1)}
@@ -256,44 +242,6 @@ def _require_parents(new: Sequence[PatchInfo], there_then: Sequence[PatchInfo], 
                 details=[f"missing patch {parent[:12]}" for parent in missing],
                 hint="apply that patch first, or in the same command",
             )
-
-
-def _given(new: Sequence[PatchInfo]) -> list[tuple[str, PatchInfo]]:
-    return [(info.name, info) for info in new]
-
-
-def _refuse_held_twice(patches: Sequence[tuple[str, PatchInfo]]) -> None:
-    """No two patches, given with their names, may hold the same patch: its deltas would be added twice."""
-    held: dict[str, str] = {}
-    for name, info in patches:
-        for part in sorted(info.manifest.holds(info.id)):
-            if part in held:
-                raise Refused(
-                    f"{name} and {printable(held[part])} both hold patch {part[:12]}",
-                    hint="a stack stands for the patches in it: apply it or them, not both, else it counts twice",
-                )
-            held[part] = name
-
-
-def _refuse_conflicts(patches: Sequence[tuple[str, PatchInfo]]) -> None:
-    """No two patches, given with their names, may give one subject and prompt (or relation) different targets."""
-    said: dict[tuple[str, str, str], tuple[str, str, str]] = {}
-    for name, info in patches:
-        for fact in info.manifest.facts:
-            for key in ("prompt", "relation"):
-                if not isinstance(fact.get(key), str) or not fact[key]:
-                    continue
-                place, target = (normal(fact["subject"]), key, normal(fact[key])), str(fact["target"])
-                other = said.setdefault(place, (target, info.id, name))
-                if normal(other[0]) != normal(target) and other[1] != info.id:
-                    raise Refused(
-                        f"{name} and {printable(other[2])} contradict each other on {printable(place[0], 80)}",
-                        details=[
-                            f"{who} ({identity[:12]}): {printable(place[2], 120)} -> {printable(says, 80)}"
-                            for says, identity, who in (other, (target, info.id, name))
-                        ],
-                        hint="take that fact out of one of them; to replace a patch, revert it first",
-                    )
 
 
 def _require_own_files(checkpoint: Checkpoint, weights: Sequence[WeightPlan], force: bool) -> None:

@@ -1,11 +1,7 @@
-"""float64 values to stored bytes.
-
-What rounding did to an edit where it matters: at the keys the patch was made for.
+"""A patched weight a block of rows at a time, and what rounding did to the edit.
 
 A key k of a fact is the input that W gets there; the edit is what W adds for it, Δk. Rounding changes W by a further
-E, so the edit that landed is (Δ + E) k. The keys stand in the patch (`facts.keys.<layer>`); a sample of them will do.
-
-The arithmetic of a patched weight: round(base + Σ Δ_i), a block of rows at a time, and what rounding did to it.
+E, so the edit that landed is (Δ + E) k. The patch holds the keys (`facts.keys.<layer>`); a sample of them is enough.
 """
 
 from __future__ import annotations
@@ -21,38 +17,21 @@ from torch import Tensor
 
 from kpatch.checkpoint import files
 from kpatch.patch.container import ITEM_SIZE
-from kpatch.patch.delta import Delta, Dense, LowRank
-from kpatch.patch.fingerprint import DTYPES, NAMES, tensor_bytes, tensor_from
-from kpatch.patch.header import KEYS, PatchInfo
+from kpatch.patch.delta import Delta, round_sum, sum_rows
+from kpatch.patch.fingerprint import NAMES, tensor_bytes, tensor_from
+from kpatch.patch.header import PatchInfo
+from kpatch.patch.interference import keys_name
 
-
-def to_stored(values: Tensor, dtype: str) -> Tensor:
-    """float64 values rounded to a stored dtype: `values.to(dtype)` of torch.
-
-    Round to nearest, ties to even. torch goes from float64 to the 16-bit dtypes by way of float32, so a value within
-    2^-25 of a tie may land on its other side; kpatch keeps to that, so that anyone can repeat it with one call.
-    Values beyond the dtype's range become Inf; callers refuse them.
-    """
-    return values.to(DTYPES[dtype])
-
-
-def stored_bytes(values: Tensor) -> memoryview:
-    """The bytes of values as a checkpoint stores them."""
-    return tensor_bytes(values)
-
-
-# Keys looked at per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
+# Keys sampled per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
 SAMPLE = 32
-# Of a weight's outputs, those looked at: this many or up to twice as many.
+# Outputs of a weight that are sampled: this many, or up to twice as many.
 OUTPUTS = 512
-# Families whose MLP output is a Conv1D, stored [in, out]; needed only where W is square.
-_TRANSPOSED = ("gpt2",)
 
 
 class KeyShift:
     """Sums over the keys of one weight: the intended ΣΔ k at once, and E k a block of rows at a time, in float32.
 
-    Of a large weight every so many-th output is looked at.
+    Of a large weight only every `step`-th output is sampled.
     """
 
     def __init__(self, keys: Tensor, deltas: Sequence[Delta], transposed: bool) -> None:
@@ -61,7 +40,7 @@ class KeyShift:
         outputs = deltas[0].shape[1 if transposed else 0]
         self.step = max(1, outputs // OUTPUTS)
         columns = self.keys.T.double()  # [f, n]
-        turned = [_turned(delta) if transposed else delta for delta in deltas]
+        turned = [delta.transposed() if transposed else delta for delta in deltas]
         intended = torch.stack([delta.matmul(columns) for delta in turned]).sum(0)  # [outputs, n]
         self.intended = float(intended[:: self.step].norm())
         if transposed:  # W is [f, outputs]: E k sums over its rows
@@ -83,33 +62,18 @@ class KeyShift:
         return error / self.intended if self.intended else 0.0
 
 
-def _turned(delta: Delta) -> Delta:
-    return delta.transposed() if isinstance(delta, LowRank) else Dense(delta.delta.T)
-
-
 def key_shift(patches: Sequence[tuple[PatchInfo, str]], deltas: Sequence[Delta]) -> KeyShift | None:
     """The sums for one weight, from the keys of the patches (with the weight's name in each) that change it.
 
     `deltas` are theirs, in the same order. None when no patch has keys for it.
     """
-    found, transposed = [], False
-    for (info, weight), delta in zip(patches, deltas, strict=True):
-        name = _keys_of(info, weight)
-        if name is None:
-            continue
-        (count, width), shape = info.entries[name].shape, delta.shape
-        if width not in shape or not count:
-            continue
-        transposed = width != shape[1] or (shape[0] == shape[1] and info.manifest.base.family in _TRANSPOSED)
-        found.append(_sample(info, name, max(1, SAMPLE // len(patches))))
-    return KeyShift(torch.cat(found), deltas, transposed) if found else None
-
-
-def _keys_of(info: PatchInfo, weight: str) -> str | None:
-    """The tensor with the keys of a weight; its layer is the first number in the weight's name."""
-    layer = next((part for part in weight.split(".") if part.isdecimal()), None)
-    name = f"{KEYS}{layer}"
-    return name if name in info.entries else None
+    named = [(info, weight, keys_name(info, weight)) for info, weight in patches]
+    found = [(info, weight, name) for info, weight, name in named if name is not None and info.entries[name].shape[0]]
+    if not found:
+        return None
+    keys = torch.cat([_sample(info, name, max(1, SAMPLE // len(patches))) for info, _, name in found])
+    info, weight, _ = found[0]
+    return KeyShift(keys, deltas, info.manifest.transposed(weight))
 
 
 def _sample(info: PatchInfo, name: str, most: int) -> Tensor:
@@ -123,11 +87,9 @@ def _sample(info: PatchInfo, name: str, most: int) -> Tensor:
     return torch.stack([tensor_from(data, entry.dtype, (width,)).float() for data in rows])
 
 
-# Entries per block of rows: what is in memory at a time, whatever the weight's size, and enough for a fast product.
-BLOCK = 1 << 19
-# Entries of a block that are gone over at a time: few enough to stay in a processor's cache for all the passes, and no
-# more than what torch does on one thread. With several, each of many short passes waits for the slowest of them, which
-# on a busy machine took fifty times as long.
+# Entries of a block of rows that are handled at a time: few enough to stay in a processor's cache for all the passes,
+# and no more than what torch does on one thread. With several, each of many short passes waits for the slowest of
+# them, which on a busy machine took fifty times as long.
 _STRIP = 1 << 15
 
 
@@ -136,7 +98,7 @@ class Overflow(ValueError):
 
 
 @dataclass
-class Landing:
+class RoundingStats:
     """Sums over a weight's entries from which the rounding report is made."""
 
     nonzero: int = 0
@@ -172,57 +134,43 @@ def one_thread_each() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def blocks(shape: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Rows [begin, end) of each block of a [rows, cols] weight."""
-    step = max(1, BLOCK // shape[1])
-    for begin in range(0, shape[0], step):
-        yield begin, min(shape[0], begin + step)
-
-
-def widen(delta: Delta) -> Delta:
-    """The delta with float64 factors, so that they are not converted again for every block."""
-    return LowRank(delta.left.double(), delta.right.double()) if isinstance(delta, LowRank) else delta
-
-
 def patch_rows(
-    base: bytearray, dtype: str, cols: int, rows: tuple[int, int], deltas: Sequence[Delta], landing: Landing
+    base: bytearray, dtype: str, cols: int, rows: tuple[int, int], deltas: Sequence[Delta], stats: RoundingStats
 ) -> memoryview:
     """Bytes of rows [begin, end) of the patched weight from the same rows of the base.
 
     `deltas` come in the order of their patches' ids; the sum is in float64 and starts from the first. Adds to
-    `landing`. Raises Overflow.
+    `stats`. Raises Overflow.
     """
     old = tensor_from(base, dtype, (-1,))
-    change = deltas[0].rows(*rows)  # [rows, cols]
-    for delta in deltas[1:]:
-        change = change + delta.rows(*rows)
-    new, error = torch.empty_like(old), torch.empty(change.shape if landing.keys else (0, 0))
+    change = sum_rows(deltas, *rows)  # [rows, cols]
+    new, error = torch.empty_like(old), torch.empty(change.shape if stats.keys else (0, 0))
     flat, wrong = change.reshape(-1), error.view(-1)
     for begin in range(0, len(old), _STRIP):
         strip = slice(begin, begin + _STRIP)
-        rest = _round(old[strip], flat[strip], new[strip], landing)
-        if landing.keys is not None:
+        rest = _round(old[strip], flat[strip], new[strip], stats)
+        if stats.keys is not None:
             wrong[strip] = rest
-    if landing.keys is not None:
-        landing.keys.add(rows, error)
-    return stored_bytes(new)
+    if stats.keys is not None:
+        stats.keys.add(rows, error)
+    return tensor_bytes(new)
 
 
-def _round(stored: Tensor, change: Tensor, new: Tensor, landing: Landing) -> Tensor:
-    """Fill `new` with round(stored + change); what was landed minus what was meant, in float64. Adds to `landing`."""
+def _round(stored: Tensor, change: Tensor, new: Tensor, stats: RoundingStats) -> Tensor:
+    """Fill `new` with round(stored + change); what was landed minus what was meant, in float64. Adds to `stats`."""
     old = stored.double()
-    new.copy_(to_stored(old + change, NAMES[new.dtype]))
+    new.copy_(round_sum(old, change, new.dtype))
     landed = new.double().sub_(old)
     # An old value is one the dtype holds, so no change leaves it as it is: what landed was meant.
     meant = _nonzero(change)
-    landing.nonzero += meant
-    landing.same += meant - _nonzero(landed)
-    landing.delta_square += _square(change)
+    stats.nonzero += meant
+    stats.same += meant - _nonzero(landed)
+    stats.delta_square += _square(change)
     error = landed.sub_(change)
     square = _square(error)
     if not math.isfinite(square):
         _require_finite(old, new)
-    landing.error_square += square
+    stats.error_square += square
     return error
 
 

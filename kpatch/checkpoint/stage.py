@@ -17,15 +17,16 @@ from pathlib import Path
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.base_weights import base_damaged, read_base
 from kpatch.checkpoint.plan import Plan, WeightPlan
-from kpatch.checkpoint.rounding import Landing, Overflow, blocks, key_shift, one_thread_each, patch_rows, widen
+from kpatch.checkpoint.rounding import Overflow, RoundingStats, key_shift, one_thread_each, patch_rows
 from kpatch.checkpoint.store import AppliedWeight, Store
 from kpatch.errors import Damaged, Refused
+from kpatch.patch.delta import row_blocks, widened
 from kpatch.patch.format import read_delta
 from kpatch.patch.manifest import matrix_shape
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 
-Outcome = tuple[AppliedWeight, Landing | None]
+Outcome = tuple[AppliedWeight, RoundingStats | None]
 
 # Bytes copied before the disk is asked to take them.
 _STEP = 1 << 24
@@ -153,18 +154,18 @@ def write_weight(
     ref = weight.ref
     rows, cols = matrix_shape(ref.shape)
     row_bytes = (ref.end - ref.begin) // rows
-    deltas = [widen(read_delta(plan.patches[patch], name)) for patch, name in weight.deltas]
-    landing = Landing()
+    deltas = [widened(read_delta(plan.patches[patch], name)) for patch, name in weight.deltas]
+    stats = RoundingStats()
     if deltas:
-        landing.keys = key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], deltas)
+        stats.keys = key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], deltas)
     before, after = hashlib.sha256(), hashlib.sha256()
-    for begin, end in blocks((rows, cols)):
+    for begin, end in row_blocks((rows, cols)):
         block = files.read_at(kept, begin * row_bytes, (end - begin) * row_bytes)
         before.update(block)
         data = memoryview(block)
         if deltas:
             try:
-                data = patch_rows(block, ref.dtype, cols, (begin, end), deltas, landing)
+                data = patch_rows(block, ref.dtype, cols, (begin, end), deltas, stats)
             except Overflow as error:
                 if weight.kept:
                     read_base(store, weight.base)  # that may be why
@@ -186,7 +187,7 @@ def write_weight(
     patches = tuple(patch for patch, _ in weight.deltas)
     written = after.hexdigest() if deltas else weight.base
     record = AppliedWeight(ref.dtype, ref.shape, weight.base, written, patches)
-    return record, landing if deltas else None
+    return record, stats if deltas else None
 
 
 def _overflow(weight: WeightPlan, error: Overflow) -> Refused:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from kpatch import distributed
-from kpatch._version import __version__
 from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
@@ -29,8 +28,9 @@ from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
 from kpatch.models.model import Model, load_model, tokenizer_hash
 from kpatch.outputs import check_new_file
-from kpatch.patch.format import Patch, describe, pack, read_patch, write_patch
-from kpatch.patch.manifest import Base, BaseWeight, Manifest
+from kpatch.patch.build import build_manifest
+from kpatch.patch.format import Patch, pack, read_patch, write_patch
+from kpatch.patch.manifest import BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.trace.files import read_layers
 
@@ -212,12 +212,16 @@ def _manifest(
     measured: dict[str, Any],
     stack: tuple[Mapping[str, Any], ...],
 ) -> Manifest:
-    weights = {name: base[name] for name in sorted(found.deltas)}
-    return Manifest(
-        base=Base(model.name, model.family.model_type, weights, model.revision, tokenizer_hash(model.tokenizer)),
+    return build_manifest(
+        base_name=model.name,
+        family=model.family.model_type,
+        revision=model.revision,
+        tokenizer=tokenizer_hash(model.tokenizer),
+        weights={name: base[name] for name in sorted(found.deltas)},
+        transposed=model.stores_transposed,
+        deltas=found.deltas,
         method=method.name,
         layers=found.layers,
-        deltas={name: describe(delta, float(weights[name].sketch[0])) for name, delta in found.deltas.items()},
         facts=tuple(fact.in_manifest() for fact in facts),
         hyperparameters={
             **hyper.to_dict(),
@@ -229,7 +233,6 @@ def _manifest(
         effect=measured,
         groups=found.groups,
         stack=stack,
-        tool=f"kpatch {__version__}",
     )
 
 

@@ -27,7 +27,7 @@ from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
 from kpatch.models.aliases import ALIASES, Package
 from kpatch.models.model import Model, load_model
-from kpatch.patch.combine import Union, called, common_base, outer_parents, parts_of, refuse_twice, rows_of, unite
+from kpatch.patch.combine import FactUnion, called, common_base, outer_parents, parts_of, refuse_twice, rows_of, unite
 from kpatch.patch.format import read_tensor
 from kpatch.patch.header import VALUES, PatchInfo, read_header
 from kpatch.patch.manifest import Base
@@ -149,7 +149,7 @@ def solve_again(
     modules: dict[str, str] | None = None,
     force: bool = False,
     report: Reporter = SILENT,
-) -> tuple[MakeResult, tuple[PatchInfo, ...], Union]:
+) -> tuple[MakeResult, tuple[PatchInfo, ...], FactUnion]:
     """Solve the facts of all patches jointly, measure the effect and write the patch; gives the patches and facts too.
 
     `model` is where the base is (default: what the patches call it), `corpus` the text for the covariance (default:
@@ -161,7 +161,7 @@ def solve_again(
     infos = tuple(read_header(path) for path in patches)
     if not infos:
         raise BadInput("No patch given")
-    refuse_twice(infos)
+    refuse_twice([(info.name, info) for info in infos])
     union = unite(infos)
     base = common_base(infos, report)
     settings = settings_of(infos, corpus)
@@ -238,7 +238,7 @@ def _address(base: Base) -> str:
     )
 
 
-def _stored(infos: Sequence[PatchInfo], union: Union) -> Rows:
+def _stored(infos: Sequence[PatchInfo], union: FactUnion) -> Rows:
     """The patches' values by the facts (positions in the union) and the layers they are for; the first one counts."""
     rows: Rows = {}
     for info, places in zip(infos, union.places, strict=True):

@@ -23,7 +23,7 @@ from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import encode_many
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, record
-from kpatch.patch.delta import LowRank, concat, smaller
+from kpatch.patch.delta import Dense, LowRank, concat, patched_weight, smaller
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.stats.covariance import collect
 
@@ -102,13 +102,14 @@ class Running:
 
     def __init__(self, model: Model, layer: int) -> None:
         self.model, self.weight = model, model.weight(layer)
-        self.total = self.weight.detach().double().cpu()
+        self.base = self.weight.detach().clone()
+        self.change = torch.zeros(self.base.shape, dtype=torch.float64)
 
     @torch.no_grad()
     def add(self, edit: Edited) -> None:
         delta = edit.left @ edit.right
-        self.total += delta.T if self.model.stores_transposed else delta
-        self.weight.copy_(self.total.to(self.weight.device, self.weight.dtype))
+        self.change += delta.T if self.model.stores_transposed else delta
+        self.weight.copy_(patched_weight(self.base, [Dense(self.change)]))
 
 
 def edit(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kpatch.models.model import Model
-from kpatch.patch.delta import Delta, LowRank
+from kpatch.patch.delta import Delta, LowRank, patched_weight
 
 
 @contextmanager
@@ -26,9 +26,9 @@ def restored(model: Model, names: Iterable[str]) -> Iterator[None]:
 
 @torch.no_grad()
 def add(model: Model, name: str, delta: Delta) -> None:
-    """W + Δ in memory as `apply` writes it: added in float64, rounded once."""
+    """W + Δ in memory, the very bits that `apply` writes."""
     weight = model.net.get_parameter(name)
-    weight.copy_((weight.double() + delta.dense(torch.float64).to(weight.device)).to(weight.dtype))
+    weight.copy_(patched_weight(weight, [delta]))
 
 
 def stored(left: Tensor, right: Tensor, transposed: bool) -> LowRank:

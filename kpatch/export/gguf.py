@@ -6,7 +6,6 @@ adapter.lora.alpha; the scale is alpha over the tensor's rank, which is 1 here.
 
 from __future__ import annotations
 
-import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ ARCHITECTURES = {
     "gpt2": "GPT2",
     "gpt_neox": "GPTNEOX",
 }
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 def write(found: Adapter, out: str | Path, force: bool = False) -> int:
@@ -60,15 +58,15 @@ def names(found: Adapter) -> dict[str, Module]:
             details=[f"expected one of {', '.join(ARCHITECTURES)}"],
         )
     down = FAMILIES[family].down
-    layers = {module.name: _LAYER.search(module.name) for module in found.modules}
-    wrong = [name for name, layer in layers.items() if layer is None or not name.endswith(f".{layer[1]}.{down}")]
+    layers = {module.name: found.patch.manifest.layer_of(module.name) for module in found.modules}
+    wrong = [name for name, layer in layers.items() if not name.endswith(f".{layer}.{down}")]
     if wrong:
         raise BadInput(
             f"Only the MLP's output projection ({down}) is known to be stored in llama.cpp as it is here",
             details=[printable(name, 120) for name in wrong[:10]],
             hint="--to peft, and llama.cpp's convert_lora_to_gguf.py",
         )
-    count = 1 + max(int(layer[1]) for layer in layers.values() if layer is not None)
+    count = 1 + max(layer for layer in layers.values() if layer is not None)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], count)
     result = {}
     for module in found.modules:

@@ -17,7 +17,7 @@ from kpatch.models.families import FAMILIES
 from kpatch.patch.delta import Delta, LowRank, rank_within
 from kpatch.patch.format import read_delta
 from kpatch.patch.header import PatchInfo
-from kpatch.patch.interference import apply_to, stored_keys, stored_transposed
+from kpatch.patch.interference import apply_to, stored_keys
 from kpatch.patch.manifest import Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
@@ -71,7 +71,7 @@ def adapter(info: PatchInfo, max_rank: int | None = None, report: Reporter = SIL
     rank = max(factors.rank for _, factors, _, _ in cut)
     modules = []
     for weight, factors, error, key_error in cut:
-        turned = factors.transposed() if stored_transposed(manifest) else factors
+        turned = factors.transposed() if manifest.transposed(weight) else factors
         a, b = torch.zeros(rank, turned.shape[1]), torch.zeros(turned.shape[0], rank)
         a[: turned.rank], b[:, : turned.rank] = turned.right.float(), turned.left.float()
         modules.append(Module(module_name(weight, manifest), a, b, turned.rank, error, key_error))
@@ -102,7 +102,6 @@ def _require_linear(info: PatchInfo) -> None:
         if len(weights[name].shape) != 2
         or not name.endswith(".weight")
         or name.removesuffix(".weight").rpartition(".")[2] in _EMBEDDINGS
-        or (stored_transposed(info.manifest) and "h." not in name)
     ]
     if wrong:
         more = [f"… and {len(wrong) - 10} more"] if len(wrong) > 10 else []
@@ -136,7 +135,8 @@ def _cut(info: PatchInfo, weight: str, delta: Delta, max_rank: int | None) -> tu
     keys = stored_keys(info, weight)
     if keys is None:
         return factors, error, None
-    wanted = apply_to(delta, keys, info.manifest)  # [d, n]
-    missing = wanted - apply_to(factors, keys, info.manifest)
+    transposed = info.manifest.transposed(weight)
+    wanted = apply_to(delta, keys, transposed)  # [d, n]
+    missing = wanted - apply_to(factors, keys, transposed)
     size = float(wanted.norm())
     return factors, error, float(missing.norm()) / size if size else 0.0

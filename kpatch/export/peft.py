@@ -18,7 +18,6 @@ from kpatch.cache import is_full, sync, write_error
 from kpatch.export.lora import Adapter
 from kpatch.outputs import check_new_directory
 from kpatch.patch.combine import text_of
-from kpatch.patch.interference import stored_transposed
 from kpatch.text import printable
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
@@ -43,7 +42,7 @@ def config(found: Adapter) -> dict[str, Any]:
         "alpha_pattern": {},
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": stored_transposed(found.patch.manifest),
+        "fan_in_fan_out": any(map(found.patch.manifest.transposed, found.patch.manifest.deltas)),
         "target_modules": [module.name for module in found.modules],
         "layers_to_transform": None,
         "layers_pattern": None,

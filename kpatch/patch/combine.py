@@ -1,14 +1,11 @@
-"""The facts of several patches as one list: none may contradict another, and each is kept once. No torch.
+"""Several patches together: their facts as one list, their one base, and the rows for solving their facts again.
 
-Were several patches made for the same model? Weight by weight, by what their manifests say. No weights are read.
-
-What several patches store, put together: which patches they are, and the rows for solving their facts again.
+Here are also the two rules for what goes together: no fact may contradict another patch's, and none may count twice.
 """
 
 from __future__ import annotations
 
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +13,8 @@ import torch
 from torch import Tensor
 
 from kpatch.errors import KpatchError, Refused
+from kpatch.facts.conflicts import contradictions, normal, what_is_shared
+from kpatch.facts.fact import fill
 from kpatch.patch.fingerprint import same_sketch
 from kpatch.patch.format import read_tensor
 from kpatch.patch.header import KEYS, VALUES, PatchInfo
@@ -24,6 +23,9 @@ from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
 _SHOWN = 10
+
+# A patch under the name that its user knows; the kept copy of an applied one is called by its id on disk.
+Named = tuple[str, PatchInfo]
 
 
 @dataclass(frozen=True)
@@ -36,17 +38,12 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Union:
+class FactUnion:
     """All facts of some patches, each once; `places[i][j]` is the position in `facts` of fact j of patch i."""
 
     facts: tuple[Mapping[str, Any], ...]
     places: tuple[tuple[int, ...], ...]
     repeated: tuple[Repeated, ...]
-
-
-def normal(text: object) -> str:
-    """Text for comparing: one space between words, accents composed."""
-    return " ".join(unicodedata.normalize("NFC", str(text)).split())
 
 
 def place(fact: Mapping[str, Any]) -> tuple[str, str]:
@@ -56,29 +53,76 @@ def place(fact: Mapping[str, Any]) -> tuple[str, str]:
 
 def text_of(fact: Mapping[str, Any]) -> str:
     """The prompt with the subject in place."""
-    return str(fact["prompt"]).replace("{}", str(fact["subject"]))
+    return fill(str(fact["prompt"]), str(fact["subject"]))
 
 
-def called(info: PatchInfo) -> str:
-    """A patch by its file's name and the beginning of its id."""
-    return f"{info.name} ({info.id[:12]})"
+def called(info: PatchInfo, name: str | None = None) -> str:
+    """A patch by its file's name, or by another one, and the beginning of its id."""
+    return f"{printable(name, 80) if name else info.name} ({info.id[:12]})"
 
 
-def unite(patches: Sequence[PatchInfo]) -> Union:
+def refuse_contradictions(
+    patches: Sequence[Named], hint: str = "take those facts out of one of the fact files and make that patch again"
+) -> None:
+    """Raise Refused with both patches of every contradiction, as `kpatch.facts.conflicts` defines it.
+
+    What one patch says in itself is its maker's business and is not looked at.
+    """
+    owned = [(number, fact) for number, (_, info) in enumerate(patches) for fact in info.manifest.facts]
+    clashes = contradictions([fact for _, fact in owned], [number for number, _ in owned])
+    if not clashes:
+        return
+    names = [called(info, name) for name, info in patches]
+    lines = []
+    for clash in clashes[:_SHOWN]:
+        sides = [owned[clash.earlier], owned[clash.later]]
+        says = " but ".join(f"{printable(str(fact['target']), 80)!r} in {names[number]}" for number, fact in sides)
+        lines.append(f"{printable(what_is_shared(sides[1][1], clash.shared), 120)}: {says}")
+    more = [f"… and {len(clashes) - _SHOWN} more"] if len(clashes) > _SHOWN else []
+    first, second = (names[owned[index][0]] for index in clashes[0][:2])
+    raise Refused(f"{first} and {second} contradict each other", details=lines + more, hint=hint)
+
+
+def counted_twice(held: Sequence[Collection[str]]) -> tuple[int, int, str] | None:
+    """The first two of some patches that hold the same patch, and its id, given what each holds; None where no delta
+    would be added twice. A patch holds itself, or what is stacked in it: see `Manifest.holds`."""
+    holder: dict[str, int] = {}
+    for number, parts in enumerate(held):
+        for part in sorted(parts):
+            if part in holder:
+                return holder[part], number, part
+            holder[part] = number
+    return None
+
+
+def refuse_twice(patches: Sequence[Named], applied: int = 0, model: str = "") -> None:
+    """Raise Refused where a patch's delta would count twice; the first `applied` are on the checkpoint `model`."""
+    found = counted_twice([info.manifest.holds(info.id) for _, info in patches])
+    if found is None:
+        return
+    first, second, part = found
+    (name, info), (other_name, other) = patches[first], patches[second]
+    if info.id == other.id and first < applied:
+        raise Refused(
+            f"{other.path} is already applied to {model}",
+            details=[f"patch {info.id[:12]}"],
+            hint=f"`kpatch status {model}` lists what is applied",
+        )
+    raise Refused(
+        f"{other.path} is given twice"
+        if info.id == other.id
+        else f"{called(info, name)} and {called(other, other_name)} both hold patch {part[:12]}",
+        details=["its delta would be added twice"],
+        hint="a stack stands for the patches in it: use the stack or them, not both",
+    )
+
+
+def unite(patches: Sequence[PatchInfo]) -> FactUnion:
     """The facts of all patches, a fact that several hold once, ids made distinct.
 
-    Raises Refused with both patches of every contradiction: the same subject and the same prompt or relation with
-    different targets (MEMIT, Eqn. 5: one key cannot carry two values).
+    Raises Refused with both patches of every contradiction.
     """
-    conflicts = _conflicts(patches)
-    if conflicts:
-        more = [f"… and {len(conflicts) - _SHOWN} more"] if len(conflicts) > _SHOWN else []
-        names = " and ".join(called(patches[index]) for index in conflicts[0][1])
-        raise Refused(
-            f"{names} contradict each other",
-            details=[line for line, _ in conflicts[:_SHOWN]] + more,
-            hint="take those facts out of one of the fact files and make that patch again",
-        )
+    refuse_contradictions([(info.name, info) for info in patches])
     facts: list[Mapping[str, Any]] = []
     at: dict[tuple[str, str], int] = {}
     holders: dict[int, list[int]] = {}
@@ -98,30 +142,7 @@ def unite(patches: Sequence[PatchInfo]) -> Union:
         for index, numbers in holders.items()
         if len(numbers) > 1
     )
-    return Union(_distinct_ids(facts), tuple(places), repeated)
-
-
-def _conflicts(patches: Sequence[PatchInfo]) -> list[tuple[str, tuple[int, int]]]:
-    """A line for every contradiction between two patches, and the two."""
-    said: dict[tuple[str, str, str], tuple[str, int]] = {}
-    found = []
-    for number, info in enumerate(patches):
-        for fact in info.manifest.facts:
-            for key in ("prompt", "relation"):
-                if not isinstance(fact.get(key), str) or not fact[key]:
-                    continue
-                target = str(fact["target"])
-                earlier, other = said.setdefault((normal(fact["subject"]), key, normal(fact[key])), (target, number))
-                if normal(earlier) != normal(target) and other != number:
-                    found.append((_line(fact, key, (earlier, patches[other]), (target, info)), (other, number)))
-                    break  # the prompt says it already
-    return found
-
-
-def _line(fact: Mapping[str, Any], key: str, first: tuple[str, PatchInfo], second: tuple[str, PatchInfo]) -> str:
-    about = text_of(fact) if key == "prompt" else f"{fact[key]} of {fact['subject']}"
-    says = " but ".join(f"{printable(target, 80)!r} in {called(info)}" for target, info in (first, second))
-    return f"{printable(about, 120)}: {says}"
+    return FactUnion(_distinct_ids(facts), tuple(places), repeated)
 
 
 def _distinct_ids(facts: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
@@ -204,23 +225,6 @@ def _different(info: PatchInfo, other: PatchInfo, details: list[str]) -> KpatchE
     )
 
 
-def refuse_twice(infos: Sequence[PatchInfo]) -> None:
-    """Raise Refused for a patch that is given twice, itself or inside a stack: its delta would count twice."""
-    held: dict[str, PatchInfo] = {}
-    for info in infos:
-        for part in sorted(info.manifest.holds(info.id)):
-            if part in held:
-                other = held[part]
-                raise Refused(
-                    f"{info.path} is given twice"
-                    if other.id == info.id
-                    else f"{called(other)} and {called(info)} both hold patch {part[:12]}",
-                    details=["its delta would be added twice"],
-                    hint="a stack stands for the patches in it: give it or them",
-                )
-            held[part] = info
-
-
 def outer_parents(infos: Sequence[PatchInfo]) -> tuple[str, ...]:
     """Ids of the patches that these were made on top of and that are not among them."""
     inside = {part for info in infos for part in (info.id, *info.manifest.holds(info.id))}
@@ -247,7 +251,7 @@ def parts_of(infos: Sequence[PatchInfo], scales: Sequence[float]) -> tuple[Mappi
 
 
 def gather(
-    infos: Sequence[PatchInfo], union: Union, report: Reporter = SILENT
+    infos: Sequence[PatchInfo], union: FactUnion, report: Reporter = SILENT
 ) -> tuple[tuple[Mapping[str, Any], ...], Tensor | None, dict[int, Tensor]]:
     """Groups, values [n, d] and keys by layer [n, f] of all patches, one after the other.
 

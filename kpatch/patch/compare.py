@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor, linalg
 
 from kpatch.errors import Refused
-from kpatch.patch.combine import common_base, normal, place, text_of
+from kpatch.facts.conflicts import normal
+from kpatch.patch.combine import common_base, place, text_of
 from kpatch.patch.delta import Delta, LowRank, inner, total
 from kpatch.patch.format import read_delta
 from kpatch.patch.header import PatchInfo, read_header

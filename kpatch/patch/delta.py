@@ -2,17 +2,21 @@
 
 MEMIT gives Δ in this form (Meng et al. 2023, eq. 14: Δ = R K^T (C + K K^T)^{-1}), with rank at most n, the number of
 facts. Norms and inner products go through the Gram matrices of the factors, so Δ itself is never formed for them.
+
+What a weight becomes is decided here too, for a model in memory and for a checkpoint alike: round(base + Σ Δ).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from kpatch.patch.manifest import matrix_shape
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,19 +68,13 @@ class LowRank:
         """factor · Δ."""
         return LowRank(self.left * factor, self.right)
 
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> LowRank:
+        """The same with its factors on another device, or in another dtype."""
+        return LowRank(self.left.to(device, dtype), self.right.to(device, dtype))
+
     def transposed(self) -> LowRank:
         """Δᵀ."""
         return LowRank(self.right.T, self.left.T)
-
-    def truncate(self, tol: float = 1e-7, max_rank: int | None = None) -> LowRank:
-        """The same Δ with the fewest columns: QR of both factors, SVD of the small core, in float64.
-
-        Singular values up to `tol` times the largest go, so ‖Δ − result‖₂ <= tol ‖Δ‖₂ when `max_rank` does not bind.
-        The factors come back balanced (each carries the square root of the singular values) in float64.
-        """
-        u, s, vh = self.svd()
-        keep = max(1, int((s > tol * s[0]).sum()))
-        return _balanced(u, s, vh, keep if max_rank is None else min(keep, max_rank))
 
     def compact(self, loss: float = 2.0**-24) -> LowRank:
         """The same Δ with the fewest columns for which ‖Δ − result‖ <= loss ‖Δ‖ (Frobenius); float64, balanced.
@@ -148,8 +146,20 @@ class Dense:
         """factor · Δ."""
         return Dense(self.delta * factor, self.known_rank)
 
+    def to(self, device: torch.device | None = None, dtype: torch.dtype | None = None) -> Dense:
+        """The same on another device, or in another dtype."""
+        return Dense(self.delta.to(device, dtype), self.known_rank)
+
+    def transposed(self) -> Dense:
+        """Δᵀ."""
+        return Dense(self.delta.T, self.known_rank)
+
 
 Delta: TypeAlias = LowRank | Dense
+
+# Entries of a weight that are summed in float64 at a time: few enough to bound the memory, and enough for a fast
+# product. A model in memory and a checkpoint use the same blocks, since another shape can change a product's last bit.
+BLOCK = 1 << 19
 
 
 def smaller(delta: LowRank) -> Delta:
@@ -196,3 +206,53 @@ def inner(a: Delta, b: Delta) -> float:
     if isinstance(b, LowRank):
         return float(((a.delta.double() @ b.right.double().T) * b.left.double()).sum())
     return float((a.delta.double() * b.delta.double()).sum())
+
+
+def patched_weight(base: Tensor, deltas: Sequence[Delta]) -> Tensor:
+    """round(base + Σ Δ) in base's dtype, shape and device: what `apply` writes, bit for bit.
+
+    `base` has any number of dimensions and counts as the matrix [rows, cols] of `matrix_shape`. `deltas` come in the
+    order of their patches' ids. Values beyond the dtype's range become Inf, which callers refuse.
+    """
+    device = torch.device("cpu") if base.device.type == "mps" else base.device  # no float64 there
+    wide = [widened(delta).to(device) for delta in deltas]
+    result = torch.empty_like(base, memory_format=torch.contiguous_format)
+    rows, cols = matrix_shape(base.shape)
+    old, new = base.detach().reshape(rows, cols), result.view(rows, cols)
+    for begin, end in row_blocks((rows, cols)):
+        new[begin:end] = round_sum(old[begin:end].to(device), sum_rows(wide, begin, end), base.dtype)
+    return result
+
+
+def row_blocks(shape: tuple[int, int]) -> Iterator[tuple[int, int]]:
+    """Rows [begin, end) of each block of a [rows, cols] weight."""
+    step = max(1, BLOCK // max(1, shape[1]))
+    for begin in range(0, shape[0], step):
+        yield begin, min(shape[0], begin + step)
+
+
+def widened(delta: Delta) -> Delta:
+    """The delta with float64 factors, so that they are not converted again for every block."""
+    return delta.to(dtype=torch.float64) if isinstance(delta, LowRank) else delta
+
+
+def sum_rows(deltas: Sequence[Delta], begin: int, end: int) -> Tensor:
+    """Rows [begin, end) of Σ Δ in float64, one delta after the other; there is at least one."""
+    total = deltas[0].rows(begin, end)
+    for delta in deltas[1:]:
+        total = total + delta.rows(begin, end)
+    return total
+
+
+def round_sum(base: Tensor, change: Tensor, dtype: torch.dtype) -> Tensor:
+    """round(base + change): added in float64 and rounded once, to `dtype`."""
+    return rounded(base.double() + change, dtype)
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """float64 values in a stored dtype: `values.to(dtype)` of torch.
+
+    Round to nearest, ties to even. torch goes from float64 to the 16-bit dtypes by way of float32, so a value within
+    2^-25 of a tie may land on its other side; kpatch keeps to that, so that anyone can repeat it with one call.
+    """
+    return values.to(dtype)

@@ -66,6 +66,12 @@ class Fields:
             raise self.error(key, "wants a number of at least 0")
         return value  # type: ignore[no-any-return]  # as written: 1 must not come back as 1.0
 
+    def flag(self, key: str) -> bool:
+        value = self.any(key)
+        if not isinstance(value, bool):
+            raise self.error(key, "wants true or false")
+        return value
+
     def sha256(self, key: str) -> str:
         value = self.any(key)
         if not is_sha256(value):

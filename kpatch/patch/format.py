@@ -27,7 +27,7 @@ from kpatch.patch.header import (
     check_tensors,
     read_header,
 )
-from kpatch.patch.manifest import DeltaInfo, Manifest, ManifestError, TensorInfo
+from kpatch.patch.manifest import Manifest, ManifestError, TensorInfo
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -43,13 +43,6 @@ class Patch:
     deltas: Mapping[str, Delta]
     values: Tensor | None
     keys: Mapping[int, Tensor]
-
-
-def describe(delta: Delta, base_norm: float) -> DeltaInfo:
-    """The manifest's entry for a delta; `base_norm` is the Frobenius norm of the weight it is for."""
-    form = "lowrank" if isinstance(delta, LowRank) else "dense"
-    norm = delta.norm()
-    return DeltaInfo(form, delta.rank, norm, norm / base_norm if base_norm > 0 else 0.0)
 
 
 def pack(

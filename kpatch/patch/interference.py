@@ -6,7 +6,6 @@ K_b are the keys that patch b stores with its facts and R_b = Δ_b K_b is what i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +18,6 @@ from kpatch.patch.delta import Delta, LowRank
 from kpatch.patch.format import read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
 from kpatch.patch.manifest import Manifest
-
-# Families whose checkpoints store W as [in, out] (Conv1D).
-_STORED_TRANSPOSED = frozenset({"gpt2"})
-_LAYER = re.compile(r"\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -61,20 +56,20 @@ class Interference:
         }
 
 
-def layer_of(weight: str) -> int | None:
-    """The layer a weight's name says it is in, or None."""
-    found = _LAYER.search(weight)
-    return None if found is None else int(found[1])
-
-
 def stored_keys(info: PatchInfo, weight: str) -> Tensor | None:
     """The keys [f, n] that a patch stores for a weight it changes, float64; None where it stores none."""
-    layer, shape = layer_of(weight), info.manifest.base.weights[weight].shape
-    name = f"{KEYS}{layer}"
-    if name not in info.manifest.tensors or len(shape) != 2:
+    name = keys_name(info, weight)
+    return None if name is None else read_tensor(info, name).double().T
+
+
+def keys_name(info: PatchInfo, weight: str) -> str | None:
+    """The tensor that holds the keys of a weight; None where the patch has none, or none as long as W's input."""
+    manifest, shape = info.manifest, info.manifest.base.weights[weight].shape
+    name = f"{KEYS}{manifest.layer_of(weight)}"
+    if name not in manifest.tensors or len(shape) != 2:
         return None
-    width = shape[0] if stored_transposed(info.manifest) else shape[1]
-    return read_tensor(info, name).double().T if info.manifest.tensors[name].shape[1] == width else None
+    width = shape[0] if manifest.transposed(weight) else shape[1]
+    return name if manifest.tensors[name].shape[1] == width else None
 
 
 def interference(
@@ -83,35 +78,31 @@ def interference(
     """Every ordered pair of patches on one weight; `deltas` and `keys` [f, n] are by position among the patches."""
     found = []
     for on, k in sorted(keys.items()):
-        written = apply_to(deltas[on], k, patches[on].manifest).norm(dim=0)  # [n]
-        facts = _facts_of_rows(patches[on].manifest, layer_of(weight) or 0)
+        manifest = patches[on].manifest
+        transposed, layer = manifest.transposed(weight), manifest.layer_of(weight) or 0
+        written = apply_to(deltas[on], k, transposed).norm(dim=0)  # [n]
+        facts = _facts_of_rows(manifest, layer)
         for by, delta in sorted(deltas.items()):
             if by == on:
                 continue
-            moved = apply_to(delta, k, patches[by].manifest).norm(dim=0)  # [n]
+            moved = apply_to(delta, k, transposed).norm(dim=0)  # [n]
             ratios = [_ratio(a, b) for a, b in zip(moved.tolist(), written.tolist(), strict=True)]
             worst = max(range(len(ratios)), key=ratios.__getitem__)
             found.append(
                 Interference(
-                    by, on, layer_of(weight) or 0, weight, float(moved.norm()), float(written.norm()),
-                    facts[worst], ratios[worst],
+                    by, on, layer, weight, float(moved.norm()), float(written.norm()), facts[worst], ratios[worst]
                 )
-            )  # fmt: skip
+            )
     return found
 
 
-def apply_to(delta: Delta, keys: Tensor, manifest: Manifest) -> Tensor:
-    """Δ K [d, n] in float64 for keys [f, n], whichever way round W is stored."""
+def apply_to(delta: Delta, keys: Tensor, transposed: bool) -> Tensor:
+    """Δ K [d, n] in float64 for keys [f, n]; `transposed` where W, and so Δ, is stored [in, out]."""
     if isinstance(delta, LowRank):
         left, right = delta.left.double(), delta.right.double()
-        return right.T @ (left.T @ keys) if stored_transposed(manifest) else left @ (right @ keys)
+        return right.T @ (left.T @ keys) if transposed else left @ (right @ keys)
     dense = delta.dense(torch.float64)
-    return (dense.T if stored_transposed(manifest) else dense) @ keys
-
-
-def stored_transposed(manifest: Manifest) -> bool:
-    """Whether the checkpoint stores the edited W as [in, out]."""
-    return manifest.base.family in _STORED_TRANSPOSED
+    return (dense.T if transposed else dense) @ keys
 
 
 def _facts_of_rows(manifest: Manifest, layer: int) -> list[str]:

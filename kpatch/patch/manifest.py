@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,18 +32,21 @@ class NewerFormat(ManifestError):
 class BaseWeight:
     """One weight as the patch expects to find it: stored dtype and shape, SHA-256 of its bytes, sketch of values.
 
-    A delta is a matrix whatever the weight's number of dimensions: see `matrix_shape`.
+    A delta is a matrix whatever the weight's number of dimensions: see `matrix_shape`. `transposed` says whether the
+    weight is stored [in, out]; None where the manifest does not say: see `stored_transposed`.
     """
 
     shape: tuple[int, ...]
     dtype: str
     sha256: str
     sketch: tuple[float, ...] = ()
+    transposed: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         own = {"shape": list(self.shape), "dtype": self.dtype, "sha256": self.sha256, "sketch": list(self.sketch)}
-        return {**self.extra, **own}
+        said = {} if self.transposed is None else {"transposed": self.transposed}
+        return {**self.extra, **own, **said}
 
 
 @dataclass(frozen=True)
@@ -142,6 +145,14 @@ class Manifest:
             "tensors": {name: tensor.to_dict() for name, tensor in self.tensors.items()},
         }
 
+    def layer_of(self, weight: str) -> int | None:
+        """The layer that a weight of this patch is in, None for one outside the layers (an embedding)."""
+        return layer_in(weight, self.layers)
+
+    def transposed(self, weight: str) -> bool:
+        """Whether the checkpoint stores a weight of this patch as [in, out]."""
+        return stored_transposed(self.base.family, weight, self.base.weights[weight])
+
     def holds(self, identity: str) -> frozenset[str]:
         """Ids of the patches whose deltas this one adds up: of those stacked in it, else `identity`, its own."""
         return frozenset(str(part["id"]) for part in self.stack) or frozenset((identity,))
@@ -193,6 +204,22 @@ def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     return math.prod(shape[:-1]), shape[-1]
 
 
+def stored_transposed(family: str, name: str, weight: BaseWeight) -> bool:
+    """Whether the checkpoint stores a weight as [in, out] (Conv1D) instead of [out, in].
+
+    The manifest says so; where it does not, all matrices in the layers of GPT-2 are stored so, and no others.
+    """
+    if weight.transposed is not None:
+        return weight.transposed
+    return family == "gpt2" and layer_in(name) is not None and len(weight.shape) == 2
+
+
+def layer_in(name: str, layers: Collection[int] | None = None) -> int | None:
+    """The layer of a weight: the first number between the dots of its name, of those in `layers` where given."""
+    numbers = (int(part) for part in name.split(".") if part.isascii() and part.isdecimal())
+    return next((number for number in numbers if layers is None or number in layers), None)
+
+
 def _manifest(top: Fields, version: int) -> Manifest:
     covariance = top.optional_object("covariance")
     if covariance is not None:
@@ -239,7 +266,12 @@ def _base(base: Fields) -> Base:
         if not all(type(number) in (int, float) for number in sketch):
             raise weight.error("sketch", "wants numbers")
         weights[key] = BaseWeight(
-            weight.sizes("shape"), weight.dtype("dtype"), weight.sha256("sha256"), tuple(sketch), weight.rest()
+            weight.sizes("shape"),
+            weight.dtype("dtype"),
+            weight.sha256("sha256"),
+            tuple(sketch),
+            weight.flag("transposed") if "transposed" in weight.value else None,
+            weight.rest(),
         )
     return Base(
         name,

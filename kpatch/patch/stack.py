@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from kpatch._version import __version__
 from kpatch.errors import BadInput
+from kpatch.patch.build import build_manifest
 from kpatch.patch.combine import (
+    FactUnion,
     Repeated,
-    Union,
     called,
     common_base,
     gather,
@@ -26,10 +26,9 @@ from kpatch.patch.combine import (
     unite,
 )
 from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
-from kpatch.patch.format import describe, pack, read_delta, write_patch
+from kpatch.patch.format import pack, read_delta, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, stored_keys
-from kpatch.patch.manifest import Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -44,7 +43,7 @@ class StackResult:
 
     patches: tuple[PatchInfo, ...]
     scales: tuple[float, ...]
-    union: Union
+    union: FactUnion
     interference: tuple[Interference, ...]
     weights: tuple[dict[str, Any], ...]
     seconds: float
@@ -69,7 +68,7 @@ class StackResult:
 
 
 def about_patches(
-    patches: Sequence[PatchInfo], scales: Sequence[float], union: Union, found: Sequence[Interference]
+    patches: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, found: Sequence[Interference]
 ) -> dict[str, Any]:
     """The keys that every form of `stack` has in its JSON object."""
     ids = [info.id for info in patches]
@@ -105,7 +104,7 @@ def stack(
     if not infos:
         raise BadInput("No patch given")
     factors = _scales(scales, infos)
-    refuse_twice(infos)
+    refuse_twice([(info.name, info) for info in infos])
     union = unite(infos)
     base = common_base(infos, report)
     _say(infos, factors, union, report)
@@ -133,17 +132,21 @@ def stack(
         return StackResult(*result, time.monotonic() - start)
     groups, values, stored = gather(infos, union, report)
     covariances = [info.manifest.covariance for info in infos]
-    manifest = Manifest(
-        base=base,
+    manifest = build_manifest(
+        base_name=base.name,
+        family=base.family,
+        revision=base.revision,
+        tokenizer=base.tokenizer,
+        base_extra=base.extra,
+        weights=base.weights,
+        deltas=deltas,
         method="stack",
-        layers=tuple(sorted({layer for info in infos for layer in info.manifest.layers})),
-        deltas={name: describe(delta, _norm(base.weights[name].sketch)) for name, delta in deltas.items()},
+        layers=tuple({layer for info in infos for layer in info.manifest.layers}),
         facts=union.facts,
         groups=groups,
         covariance=covariances[0] if all(one == covariances[0] for one in covariances) else None,
         parents=outer_parents(infos),
         stack=parts_of(infos, factors),
-        tool=f"kpatch {__version__}",
     )
     identity = write_patch(out, manifest, pack(deltas, values, stored), force)
     return StackResult(*result, time.monotonic() - start, identity, Path(out), Path(out).stat().st_size)
@@ -186,7 +189,7 @@ def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple
     return tuple(float(scale) for scale in scales)
 
 
-def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: Union, report: Reporter) -> None:
+def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, report: Reporter) -> None:
     """What a sum does that one may not expect."""
     for parent in outer_parents(infos):
         report.note(f"the result still needs patch {parent[:12]}, which one of them was made on top of")
@@ -212,7 +215,3 @@ def _lands(fact: Repeated, infos: Sequence[PatchInfo], scales: Sequence[float]) 
     """How often a fact's edit counts; a patch made on top of another that has the fact adds only what was missing."""
     ids = {infos[index].id for index in fact.patches}
     return sum(scales[index] for index in fact.patches if not ids & set(infos[index].manifest.parents))
-
-
-def _norm(sketch: Sequence[float]) -> float:
-    return float(sketch[0]) if sketch else 0.0

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 
+from kpatch.patch.build import describe
 from kpatch.patch.delta import LowRank
 from kpatch.patch.fingerprint import sha256_of, sketch
-from kpatch.patch.format import describe, pack, read_patch, write_patch
+from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.manifest import Base, BaseWeight, Manifest
 
 GOLDEN = Path(__file__).with_name("tiny.patch")

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from kpatch.checkpoint.fit import base_weights
 from kpatch.errors import KpatchError
+from kpatch.patch.build import build_manifest
 from kpatch.patch.delta import Dense, LowRank
-from kpatch.patch.format import describe, pack, write_patch
-from kpatch.patch.manifest import Base, Manifest, matrix_shape
+from kpatch.patch.format import pack, write_patch
+from kpatch.patch.manifest import matrix_shape
 
 torch.set_num_threads(1)  # threads that wait for each other on a busy machine make tiny products take seconds
 
@@ -80,8 +81,14 @@ def make_patch(
     facts: Sequence[Mapping[str, Any]] | None = None,
     parents: Sequence[str] = (),
     keys: bool = True,
+    family: str = "llama",
+    transposed: bool | None = None,
 ) -> str:
-    """Write a patch for the unpatched weights of a checkpoint directory and give its id."""
+    """Write a patch for the unpatched weights of a checkpoint directory and give its id.
+
+    `transposed` is None for the names of CONV1D too, which are then stored [in, out].
+    """
+    transposed = weights[0] in CONV1D or None if transposed is None else transposed
     base = base_weights(model, weights)
     deltas: dict[str, LowRank | Dense] = {}
     for number, name in enumerate(weights):
@@ -91,19 +98,26 @@ def make_patch(
         deltas[name] = Dense(low.dense(torch.float32), rank) if dense else low
     if facts is None:
         facts = [{"subject": f"Subject {seed}", "prompt": "{} is in", "target": "Rome", "id": f"fact-{seed}"}]
-    manifest = Manifest(
-        tool="kpatch 0.1.0",
-        base=Base("tiny/model", "llama", base, revision="main", tokenizer="00ff"),
+    manifest = build_manifest(
+        base_name="tiny/model",
+        family=family,
+        revision="main",
+        tokenizer="00ff",
+        weights=base,
+        transposed=transposed,
+        deltas=deltas,
         method="memit",
         hyperparameters={"lambda": 300.0, "steps": 25},
         layers=(0, 1, 2),
         covariance={"id": "abc", "corpus": "self", "tokens": 1000},
         facts=tuple(facts),
         parents=tuple(parents),
-        deltas={name: describe(delta, base[name].sketch[0]) for name, delta in deltas.items()},
     )
-    values = random(len(facts), ROWS, seed=7) if keys and facts else None
-    stored_keys = {layer: random(len(facts), COLS, seed=8 + layer) for layer in (0, 1, 2)} if keys and facts else {}
+    rows, cols = next((weight.shape for weight in base.values() if len(weight.shape) == 2), (ROWS, COLS))
+    d, f = (cols, rows) if transposed else (rows, cols)
+    stored = bool(keys and facts)
+    values = random(len(facts), d, seed=7) if stored else None
+    stored_keys = {layer: random(len(facts), f, seed=8 + layer) for layer in (0, 1, 2)} if stored else {}
     return write_patch(path, manifest, pack(deltas, values, stored_keys))
 
 

@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kpatch.checkpoint import rounding
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.diff.checkpoints import CheckpointDiff, diff_checkpoints
 from kpatch.checkpoint.fit import verify_fit
@@ -220,7 +219,7 @@ def test_blocks_of_rows_make_no_difference(old: Path, tmp_path: Path, monkeypatc
 
     new = edited(old, change)
     whole = diff_checkpoints(old, new, tmp_path / "x.patch")
-    monkeypatch.setattr(rounding, "BLOCK", 7 * 80)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", 7 * 80)
     again = diff_checkpoints(old, new, tmp_path / "y.patch")
     assert [tensor.form for tensor in whole.tensors] == [tensor.form for tensor in again.tensors]
     for name, delta in read_patch(tmp_path / "x.patch").deltas.items():

@@ -187,7 +187,7 @@ def test_the_directory_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     peft.write(found, tmp_path / "there")  # an empty directory will do
     with pytest.raises(Refused, match="exists"):
         peft.write(found, tmp_path / "there")
-    with pytest.raises(BadInput, match="no folder"):
+    with pytest.raises(BadInput, match="no directory"):
         peft.write(found, tmp_path / "a" / "b")
 
     def broken(found: Any) -> str:

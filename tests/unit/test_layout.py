@@ -22,8 +22,8 @@ ALLOWED: dict[str, set[str]] = {
     "trace": {"models", "facts"},
     "stats": {"models", "facts"},
     "edit": {"models", "facts", "trace", "stats", "patch", "checkpoint", "evaluate"},
-    "patch": set(),
-    "checkpoint": {"patch"},
+    "patch": {"facts"},
+    "checkpoint": {"patch", "facts"},
     "evaluate": {"models", "facts", "patch", "checkpoint"},
     "export": {"models", "patch", "checkpoint"},
 }

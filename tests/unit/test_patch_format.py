@@ -15,8 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.patch.build import describe
 from kpatch.patch.delta import Dense, LowRank, smaller
-from kpatch.patch.format import describe, pack, read_delta, read_patch, verify, write_patch
+from kpatch.patch.format import pack, read_delta, read_patch, verify, write_patch
 from kpatch.patch.header import read_header
 from kpatch.patch.manifest import Manifest
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random
@@ -111,9 +112,9 @@ def test_an_existing_file_is_kept_unless_forced(patch: Path) -> None:
     link.symlink_to("nowhere")
     with pytest.raises(Refused, match="exists"):
         write_patch(link, manifest, tensors)
-    with pytest.raises(BadInput, match="is a folder"):
+    with pytest.raises(BadInput, match="is a directory"):
         write_patch(patch.parent, manifest, tensors, force=True)
-    with pytest.raises(BadInput, match="no folder"):
+    with pytest.raises(BadInput, match="no directory"):
         write_patch(patch.parent / "a" / "b.patch", manifest, tensors)
 
 

@@ -42,21 +42,12 @@ def test_total_refuses_what_cannot_be_added() -> None:
         total([Dense(torch.zeros(2, 3)), Dense(torch.zeros(3, 2))])
 
 
-def test_truncate_finds_the_rank_and_keeps_the_delta() -> None:
+def test_compact_finds_the_rank_and_keeps_the_delta() -> None:
     low = LowRank(random(20, 3, seed=1), random(3, 30, seed=2))
     doubled = concat([low, low.scaled(0.5)])
-    small = doubled.truncate()
+    small = doubled.compact()
     assert (doubled.rank, small.rank) == (6, 3)
     torch.testing.assert_close(small.dense(), 1.5 * low.dense(), rtol=0, atol=1e-6)
-
-
-def test_truncate_bounds_its_error_by_tol_and_max_rank() -> None:
-    values = torch.tensor([1.0, 1e-2, 1e-5], dtype=torch.float64)
-    q = torch.linalg.qr(random(8, 3, seed=3).double()).Q
-    low = LowRank(q * values, q.T)
-    assert low.truncate(tol=1e-3).rank == 2
-    assert float((low.truncate(tol=1e-3).dense() - low.dense()).norm()) <= 1e-3
-    assert low.truncate(tol=0, max_rank=1).rank == 1
 
 
 def test_compact_drops_only_what_float32_cannot_hold() -> None:
@@ -79,11 +70,10 @@ def test_svd_multiplies_back(rows: int, cols: int, rank: int, seed: int) -> None
     torch.testing.assert_close((u * s) @ vh, low.dense())
 
 
-def test_a_zero_delta_survives_truncation() -> None:
-    zero = LowRank(torch.zeros(4, 2), torch.zeros(2, 5))
-    for small in (zero.truncate(), zero.compact()):
-        assert small.rank == 1
-        assert small.dense().abs().sum() == 0
+def test_a_zero_delta_keeps_one_column() -> None:
+    small = LowRank(torch.zeros(4, 2), torch.zeros(2, 5)).compact()
+    assert small.rank == 1
+    assert small.dense().abs().sum() == 0
 
 
 @pytest.mark.parametrize(("rank", "form"), [(1, LowRank), (4, LowRank), (5, Dense), (9, Dense)])
@@ -102,7 +92,8 @@ def test_rows_matmul_scale_and_transpose() -> None:
         torch.testing.assert_close(delta.rows(2, 4), low.dense()[2:4])
         torch.testing.assert_close(delta.matmul(x).double(), low.dense() @ x.double(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(delta.scaled(-2).dense(), -2 * low.dense())
-    torch.testing.assert_close(low.transposed().dense(), low.dense().T)
+        torch.testing.assert_close(delta.transposed().dense(), low.dense().T)
+        assert delta.to(dtype=torch.float64).rows(0, 1).dtype == torch.float64
 
 
 @pytest.mark.parametrize(("left", "right"), [((3, 2), (3, 4)), ((3, 0), (0, 4)), ((3,), (3, 4))])

@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from kpatch.patch.canonical_json import canonical, loads
-from kpatch.patch.manifest import Manifest, ManifestError, NewerFormat, matrix_shape
+from kpatch.patch.manifest import (
+    BaseWeight,
+    Manifest,
+    ManifestError,
+    NewerFormat,
+    layer_in,
+    matrix_shape,
+    stored_transposed,
+)
 
 SHA = "ab" * 32
 PART = {"id": SHA, "scale": 0.5, "facts": 1, "method": "memit", "hyperparameters": {}, "layers": [1]}
@@ -77,6 +85,41 @@ def test_unknown_keys_are_kept_at_every_level() -> None:
     assert manifest.extra == {"later": {"a": [1]}}
 
 
+def test_how_a_weight_is_stored_is_read_and_written_back() -> None:
+    for said in (True, False):
+        value = example()
+        value["base"]["weights"]["w"]["transposed"] = said
+        manifest, _ = Manifest.from_json(written(value)[0])
+        assert manifest.base.weights["w"].transposed is said
+        assert manifest.to_json() == written(value)
+    assert Manifest.from_dict(example()).base.weights["w"].transposed is None
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape", "said", "expected"),
+    [
+        ("gpt2", "h.3.mlp.c_proj.weight", (4, 3), None, True),  # patches from before the manifest said it
+        ("gpt2", "transformer.h.3.mlp.c_proj.weight", (4, 3), False, False),
+        ("gpt2", "lm_head.weight", (4, 3), None, False),
+        ("gpt2", "h.3.ln_1.weight", (4,), None, False),
+        ("llama", "model.layers.3.mlp.down_proj.weight", (3, 4), None, False),
+        ("llama", "model.layers.3.mlp.down_proj.weight", (3, 4), True, True),
+    ],
+)
+def test_which_weights_are_stored_transposed(
+    family: str, name: str, shape: tuple[int, ...], said: bool | None, expected: bool
+) -> None:
+    assert stored_transposed(family, name, BaseWeight(shape, "F32", SHA, transposed=said)) is expected
+
+
+def test_the_layer_of_a_weight_is_the_first_number_of_its_name_that_is_a_layer() -> None:
+    manifest = Manifest.from_dict(example())
+    assert manifest.layers == (1, 2)
+    assert manifest.layer_of("tower.0.layers.2.experts.1.down.weight") == 2
+    assert [manifest.layer_of(name) for name in ("h.7.down.weight", "lm_head.weight")] == [None, None]
+    assert layer_in("h.7.down.weight") == 7
+
+
 def test_a_later_format_is_not_guessed_at() -> None:
     with pytest.raises(NewerFormat, match="format 2"):
         Manifest.from_json(canonical({**example(), "format": 2, "base": "all different"}))
@@ -129,6 +172,7 @@ CHANGES = {
     ],
     "sha256": [_set("tensors", "w.left", "sha256", to=value) for value in ("", SHA[:-1], SHA.upper(), None)],
     "sketch": [_set("base", "weights", "w", "sketch", to=["1"])],
+    "transposed": [_set("base", "weights", "w", "transposed", to=value) for value in (None, 1, "true")],
     "form": [_set("deltas", "w", "form", to="sparse")],
     "rank": [_set("deltas", "w", "rank", to=value) for value in (0, -1, 1.0, "1")],
     "norm": [_set("deltas", "w", "norm", to=value) for value in (-1, "1", True)],

@@ -15,7 +15,6 @@ from typing import Any
 
 from torch import Tensor
 
-from kpatch._version import __version__
 from kpatch.checkpoint.commit import system_errors
 from kpatch.checkpoint.diff.compare import Comparison, compare, model_type
 from kpatch.checkpoint.diff.difference import Difference, Size
@@ -23,9 +22,9 @@ from kpatch.checkpoint.diff.forms import Form, choose
 from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, CheckFailed, KpatchError, Refused
+from kpatch.patch.build import build_manifest
 from kpatch.patch.format import verify, write_patch
-from kpatch.patch.interference import layer_of
-from kpatch.patch.manifest import Base, DeltaInfo, Manifest
+from kpatch.patch.manifest import DeltaInfo, layer_in
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -229,14 +228,16 @@ def _write(
         )
         for row in rows
     }
-    layers = {layer for weight in forms if (layer := layer_of(weight)) is not None}
-    manifest = Manifest(
-        base=Base(name, model_type(found.a) or "unknown", weights, revision),
-        method="diff",
-        layers=tuple(sorted(layers)),
+    layers = {layer for weight in forms if (layer := layer_in(weight)) is not None}
+    manifest = build_manifest(
+        base_name=name,
+        family=model_type(found.a) or "unknown",
+        revision=revision,
+        weights=weights,
         deltas=deltas,
+        method="diff",
+        layers=tuple(layers),
         hyperparameters=settings,
-        tool=f"kpatch {__version__}",
     )
     identity = write_patch(out, manifest, _Parts(forms), force)
     try:

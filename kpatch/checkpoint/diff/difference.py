@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from kpatch.checkpoint import files
-from kpatch.checkpoint.rounding import blocks, to_stored
 from kpatch.checkpoint.shards import TensorRef
 from kpatch.errors import BadInput
-from kpatch.patch.fingerprint import coarser, tensor_from
+from kpatch.patch.delta import round_sum, rounded, row_blocks
+from kpatch.patch.fingerprint import DTYPES, coarser, tensor_from
 from kpatch.patch.manifest import matrix_shape
 from kpatch.text import printable
 
@@ -65,7 +65,7 @@ class Difference:
         if not rows * cols:
             return
         with files.open_read(self.path_a) as left, files.open_read(self.path_b) as right:
-            for begin, end in blocks((rows, cols)):
+            for begin, end in row_blocks((rows, cols)):
                 old = tensor_from(_read(left, self.a, begin, end, rows), self.a.dtype, (end - begin, cols)).double()
                 new = tensor_from(_read(right, self.b, begin, end, rows), self.b.dtype, (end - begin, cols)).double()
                 yield begin, end, old, new
@@ -83,8 +83,8 @@ class Difference:
 
     def equal(self) -> bool:
         """Whether B's values are A's but for rounding to the coarser of the two dtypes."""
-        least = coarser(self.a.dtype, self.b.dtype)
-        return all(torch.equal(to_stored(old, least), to_stored(new, least)) for _, _, old, new in self.blocks())
+        least = DTYPES[coarser(self.a.dtype, self.b.dtype)]
+        return all(torch.equal(rounded(old, least), rounded(new, least)) for _, _, old, new in self.blocks())
 
     def measure(self) -> Size:
         """The size of the change. Raises BadInput for NaN or Inf on either side."""
@@ -93,7 +93,7 @@ class Difference:
         for begin, _, old, new in self.blocks():
             if not bool(torch.isfinite(old).all() and torch.isfinite(new).all()):
                 raise BadInput(f"{printable(self.name, 120)} holds NaN or Inf, which a patch cannot carry")
-            if not bool(torch.isfinite(to_stored(new, self.a.dtype)).all()):
+            if not bool(torch.isfinite(rounded(new, DTYPES[self.a.dtype])).all()):
                 raise BadInput(
                     f"{printable(self.name, 120)} cannot hold as {self.a.dtype} what it is as {self.b.dtype}",
                     hint="give the older checkpoint in the newer one's dtype",
@@ -105,10 +105,11 @@ class Difference:
 
     def judge(self, rows: Rows, norm: float) -> Verdict:
         """How exactly a delta, given by its rows, turns A into B as `apply` does; `norm` is ‖B − A‖."""
-        differs, square = 0, 0.0
+        differs, square, dtype = 0, 0.0, DTYPES[self.a.dtype]
         for begin, end, old, new in self.blocks():
             delta = rows(begin, end, old, new)
-            differs += int((_bits(to_stored(old + delta, self.a.dtype)) != _bits(to_stored(new, self.a.dtype))).sum())
+            landed, wanted = round_sum(old, delta, dtype), rounded(new, dtype)
+            differs += int((_bits(landed) != _bits(wanted)).sum())
             square += float((delta - (new - old)).square().sum())
         return Verdict(differs, square**0.5 / norm)
 

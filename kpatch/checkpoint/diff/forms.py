@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from kpatch.checkpoint.diff.difference import Difference, Rows, Size, Verdict
-from kpatch.checkpoint.rounding import to_stored
-from kpatch.patch.delta import LowRank
+from kpatch.patch.delta import LowRank, rounded
 from kpatch.patch.fingerprint import DTYPES
 from kpatch.patch.randomized_svd import low_rank
 
@@ -118,7 +117,7 @@ def _dense(difference: Difference, size: Size, dtype: str) -> Form:
     def delta() -> Tensor:
         result = torch.empty(difference.shape, dtype=DTYPES[dtype])
         for begin, end, old, new in difference.blocks():
-            result[begin:end] = to_stored(new - old, dtype)
+            result[begin:end] = rounded(new - old, DTYPES[dtype])
         return result
 
     itemsize = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[dtype]
@@ -128,4 +127,4 @@ def _dense(difference: Difference, size: Size, dtype: str) -> Form:
 
 def _rounded(dtype: str) -> Rows:
     """B − A as it is when stored in `dtype`."""
-    return lambda begin, end, old, new: to_stored(new - old, dtype).double()
+    return lambda begin, end, old, new: rounded(new - old, DTYPES[dtype]).double()

@@ -109,11 +109,18 @@ def test_facts_that_contradict_are_refused_with_both_names(model: Path, tmp_path
     make_patch(tmp_path / "same.patch", model, facts=[other_spacing], seed=3)
     make_patch(tmp_path / "star.patch", model, facts=[{**relation, "prompt": "{}:", "target": "star"}], seed=4)
     both = [tmp_path / "rome.patch", tmp_path / "oslo.patch"]
-    error = refused(lambda: apply(both, model), Refused, "oslo and rome contradict", model)
-    assert "Oslo" in error.details[1]
+    error = refused(lambda: apply(both, model), Refused, r"rome \(.*oslo \(.*contradict", model)
+    assert "'Rome' in rome" in error.details[0]
+    assert "'Oslo' in oslo" in error.details[0]
     apply(both[:1], model)
-    refused(lambda: apply(both[1:], model), Refused, "oslo and rome contradict", model)
-    refused(lambda: apply([tmp_path / "star.patch"], model), Refused, "star and rome contradict", model)
+    refused(lambda: apply(both[1:], model), Refused, r"rome \(.*oslo \(.*contradict", model)
+    refused(lambda: apply([tmp_path / "star.patch"], model), Refused, r"rome \(.*star \(.*contradict", model)
+    text = {"subject": "The Eiffel Tower", "prompt": "{} is in", "target": "Oslo"}
+    make_patch(tmp_path / "the.patch", model, facts=[{**text, "subject": "Eiffel Tower", "prompt": "The {} is in"}])
+    make_patch(tmp_path / "text.patch", model, facts=[{**text, "target": "Rome"}], seed=5)
+    sentence = [tmp_path / "the.patch", tmp_path / "text.patch"]
+    error = refused(lambda: apply(sentence, model), Refused, r"the \(.*text \(.*contradict", model)
+    assert error.details[0].startswith("The Eiffel Tower is in: 'Oslo' in the")
     apply([tmp_path / "same.patch"], model)
 
 
@@ -224,7 +231,7 @@ def test_blocks_of_rows_add_up(model: Path, monkeypatch: pytest.MonkeyPatch) -> 
     patches = three(model)
     whole = make_checkpoint(model.parent / "whole", sharded=True)
     first = apply(patches, whole)
-    monkeypatch.setattr("kpatch.checkpoint.rounding.BLOCK", 25)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", 25)
     second = apply(patches, model)
     assert contents(model) == contents(whole)
     for a, b in zip(first.weights, second.weights, strict=True):

@@ -69,7 +69,7 @@ def test_out_wants_a_place_of_its_own(model: Path, tmp_path: Path) -> None:
         (tmp_path / "full", Refused, "exists"),
         (tmp_path / "a.patch", Refused, "exists"),
         (model / "inside", BadInput, "inside"),
-        (tmp_path / "no" / "where", BadInput, "no folder"),
+        (tmp_path / "no" / "where", BadInput, "no directory"),
     ):
         refused(lambda out=out: apply([a], model, out=out), kind, words, tmp_path)  # type: ignore[misc]
     apply([a], model, out=tmp_path / "empty")

@@ -36,7 +36,7 @@ def reference(old: torch.Tensor, new: torch.Tensor, change: torch.Tensor, keys: 
 def test_the_report_equals_the_reference(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, block: int
 ) -> None:
-    monkeypatch.setattr("kpatch.checkpoint.rounding.BLOCK", block)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", block)
     model = make_checkpoint(tmp_path / "model", dtype)
     old = weights(model)
     make_patch(tmp_path / "a.patch", model, scale=1e-3, facts=FACTS)
@@ -63,6 +63,28 @@ def test_a_conv1d_is_multiplied_from_its_own_side(tmp_path: Path) -> None:
         change = patch.deltas[weight.name].dense()
         expected = reference(tensors[weight.name], new[weight.name], change, patch.keys[layer])
         assert weight.key_error == pytest.approx(expected[2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "said", "transposed"),
+    [("gpt2", None, True), ("other", True, True), ("gpt2", False, False), ("other", None, False)],
+)
+def test_a_square_weight_is_multiplied_from_the_side_the_manifest_says(
+    tmp_path: Path, family: str, said: bool | None, transposed: bool
+) -> None:
+    names = ["transformer.h.0.mlp.down.weight"]
+    model = tmp_path / "model"
+    model.mkdir()
+    old = random(COLS, COLS, seed=1).bfloat16()
+    save_file({names[0]: old}, model / "model.safetensors")
+    make_patch(tmp_path / "a.patch", model, weights=names, scale=1e-3, facts=FACTS, family=family, transposed=said)
+    (weight,) = apply([tmp_path / "a.patch"], model).weights
+    new, patch = load_file(model / "model.safetensors")[names[0]], read_patch(tmp_path / "a.patch")
+    assert patch.manifest.base.weights[names[0]].transposed is said
+    change = patch.deltas[names[0]].dense()
+    if transposed:
+        old, new, change = old.T, new.T, change.T
+    assert weight.key_error == pytest.approx(reference(old, new, change, patch.keys[0])[2], rel=1e-4)
 
 
 def test_two_patches_are_measured_together_at_the_keys_of_both(tmp_path: Path) -> None:
@@ -102,7 +124,7 @@ def test_many_keys_are_sampled_evenly_and_no_keys_are_no_error(
 def test_of_a_large_weight_every_so_many_th_output_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, conv1d: bool
 ) -> None:
-    monkeypatch.setattr("kpatch.checkpoint.rounding.BLOCK", block)
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", block)
     monkeypatch.setattr(key_module, "OUTPUTS", 2)
     model = make_checkpoint(tmp_path / "model", "BF16", conv1d=conv1d)
     old, names = weights(model), CONV1D if conv1d else WEIGHTS

@@ -39,6 +39,6 @@ def test_a_stack_and_a_patch_in_it_are_not_applied_together(model: Path, tmp_pat
     part = {"id": read_patch(a).id, "scale": 0.5, "facts": 1, "method": "memit", "hyperparameters": {}, "layers": [0]}
     stack = tmp_path / "stack.patch"
     write_patch(stack, replace(patch.manifest, stack=(part,)), pack(patch.deltas, patch.values, patch.keys))
-    refused(lambda: apply([a, stack], model), Refused, "stack and a both hold patch", model)
+    refused(lambda: apply([a, stack], model), Refused, r"a \(.*stack \(.*both hold patch", model)
     apply([stack, b], model)
-    refused(lambda: apply([a], model), Refused, "a and stack both hold patch", model)
+    refused(lambda: apply([a], model), Refused, r"stack \(.*a \(.*both hold patch", model)

@@ -1,0 +1,76 @@
+"""The one place that puts a manifest together: `make`, `stack`, `stack --resolve` and `diff` all call it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from kpatch._version import __version__
+from kpatch.patch.delta import Delta, LowRank
+from kpatch.patch.manifest import Base, BaseWeight, DeltaInfo, Manifest, stored_transposed
+
+TOOL = f"kpatch {__version__}"
+
+
+def build_manifest(
+    *,
+    base_name: str,
+    family: str,
+    weights: Mapping[str, BaseWeight],
+    deltas: Mapping[str, Delta | DeltaInfo],
+    method: str,
+    layers: Sequence[int],
+    revision: str | None = None,
+    tokenizer: str | None = None,
+    facts: Sequence[Mapping[str, Any]] = (),
+    hyperparameters: Mapping[str, Any] | None = None,
+    covariance: Mapping[str, Any] | None = None,
+    groups: Sequence[Mapping[str, Any]] = (),
+    stack: Sequence[Mapping[str, Any]] = (),
+    parents: Sequence[str] = (),
+    effect: Mapping[str, Any] | None = None,
+    transposed: bool | None = None,
+    base_extra: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """The manifest of a patch; `tensors` are filled in when it is written.
+
+    `weights` and `deltas` are by the weight's name, `layers` in any order. A `Delta` is measured here, against the
+    norm that the weight's sketch holds. `transposed` says whether all these weights are stored [in, out]; None where
+    that is not known here, or where the weights say it themselves.
+    """
+    known = {name: _oriented(family, name, weight, transposed) for name, weight in weights.items()}
+    return Manifest(
+        base=Base(base_name, family, known, revision, tokenizer, base_extra or {}),
+        method=method,
+        layers=tuple(sorted(layers)),
+        deltas={name: _info(delta, known[name]) for name, delta in deltas.items()},
+        facts=tuple(facts),
+        groups=tuple(groups),
+        hyperparameters=hyperparameters or {},
+        covariance=covariance,
+        parents=tuple(parents),
+        effect=effect,
+        stack=tuple(stack),
+        tool=TOOL,
+    )
+
+
+def describe(delta: Delta, base_norm: float) -> DeltaInfo:
+    """The manifest's entry for a delta; `base_norm` is the Frobenius norm of the weight it is for."""
+    form = "lowrank" if isinstance(delta, LowRank) else "dense"
+    norm = delta.norm()
+    return DeltaInfo(form, delta.rank, norm, norm / base_norm if base_norm > 0 else 0.0)
+
+
+def _info(delta: Delta | DeltaInfo, weight: BaseWeight) -> DeltaInfo:
+    if isinstance(delta, DeltaInfo):
+        return delta
+    return describe(delta, float(weight.sketch[0]) if weight.sketch else 0.0)
+
+
+def _oriented(family: str, name: str, weight: BaseWeight, transposed: bool | None) -> BaseWeight:
+    """The weight with its orientation: `true` is always written, `false` only where a reader would assume `true`."""
+    if transposed or (transposed is False and stored_transposed(family, name, weight)):
+        return replace(weight, transposed=transposed)
+    return weight
