@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
+from threading import Lock, RLock, get_ident
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-from kpatch.errors import Refused
+from kpatch.errors import BadInput, Refused
+from kpatch.evaluate.wrapped import active_adapter, network, parameter
 from kpatch.models.model import Model, tokenizer_hash
 from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.fingerprint import NAMES, same_weights, sha256_of
 from kpatch.patch.format import Patch, read_patch
 from kpatch.patch.manifest import BaseWeight, matrix_shape
+from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -28,101 +30,166 @@ Deltas = Mapping[str, Delta]
 
 
 @dataclass(eq=False)
-class _Applied:
-    """One patch that is on now, and the patches it holds. `id` is empty for bare deltas."""
+class _Weight:
+    """A weight that live patches change, its name in the checkpoint, and the tensor that it had before them."""
+
+    name: str
+    parameter: nn.Parameter
+    base: Tensor
+
+
+@dataclass(eq=False)
+class _Live:
+    """One patch in effect, the patches it holds, and the thread that entered it. `id` is empty for bare deltas."""
 
     id: str
-    deltas: Deltas
+    deltas: Mapping[_Weight, Delta]
     holds: frozenset[str] = frozenset()
+    thread: int = field(default_factory=get_ident)
 
 
-@dataclass
 class _State:
-    """What is changed in one network: the tensors it had before, and the patches, in the order they came."""
+    """The live patches of one network, in the order they came, and the weights they change.
 
-    bases: dict[str, Tensor] = field(default_factory=dict)
-    applied: list[_Applied] = field(default_factory=list)
+    Every method wants `lock` held: patches may be entered and left by several threads.
+    """
+
+    def __init__(self) -> None:
+        self.lock = RLock()
+        self.weights: list[_Weight] = []
+        self.live: list[_Live] = []
+
+    def weight(self, name: str, parameter: nn.Parameter) -> _Weight:
+        """The record of a weight; a new one where no live patch changes it. Names are no key: one tensor can have
+        two (tied), and PEFT renames what it wraps."""
+        known = (one for one in self.weights if one.parameter is parameter)
+        return next(known, None) or _Weight(name, parameter, parameter.data)
+
+    def follow(self, net: nn.Module) -> None:
+        """Take over what `net.to(…)` did meanwhile: other parameters, another dtype or device."""
+        for weight in self.weights:
+            now = parameter(net, weight.name)
+            if now is not None and now.shape == weight.base.shape:
+                weight.parameter = now
+            if not weight.parameter.is_meta:  # there the base would be lost
+                weight.base = weight.base.to(weight.parameter.device, weight.parameter.dtype)
+
+    def enter(self, new: _Live) -> None:
+        """Put a patch into effect. Raises Refused, before anything changes, for sums out of the dtype's range."""
+        sums = {weight: self._summed(weight, [*self.live, new]) for weight in new.deltas}
+        for weight, total in sums.items():
+            if not bool(torch.isfinite(total).all()):
+                raise Refused(
+                    f"The patch drives {weight.name} out of the range of {_dtype(weight.base)}",
+                    hint="load the model with `dtype` float32 or bfloat16",
+                )
+        self.live.append(new)
+        self.weights += [weight for weight in sums if weight not in self.weights]
+        for weight, total in sums.items():
+            weight.parameter.data = total
+
+    def leave(self, net: nn.Module, old: _Live, report: Reporter) -> None:
+        """Take a patch out of effect. A failure at one weight does not keep the others from coming back."""
+        if old in self.live:
+            self.live.remove(old)
+        self.follow(net)
+        failed: list[BaseException] = []
+        for weight in old.deltas:
+            try:
+                self._put(weight, report)
+            except BaseException as error:
+                failed.append(error)
+        self.weights = [weight for weight in self.weights if any(weight in one.deltas for one in self.live)]
+        if failed:
+            raise failed[0]
+
+    def _put(self, weight: _Weight, report: Reporter) -> None:
+        if weight.parameter.is_meta:
+            return  # offloaded meanwhile: there are no numbers to put back
+        others = [one for one in self.live if weight in one.deltas]
+        weight.parameter.data = self._summed(weight, others) if others else weight.base
+        if others and not bool(torch.isfinite(weight.parameter).all()):
+            report.warn(f"{weight.name} is out of the range of {_dtype(weight.base)} with the patches that remain")
+
+    @torch.no_grad()
+    def _summed(self, weight: _Weight, live: Iterable[_Live]) -> Tensor:
+        """round(base + Σ Δ) for one weight. The sum goes by patch id, so that it is the same whatever came first."""
+        base = weight.base
+        wide = torch.device("cpu") if base.device.type == "mps" else base.device  # no float64 there
+        by_id = sorted(live, key=lambda one: one.id)
+        deltas = [_on(one.deltas[weight], wide) for one in by_id if weight in one.deltas]
+        result = torch.empty_like(base, memory_format=torch.contiguous_format)
+        rows, cols = matrix_shape(base.shape)
+        before, after = base.reshape(rows, cols), result.view(rows, cols)
+        step = max(1, _BLOCK // cols)
+        for begin in range(0, rows, step):
+            end = min(begin + step, rows)
+            total = before[begin:end].to(wide).double()
+            for delta in deltas:
+                total += delta.rows(begin, end)
+            after[begin:end] = total.to(base.dtype)
+        return result
 
 
 _states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+_states_lock = Lock()
 
 
 @contextmanager
 def patched(
     model: AnyModel,
-    patch: Patch | Deltas | str | Path,
+    patch: PatchSource | Deltas,
     tokenizer: Any = None,
     report: Reporter = SILENT,
 ) -> Iterator[AnyModel]:
     """Add a patch to a transformers model or a `Model` in memory while the `with` lasts; yields the model given.
 
-    `patch` is a Patch, the path of one, or {weight name: LowRank | Dense} in the orientation in which W is stored.
-    W becomes round(base + Σ Δ), summed in float64 over all patches that are on; patches nest when made for the same
-    base, and their order does not matter. The original tensors themselves come back at the end, after an error too;
-    changes made to the weights meanwhile are lost. With a tokenizer (a Model has one) another one than the patch was
-    made with is warned of. Raises Refused, before anything changes, for another base, names or shapes that do not
-    fit, a patch that is on already, a weight that is not in memory; BadInput, Damaged for a file that is no patch.
+    `model` may be inside a wrapper of PEFT, torch.compile or data parallelism. `patch` is the path of a patch, what
+    was read from one, or {weight name: LowRank | Dense} in the orientation in which W is stored.
+
+    W becomes round(base + Σ Δ), summed in float64 over all patches in effect; patches nest when made for the same
+    base, and their order does not matter. Threads may enter and leave patches of one model in any order; the weights
+    are the model's, so each thread sees the sum of all of them, and a warning says so. The original tensors come back
+    with the last patch, after an error too; other changes made to these weights meanwhile are lost, but for
+    `model.to(dtype)` and `model.to(device)`, which are followed.
+
+    With a tokenizer (a Model has one), a warning says when the patch was made with another one. Raises Refused,
+    before anything changes, for another base, names or shapes that do not fit, a patch that is in effect already
+    (itself, in a stack or as an active adapter), a weight that is not in memory; BadInput, Damaged for a file that is
+    no patch; BadInput for something that is no model.
     """
-    net: Any = model.net if isinstance(model, Model) else model
-    if isinstance(patch, str | Path):
-        patch = read_patch(patch)
-    state = _states.setdefault(net, _State())
-    if isinstance(patch, Patch):
-        new = _Applied(patch.id, patch.deltas, patch.manifest.holds(patch.id))
-    else:
-        new = _Applied("", patch)
-    weights = _fitting(net, new)
-    if isinstance(patch, Patch):
-        _check_once(state, new)
-        _check_base(patch, {name: state.bases.get(name, weight.data) for name, weight in weights.items()})
-        _check_company(state, patch, tokenizer or (model.tokenizer if isinstance(model, Model) else None), report)
-    sums = {name: _summed(state, name, weight, new) for name, weight in weights.items()}
+    net = network(model)
+    deltas = _read(patch)
+    whole = deltas if isinstance(deltas, Patch) else None
+    tokenizer = tokenizer or (model.tokenizer if isinstance(model, Model) else None)
+    with _states_lock:
+        state = _states.setdefault(net, _State())
+    with state.lock:
+        state.follow(net)
+        new = _fitting(net, state, deltas)
+        if whole is not None:
+            _check_once(state, new)
+            _check_base(whole, {weight.name: weight.base for weight in new.deltas})
+        _check_adapters(net, new, deltas.deltas if isinstance(deltas, Patch) else deltas)
+        _warn(state, new, whole, tokenizer, report)
+        try:
+            state.enter(new)
+        except BaseException:
+            state.leave(net, new, report)
+            raise
     try:
-        for name, weight in weights.items():
-            state.bases.setdefault(name, weight.data)
-            weight.data = sums[name]
-        state.applied.append(new)
-        del sums
         yield model
     finally:
-        if new in state.applied:
-            state.applied.remove(new)
-        for name, weight in weights.items():
-            if name in state.bases:
-                _put_back(state, name, weight)
+        with state.lock:
+            state.leave(net, new, report)
 
 
-def _put_back(state: _State, name: str, weight: nn.Parameter) -> None:
-    if any(name in other.deltas for other in state.applied):
-        weight.data = _summed(state, name, weight)
-        return
-    base = state.bases.pop(name)
-    weight.data = base if base.device == weight.device else base.to(weight.device)
-
-
-@torch.no_grad()
-def _summed(state: _State, name: str, weight: nn.Parameter, new: _Applied | None = None) -> Tensor:
-    """round(base + Σ Δ) for one weight. The sum goes by patch id, so that it is the same whatever came first."""
-    base = state.bases.get(name, weight.data)
-    applied = sorted([*state.applied, *([new] if new else [])], key=lambda one: one.id)
-    wide = torch.device("cpu") if base.device.type == "mps" else base.device  # no float64 there
-    deltas = [_on(one.deltas[name], wide) for one in applied if name in one.deltas]
-    result = torch.empty_like(base, memory_format=torch.contiguous_format)
-    rows, cols = matrix_shape(base.shape)
-    before, after = base.reshape(rows, cols), result.view(rows, cols)
-    step = max(1, _BLOCK // cols)
-    for begin in range(0, rows, step):
-        end = min(begin + step, rows)
-        total = before[begin:end].to(wide).double()
-        for delta in deltas:
-            total += delta.rows(begin, end)
-        after[begin:end] = total.to(base.dtype)
-    if not bool(torch.isfinite(result).all()):
-        raise Refused(
-            f"The patch drives {name} out of the range of {str(base.dtype).removeprefix('torch.')}",
-            hint="load the model with --dtype float32 or bfloat16",
-        )
-    return result
+def _read(patch: PatchSource | Deltas) -> Patch | Deltas:
+    if isinstance(patch, Patch | Mapping):
+        return patch
+    if isinstance(patch, Sequence) and not isinstance(patch, str):
+        raise BadInput("Expected one patch, found several", hint="nest them: one `with` for each, or stack them")
+    return read_patch(patch)
 
 
 def _on(delta: Delta, device: torch.device) -> Delta:
@@ -131,36 +198,48 @@ def _on(delta: Delta, device: torch.device) -> Delta:
     return Dense(delta.delta.to(device), delta.known_rank)
 
 
-def _fitting(net: Any, new: _Applied) -> dict[str, nn.Parameter]:
-    """The parameters that the deltas are for. Raises Refused with everything that does not fit."""
-    found, wrong = {}, []
-    for name, delta in new.deltas.items():
+def _fitting(net: nn.Module, state: _State, patch: Patch | Deltas) -> _Live:
+    """A patch on the weights that it is for. Raises Refused with everything that does not fit."""
+    name_of = patch.id if isinstance(patch, Patch) else ""
+    deltas = patch.deltas if isinstance(patch, Patch) else patch
+    found: dict[_Weight, Delta] = {}
+    wrong: list[str] = []
+    for name, delta in deltas.items():
         shown = printable(name, 120)
-        try:
-            weight = net.get_parameter(name)
-        except AttributeError:
+        weight = parameter(net, name)
+        if weight is None:
             wrong.append(f"{shown}: the model has no such weight")
-            continue
-        if weight.is_meta:
+        elif weight.is_meta:
             wrong.append(f"{shown}: its values are not in memory (offloaded)")
         elif weight.dtype not in NAMES:
-            wrong.append(f"{shown}: expected float numbers, found {str(weight.dtype).removeprefix('torch.')}")
+            wrong.append(f"{shown}: expected float numbers, found {_dtype(weight)}")
         elif not weight.ndim or matrix_shape(weight.shape) != delta.shape:
             wrong.append(f"{shown}: expected shape {list(delta.shape)}, found {list(weight.shape)}")
+        elif any(one.parameter is weight for one in found):
+            wrong.append(f"{shown}: the model has one tensor for it and for another weight of the patch")
         else:
-            found[name] = weight
+            found[state.weight(name, weight)] = delta
     if wrong:
         raise Refused(
-            f"{_called(new.id)} does not fit this model",
+            f"{_called(name_of)} does not fit this model",
             details=wrong,
             hint="`kpatch show` names the base a patch was made for",
         )
-    return found
+    return _Live(name_of, found, patch.manifest.holds(name_of) if isinstance(patch, Patch) else frozenset())
 
 
-def _check_once(state: _State, new: _Applied) -> None:
-    if any(one.id == new.id or one.holds & new.holds for one in state.applied):
+def _check_once(state: _State, new: _Live) -> None:
+    if any(one.id == new.id or one.holds & new.holds for one in state.live):
         raise Refused(f"{_called(new.id)} is on this model already, itself or in a stack")
+
+
+def _check_adapters(net: nn.Module, new: _Live, deltas: Deltas) -> None:
+    adapter = active_adapter(net, deltas)
+    if adapter is not None:
+        raise Refused(
+            f"{_called(new.id)} is on this model already, as its active adapter {adapter!r}",
+            hint="its edit would count twice: disable the adapter, or leave the patch out",
+        )
 
 
 def _check_base(patch: Patch, bases: Mapping[str, Tensor]) -> None:
@@ -189,15 +268,26 @@ def _misfit(name: str, expected: BaseWeight | None, tensor: Tensor) -> list[str]
     return [f"{shown}: other weights, not the same ones in {found} instead of {expected.dtype}"]
 
 
-def _check_company(state: _State, patch: Patch, tokenizer: Any, report: Reporter) -> None:
-    """Warn of what makes a patch less than it was measured to be, but not wrong."""
-    on = {identity for one in state.applied for identity in (one.id, *one.holds)}
+def _warn(state: _State, new: _Live, patch: Patch | None, tokenizer: Any, report: Reporter) -> None:
+    """Warn of what makes a patch another change than the one that was measured, but not a wrong one."""
+    others = [one for one in state.live if one.thread != new.thread]
+    if others:
+        report.warn(
+            f"{_called(others[0].id)} is on this model too, entered by another thread: both threads see the sum"
+        )
+    if patch is None:
+        return
+    on = {identity for one in state.live for identity in (one.id, *one.holds)}
     missing = [parent[:12] for parent in patch.manifest.parents if parent not in on]
     if missing:
         report.warn(f"{_called(patch.id)} was made on top of {', '.join(missing)}, which this model does not carry")
     expected = patch.manifest.base.tokenizer
     if expected is not None and tokenizer is not None and tokenizer_hash(tokenizer) != expected:
         report.warn(f"{_called(patch.id)} was made with another tokenizer than this model's; its facts may not hold")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _called(patch_id: str) -> str:

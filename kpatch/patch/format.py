@@ -28,6 +28,7 @@ from kpatch.patch.header import (
     read_header,
 )
 from kpatch.patch.manifest import Manifest, ManifestError, TensorInfo
+from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -36,13 +37,17 @@ _CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class Patch:
-    """A patch in memory: deltas by weight in the orientation W is stored in; values [n, d], keys by layer [n, f]."""
+    """A patch in memory: deltas by weight in the orientation W is stored in; values [n, d], keys by layer [n, f].
+
+    `path` is the file it was read from.
+    """
 
     manifest: Manifest
     id: str
     deltas: Mapping[str, Delta]
     values: Tensor | None
     keys: Mapping[int, Tensor]
+    path: Path | None = None
 
 
 def pack(
@@ -113,17 +118,17 @@ def _prepare(manifest: Manifest, tensors: Mapping[str, Tensor]) -> tuple[bytes, 
     return header, order, identity
 
 
-def read_patch(path: str | Path) -> Patch:
+def read_patch(patch: PatchSource) -> Patch:
     """Read a whole patch into memory, every hash checked.
 
     Raises BadInput, Damaged or Refused as `read_header`; Damaged for a wrong hash, NaN or Inf.
     """
-    info = read_header(path)
+    info = read_header(patch)
     manifest = info.manifest
     tensors = {name: read_tensor(info, name) for name in sorted(manifest.tensors)}
     keys = {layer: tensors[f"{KEYS}{layer}"] for layer in manifest.layers if f"{KEYS}{layer}" in tensors}
     deltas = {name: _delta(info, name, tensors) for name in sorted(manifest.deltas)}
-    return Patch(manifest, info.id, deltas, tensors.get(VALUES), keys)
+    return Patch(manifest, info.id, deltas, tensors.get(VALUES), keys, info.path)
 
 
 def read_delta(info: PatchInfo, weight: str) -> Delta:
@@ -155,12 +160,12 @@ def read_tensor(info: PatchInfo, name: str) -> Tensor:
     return tensor
 
 
-def verify(path: str | Path, report: Reporter = SILENT) -> PatchInfo:
+def verify(patch: PatchSource, report: Reporter = SILENT) -> PatchInfo:
     """Check a patch whole, one block at a time: header, every tensor's hash, no NaN or Inf.
 
     Raises BadInput, Damaged or Refused as `read_patch`; gives the header when all is well.
     """
-    info = read_header(path)
+    info = read_header(patch)
     amount = sum(entry.end - entry.begin for entry in info.entries.values())
     with report.task(f"Checking {info.name}", amount, "B") as advance:
         try:
@@ -169,7 +174,7 @@ def verify(path: str | Path, report: Reporter = SILENT) -> PatchInfo:
                     _verify_tensor(info, handle, name, entry)
                     advance(entry.end - entry.begin)
         except (OSError, ContainerError) as error:
-            raise Damaged(f"{path} cannot be read", details=[printable(str(error))]) from None
+            raise Damaged(f"{info.path} cannot be read", details=[printable(str(error))]) from None
     return info
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from kpatch.patch.container import Container, ContainerError, CutOff, Entry, NotAFile, open_regular, read_container
 from kpatch.patch.manifest import FLOAT_DTYPES, Manifest, ManifestError, NewerFormat, TensorInfo, matrix_shape
+from kpatch.patch.sources import PatchSource, ReadPatch, patch_path
 from kpatch.text import printable
 
 METADATA_KEY = "kpatch"
@@ -61,13 +62,24 @@ class PatchInfo:
         ]
 
 
-def read_header(path: str | Path) -> PatchInfo:
+def read_header(patch: PatchSource) -> PatchInfo:
     """Read and check the header of a patch file; tensors are not read.
 
     Raises BadInput for a file that is no patch, Damaged for a patch that is cut off or breaks the format, Refused for
-    a patch of a later format.
+    a patch of a later format, and where a patch in memory is no longer the one in its file.
     """
-    path = Path(path)
+    path = patch_path(patch)
+    info = _read(path)
+    if isinstance(patch, ReadPatch) and patch.id != info.id:
+        raise Refused(
+            f"{path} is another patch than the one that was read from it",
+            details=[f"expected {patch.id[:12]}", f"found {info.id[:12]}"],
+            hint="read the file again",
+        )
+    return info
+
+
+def _read(path: Path) -> PatchInfo:
     shown = printable(str(path))
     try:
         handle = open_regular(path)

@@ -1,0 +1,89 @@
+"""Models inside a wrapper of another library: the network itself, its weights, and the adapters active on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kpatch.errors import BadInput
+from kpatch.models.model import Model
+from kpatch.patch.delta import Delta, Dense, inner
+
+_SAME = 0.9  # cosine above which an adapter is the patch itself: rounded to bfloat16, or cut to a lower rank
+
+
+def network(model: object) -> nn.Module:
+    """The network of a `Model`, or inside the wrappers of PEFT, torch.compile and data parallelism.
+
+    Raises BadInput for anything that is no network, such as the path of one.
+    """
+    net: Any = model.net if isinstance(model, Model) else model
+    while isinstance(net, nn.Module):
+        kind: Any = type(net)
+        if "_orig_mod" in net._modules:  # torch.compile
+            net = net._modules["_orig_mod"]
+        elif isinstance(net, nn.parallel.DistributedDataParallel | nn.DataParallel):
+            net = net.module
+        elif hasattr(net, "peft_config") and hasattr(kind, "get_base_model"):
+            net = kind.get_base_model(net)
+        else:
+            return net
+    raise BadInput(
+        f"Expected a model in memory, found {_described(model)}",
+        hint="load it first: AutoModelForCausalLM.from_pretrained(…), or kpatch.load_model(…)",
+    )
+
+
+def parameter(net: nn.Module, name: str) -> nn.Parameter | None:
+    """The weight that a checkpoint calls `name`, below a layer that PEFT put around it; None where there is none."""
+    path, _, last = name.rpartition(".")
+    try:
+        module = net.get_submodule(path)
+    except AttributeError:
+        return None
+    while isinstance(inside := module._modules.get("base_layer"), nn.Module):
+        module = inside
+    return module._parameters.get(last)
+
+
+@torch.no_grad()
+def active_adapter(net: nn.Module, deltas: Mapping[str, Delta]) -> str | None:
+    """The name of a LoRA adapter that is active on the network and makes the same change as `deltas`, if there is one.
+
+    Its change and that of the patch are compared by the cosine between them, over all weights of the patch.
+    """
+    products: dict[str, float] = {}
+    squares: dict[str, float] = {}
+    for name, delta in deltas.items():
+        layer: Any = _layer(net, name)
+        if layer is None or getattr(layer, "disable_adapters", False):
+            continue
+        for adapter in layer.active_adapters:
+            if adapter in layer.lora_A:
+                change = Dense(layer.get_delta_weight(adapter).float().cpu())
+                if change.shape == delta.shape:
+                    products[adapter] = products.get(adapter, 0.0) + inner(change, delta)
+                    squares[adapter] = squares.get(adapter, 0.0) + change.norm() ** 2
+    whole = sum(delta.norm() ** 2 for delta in deltas.values())
+    for adapter, product in products.items():
+        if product > _SAME * (squares[adapter] * whole) ** 0.5 > 0:
+            return adapter
+    return None
+
+
+def _layer(net: nn.Module, name: str) -> nn.Module | None:
+    """The layer that PEFT put around a weight."""
+    try:
+        module = net.get_submodule(name.rpartition(".")[0])
+    except AttributeError:
+        return None
+    known = all(hasattr(module, part) for part in ("lora_A", "active_adapters", "get_delta_weight"))
+    return module if known else None
+
+
+def _described(value: object) -> str:
+    kind = type(value).__name__
+    return f"the {kind} {value!r}" if isinstance(value, str) else f"a value of type {kind}"
