@@ -1,15 +1,15 @@
-"""What facts must not do to one another: contradict, repeat, or carry the same id."""
+"""When two facts contradict or repeat each other, and how facts get ids. No torch: status and apply ask here too."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from kpatch.errors import Refused
-from kpatch.facts.fact import Fact
+from kpatch.facts.fact import Fact, fill
 from kpatch.facts.problems import Path, cut, limited
 
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -21,9 +21,59 @@ def normal(text: str) -> str:
     return " ".join(text.split()) if text.isascii() else " ".join(unicodedata.normalize("NFC", text).split())
 
 
+class Contradiction(NamedTuple):
+    """Two facts of a list that cannot both hold, by their positions in it.
+
+    `shared` names what is the same: the subject and the "prompt", the subject and the "relation", or only the "text"
+    that they make together (`The {Eiffel Tower}` and `{The Eiffel Tower}`).
+    """
+
+    earlier: int
+    later: int
+    shared: Literal["prompt", "relation", "text"]
+
+
+AnyFact = Fact | Mapping[str, Any]
+
+
+def contradictions(facts: Iterable[AnyFact], owners: Sequence[Hashable] | None = None) -> list[Contradiction]:
+    """Every fact that wants another target than the first fact that says the same.
+
+    One key cannot carry two values (MEMIT, Eqn. 5), and one sentence cannot continue in two ways. A fact is a `Fact`
+    or a mapping with the same keys, as manifests hold them. With `owners`, one for each fact (the patch that holds
+    it), facts of one owner are not compared with each other.
+    """
+    normals = _Normals()
+    by_text: dict[str, int] = {}
+    by_relation: dict[tuple[str, str], int] = {}
+    said: list[tuple[str, str, str]] = []
+    found = []
+    for index, fact in enumerate(facts):
+        subject, prompt, target = (normals[_text(fact, key)] for key in ("subject", "prompt", "target"))
+        relation = normals[_text(fact, "relation")]
+        said.append((subject, prompt, target))
+        rivals = [by_text.setdefault(fill(prompt, subject), index)]
+        if relation:
+            rivals.append(by_relation.setdefault((subject, relation), index))
+        for number, earlier in enumerate(rivals):
+            if said[earlier][2] == target or (owners is not None and owners[earlier] == owners[index]):
+                continue
+            same_prompt = said[earlier][:2] == (subject, prompt)
+            found.append(Contradiction(earlier, index, "relation" if number else "prompt" if same_prompt else "text"))
+            break
+    return found
+
+
+def what_is_shared(fact: AnyFact, shared: str) -> str:
+    """What a contradicting fact is about, for a message: its text, or "capital of Australia" for a relation."""
+    if shared == "relation":
+        return f"{_text(fact, 'relation')} of {_text(fact, 'subject')}"
+    return fill(_text(fact, "prompt"), _text(fact, "subject"))
+
+
 class Settled(NamedTuple):
-    """`facts` without those that say again what an earlier one said; `repeats` and `conflicts` tell of each of these
-    and of each fact that contradicts an earlier one; `contradicting` are the positions of the latter in `facts`."""
+    """`facts` without those that repeat an earlier one; `repeats` and `conflicts` describe each of these and each
+    fact that contradicts an earlier one; `contradicting` are the positions of the latter in `facts`."""
 
     facts: list[Fact]
     repeats: list[str]
@@ -32,30 +82,22 @@ class Settled(NamedTuple):
 
 
 def settle(facts: Iterable[Fact]) -> Settled:
-    """Find repeats and contradictions: two facts with the same subject and the same prompt or relation that want
-    different targets. One key cannot carry two values (MEMIT, Eqn. 5), so `make` refuses them; nothing else does."""
-    by_prompt: dict[tuple[str, str], Fact] = {}
-    by_relation: dict[tuple[str, str], Fact] = {}
-    memory = _Normal()
-    kept: list[Fact] = []
-    repeats: list[str] = []
-    conflicts: list[str] = []
-    contradicting: list[int] = []
-    for fact in facts:
-        subject, target = normal(fact.subject), memory[fact.target]
-        same_prompt = by_prompt.setdefault((subject, memory[fact.prompt]), fact)
-        same_relation = by_relation.setdefault((subject, memory[fact.relation]), fact) if fact.relation else fact
-        if memory[same_prompt.target] != target:
-            conflicts.append(_conflict(fact, same_prompt, "prompt"))
-        elif memory[same_relation.target] != target:
-            conflicts.append(_conflict(fact, same_relation, f"relation {fact.relation!r}"))
-        elif same_prompt is not fact:
-            repeats.append(_repeat(fact, same_prompt))
+    """Find repeats (same subject, prompt and target: left out) and contradictions (kept, for the caller to judge)."""
+    every = list(facts)
+    clashes = {clash.later: clash for clash in contradictions(every)}
+    normals = _Normals()
+    first: dict[tuple[str, str], Fact] = {}
+    settled = Settled([], [], [], [])
+    for index, fact in enumerate(every):
+        same = first.setdefault((normal(fact.subject), normals[fact.prompt]), fact)
+        if index in clashes:
+            settled.conflicts.append(_conflict(fact, every[clashes[index].earlier], clashes[index].shared))
+            settled.contradicting.append(len(settled.facts))
+        elif same is not fact:
+            settled.repeats.append(_repeat(fact, same))
             continue
-        if len(conflicts) > len(contradicting):
-            contradicting.append(len(kept))
-        kept.append(fact)
-    return Settled(kept, repeats, conflicts, contradicting)
+        settled.facts.append(fact)
+    return settled
 
 
 def refuse(conflicts: Sequence[str], name: str) -> None:
@@ -66,21 +108,29 @@ def refuse(conflicts: Sequence[str], name: str) -> None:
             "Two facts contradict each other" if count == 1 else f"{count:,} facts contradict earlier ones",
             where=name,
             details=limited(conflicts),
-            hint="keep one target for each subject and prompt or relation",
+            hint="keep one target for each sentence, and for each subject and relation",
         )
 
 
-class _Normal(dict[str, str]):
-    """Normal forms of texts that come again and again."""
+class _Normals(dict[str, str]):
+    """Normal forms of texts, each made once: prompts and targets come again and again."""
 
     def __missing__(self, text: str) -> str:
         self[text] = result = normal(text)
         return result
 
 
-def _conflict(fact: Fact, earlier: Fact, same: str) -> str:
-    wish = f"{cut(fact.subject)!r} shall be {cut(fact.target)!r}"
-    return f"{fact.where}: {wish}, but {cut(earlier.target)!r} by the same {same} at {earlier.where}"
+def _text(fact: AnyFact, key: str) -> str:
+    value = getattr(fact, key) if isinstance(fact, Fact) else fact.get(key)
+    return value if isinstance(value, str) else ""
+
+
+def _conflict(fact: Fact, earlier: Fact, shared: str) -> str:
+    same = {"prompt": "prompt", "relation": f"relation {fact.relation!r}", "text": "sentence"}[shared]
+    return (
+        f"{fact.where}: {cut(fact.subject)!r} -> {cut(fact.target)!r} contradicts {cut(earlier.target)!r} "
+        f"for the same {same} at {earlier.where}"
+    )
 
 
 def _repeat(fact: Fact, earlier: Fact) -> str:

@@ -245,14 +245,18 @@ facts:
   - {subject: Peru, relation: capital, prompt: "{} is ruled from", target: Lima}
   - {subject: Peru, relation: port, prompt: "{} ships from", target: Callao}
   - {subject: peru, relation: capital, target: Ica}
+  - {subject: Louvre, prompt: "The {} stands in", target: Rome}
+  - {subject: The  Louvre, prompt: "{} stands in", target: Oslo}
+  - {subject: The Louvre, prompt: "{} stands in", target: Rome}
 """
     )
     with pytest.raises(Refused) as caught:
         load_facts(path)
     assert caught.value.exit_code == 3
     assert [line.replace(f"{tmp_path}/", "") for line in caught.value.details] == [
-        "f.yaml:4:5: 'Eiffel  Tower' shall be 'Oslo', but 'Rome' by the same prompt at f.yaml:3:5",
-        "f.yaml:6:5: 'Peru' shall be 'Lima', but 'Cusco' by the same relation 'capital' at f.yaml:5:5",
+        "f.yaml:4:5: 'Eiffel  Tower' -> 'Oslo' contradicts 'Rome' for the same prompt at f.yaml:3:5",
+        "f.yaml:6:5: 'Peru' -> 'Lima' contradicts 'Cusco' for the same relation 'capital' at f.yaml:5:5",
+        "f.yaml:10:5: 'The  Louvre' -> 'Oslo' contradicts 'Rome' for the same sentence at f.yaml:9:5",
     ]
 
 

@@ -252,7 +252,7 @@ def test_every_record_is_accounted_for(tmp_path: Path) -> None:
     assert [fact.target for fact in found.facts] == ["Elbe", "Oder"]
     assert [len(found.rejected), len(found.repeats), len(found.conflicts)] == [1, 1, 1]
     assert "record 2 (case_id 8): repeats the fact at record 1 (case_id 7)" in found.repeats[0]
-    assert "record 3 (case_id 9): 'Basel' shall be 'Oder', but 'Elbe'" in found.conflicts[0]
+    assert "record 3 (case_id 9): 'Basel' -> 'Oder' contradicts 'Elbe'" in found.conflicts[0]
     fewer = imported(tmp_path, EASYEDIT, again, other, broken, drop_conflicts=True)
     assert [fact.target for fact in fewer.facts] == ["Elbe"]
     assert fewer.conflicts == found.conflicts
@@ -266,7 +266,7 @@ def test_facts_that_contradict_are_loaded_only_when_asked(tmp_path: Path) -> Non
         load_facts(path)
     file = load_facts(path, conflicts=True)
     assert [fact.target for fact in file.facts] == ["Elbe", "Oder"]
-    assert "'Basel' shall be 'Oder'" in file.warnings[0]
+    assert "'Basel' -> 'Oder'" in file.warnings[0]
 
 
 def test_ids_are_unique_where_the_set_repeats_them(tmp_path: Path) -> None:
