@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
-from kpatch.models.address import Resolved
+from kpatch.models.address import Resolved, resolve
 from kpatch.models.families import Family, family_for
+from kpatch.models.quiet import quiet_transformers
+from kpatch.reporter import SILENT, Reporter
 
 
 @dataclass(eq=False)
@@ -116,13 +118,30 @@ class Model:
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
+def open_model(
+    address: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    modules: dict[str, str] | None = None,
+    report: Reporter = SILENT,
+) -> Model:
+    """Find the model called `address`, report what it came to, and load it for editing.
+
+    Raises BadInput and Damaged as `resolve` and `load_model` do.
+    """
+    resolved = resolve(address, report)
+    report.note(resolved.said)
+    with report.task(f"Loading {resolved.name}"):
+        return load_model(resolved, device=device, dtype=dtype, modules=modules)
+
+
 def load_model(
     resolved: Resolved,
     *,
     device: str = "auto",
     dtype: str = "auto",
     modules: dict[str, str] | None = None,
-    trust_remote_code: bool = False,
 ) -> Model:
     """Load a checkpoint directory for editing.
 
@@ -131,24 +150,20 @@ def load_model(
     one that the model does not fit on.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     where = _device(device)
     path = str(resolved.path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        family = family_for(config.model_type, modules)
-        if getattr(config, "quantization_config", None) is not None:
-            raise BadInput(
-                f"{resolved.name} holds quantized weights, which cannot be edited",
-                hint="make the patch for the unquantized checkpoint",
-            )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        net = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_dtype(dtype, where), trust_remote_code=trust_remote_code
-        ).to(where)
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(path)
+            family = family_for(config.model_type, modules)
+            if getattr(config, "quantization_config", None) is not None:
+                raise BadInput(
+                    f"{resolved.name} holds quantized weights, which cannot be edited",
+                    hint="make the patch for the unquantized checkpoint",
+                )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            net = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype, where)).to(where)
     except torch.OutOfMemoryError as error:
         raise BadInput(
             f"{resolved.name} is larger than the memory of {where}",
