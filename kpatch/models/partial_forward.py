@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -141,43 +141,21 @@ def record(model: Model, batch: Batch, cache: DynamicCache | None = None) -> Cal
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     starts: list[Tensor] = []
 
-    def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not starts:
-            starts.append(hidden_states)
-        elif hidden_states.ndim != starts[0].ndim:  # the network took [0] of what we returned
-            raise _WantsTupleError
+    def recorder(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if index == 0:
+            starts.append(hidden)
         arguments.append((args, kwargs))
-        return (hidden_states, None) if model.family.returns_tuple else hidden_states
+        return hidden
 
-    originals = [layer.__dict__.get("forward") for layer in model.layers]
-    for layer in model.layers:
-        layer.forward = recorder
-    try:
-        with torch.no_grad():
-            model.net.base_model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        wants_tuple = False
-    except _WantsTupleError:
-        wants_tuple = True
-    finally:
-        for layer, original in zip(model.layers, originals, strict=True):
-            if original is None:
-                del layer.forward
-            else:
-                layer.forward = original
-    if wants_tuple:  # a family named by hand, whose row cannot say so
-        model.family = replace(model.family, returns_tuple=True)
-        return record(model, batch, cache)
+    with torch.no_grad(), model.layers_replaced(recorder):
+        model.net.base_model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
     return Calls(model, starts[0], arguments)
-
-
-class _WantsTupleError(Exception):
-    """A network's layers return tuples."""
 
 
 def record_suffix(model: Model, batch: Batch, above: int) -> tuple[Calls, Tensor]:
