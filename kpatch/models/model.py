@@ -18,7 +18,7 @@ from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
-from kpatch.models.families import Family, family_for
+from kpatch.models.families import Family, choices, family_for
 from kpatch.models.quiet import quiet_transformers
 from kpatch.reporter import SILENT, Reporter
 
@@ -63,25 +63,40 @@ class Model:
         rows, cols = self.weight(0).shape
         return int(rows if self.stores_transposed else cols)
 
-    @cached_property
+    @property
     def stores_transposed(self) -> bool:
-        """True when W is stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
-        return type(self.down(0)).__name__ == "Conv1D"
+        """True when W is stored [in, out] (GPT-2) instead of [out, in]."""
+        return self.family.transposed
 
     def layer(self, index: int) -> nn.Module:
         return self.layers[index]
 
+    def _part(self, index: int, name: str) -> tuple[str, nn.Module]:
+        """The module of a layer that a name of the family's row stands for, and which of its choices it is."""
+        several = choices(name)
+        for choice in several:
+            try:
+                return choice, self.layers[index].get_submodule(choice)
+            except AttributeError:
+                continue
+        raise AttributeError(f"layer {index} has no {' or '.join(several)}")
+
     def down(self, index: int) -> nn.Module:
         """The MLP's output projection of layer `index`: W^l."""
-        return self.layers[index].get_submodule(self.family.down)
+        return self._part(index, self.family.down)[1]
+
+    def mlp(self, index: int) -> nn.Module:
+        """The module around W^l: the MLP itself, which treats each token by itself."""
+        name = self._part(index, self.family.down)[0].rpartition(".")[0]
+        return self.layers[index].get_submodule(name)
 
     def mlp_out(self, index: int) -> nn.Module:
         """The module whose output is m^l, what the MLP adds to the residual stream."""
-        return self.layers[index].get_submodule(self.family.mlp_out)
+        return self._part(index, self.family.mlp_out)[1]
 
     def attn_out(self, index: int) -> nn.Module:
         """The module whose output is a^l, what attention adds to the residual stream."""
-        return self.layers[index].get_submodule(self.family.attn_out)
+        return self._part(index, self.family.attn_out)[1]
 
     def weight(self, index: int) -> Tensor:
         """W^l as it is stored."""
@@ -89,7 +104,7 @@ class Model:
 
     def weight_name(self, index: int) -> str:
         """The name of W^l in the checkpoint."""
-        return f"{self.family.layers}.{index}.{self.family.down}.weight"
+        return f"{self.family.layers}.{index}.{self._part(index, self.family.down)[0]}.weight"
 
     @property
     def adds_bos(self) -> bool:
@@ -107,15 +122,15 @@ class Model:
     @cached_property
     def returns_tuple(self) -> bool:
         """True when the network takes [0] of what a layer returns."""
-        seen: list[Any] = []
-        handle = self.layer(0).register_forward_hook(lambda module, inputs, out: seen.append(out))
+        handle = self.layer(0).register_forward_hook(_stop)
         try:
-            one = torch.full((1, 1), self.pad_id, device=self.device)
             with torch.no_grad():
-                self.net(input_ids=one, use_cache=False)
+                self.net(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
+        except _StoppedError as stopped:
+            return isinstance(stopped.out, (tuple, list))
         finally:
             handle.remove()
-        return isinstance(seen[0], tuple)
+        raise AttributeError("the network does not call its first layer")
 
     @contextmanager
     def layers_replaced(self, stands_in: Callable[..., Tensor]) -> Iterator[None]:
@@ -192,14 +207,31 @@ class Model:
                 finally:
                     for handle in handles:
                         handle.remove()
-                out = (out[0] if isinstance(out, tuple) else out).double()
-                found.append(float((out * written).mean() / 1024.0**2))
+                out = (out[0] if isinstance(out, (tuple, list)) else out).double()
+                scale = float((out * written).mean() / 1024.0**2)
+                if not (out - scale * written).norm() < 0.1 * out.norm():
+                    raise BadInput(
+                        f"Layer {index} of {self.name} does not add its MLP's output to the residual stream",
+                        details=["the equations of the methods hold only where it does"],
+                    )
+                found.append(scale)
             return hidden
 
         inner = self.layer(index).forward
         with self.layers_replaced(run):
             self.net(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
         return found[0]
+
+
+class _StoppedError(Exception):
+    """Ends a forward pass with what a layer returned."""
+
+    def __init__(self, out: Any) -> None:
+        self.out = out
+
+
+def _stop(module: nn.Module, inputs: Any, out: Any) -> None:
+    raise _StoppedError(out)
 
 
 def open_model(
@@ -278,15 +310,19 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
             hint="OPT models other than opt-350m norm before each layer and work",
         )
     try:
-        model.attn_out(0), model.mlp_out(0), net.get_submodule(family.norm)
+        for index in range(model.n_layers):
+            model.attn_out(index), model.mlp_out(index)
+        model.returns_tuple  # noqa: B018  seen now, while no hook of a caller is on the network
         out_width = model.weight(0).shape[1 if model.stores_transposed else 0]
         if out_width != model.width:
             raise AttributeError(f"{family.down} writes {out_width} numbers where the model is {model.width} wide")
+        if not _multiplies_as_stored(model):
+            raise AttributeError(f"{family.down} has its weight stored the other way round: transposed is not so")
     except (AttributeError, IndexError) as error:
         raise BadInput(
             f"The module names for family {family.model_type!r} do not fit this model",
             details=[str(error)],
-            hint="give the names by hand with --modules layers=…,down=…,attn_out=…,norm=…",
+            hint="give the names by hand with `modules`: layers=…,down=…,attn_out=…",
         ) from error
     rows = net.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -296,6 +332,20 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
             hint="use the tokenizer files that came with the checkpoint",
         )
     return model
+
+
+@torch.no_grad()
+def _multiplies_as_stored(model: Model) -> bool:
+    """Whether W^l is applied to a key as the row's `transposed` says; the shape of a square W does not show it."""
+    weight, down = model.weight(0), model.down(0)
+    rows, cols = weight.shape
+    if rows != cols:
+        return True
+    key = torch.linspace(-1, 1, rows, device=weight.device, dtype=weight.dtype)[None]  # (1, f)
+    written = (down(key) - down(torch.zeros_like(key))).float()  # without the bias
+    straight, turned = (key @ weight.T).float(), (key @ weight).float()
+    other = (written - straight).norm() > (written - turned).norm()
+    return bool(other) == model.stores_transposed
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
