@@ -18,6 +18,7 @@ from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
+from kpatch.models.complete import require_complete
 from kpatch.models.families import Family, choices, family_for
 from kpatch.models.quiet import quiet_transformers
 from kpatch.reporter import SILENT, Reporter
@@ -248,6 +249,8 @@ def open_model(
     """
     resolved = resolve(address, report)
     report.note(resolved.said)
+    if (resolved.path / "adapter_config.json").is_file():
+        report.note(f"{resolved.name} holds an adapter beside its weights; the patch is for the weights alone")
     with report.task(f"Loading {resolved.name}"):
         return load_model(resolved, device=device, dtype=dtype, modules=modules)
 
@@ -279,7 +282,11 @@ def load_model(
                     hint="make the patch for the unquantized checkpoint",
                 )
             tokenizer = AutoTokenizer.from_pretrained(path)
-            net = AutoModelForCausalLM.from_pretrained(path, dtype=_dtype(dtype, where)).to(where)
+            net, loaded = AutoModelForCausalLM.from_pretrained(
+                path, dtype=_dtype(dtype, where), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+        require_complete(net, loaded, resolved.name, path)
+        net = net.to(where)
     except torch.OutOfMemoryError as error:
         raise BadInput(
             f"{resolved.name} is larger than the memory of {where}",
