@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 from kpatch.errors import BadInput
 
@@ -107,6 +110,62 @@ FAMILIES: dict[str, Family] = {
         _llama_like("qwen3_5_text", "QWEN35", attn_out="self_attn.o_proj|linear_attn.out_proj"),
     )
 }
+
+# Why a model that is none of these cannot be edited, by what its configuration says
+_NO_MLP = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+_ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "deberta", "deberta-v2"),
+    *("modernbert", "mpnet", "roformer", "big_bird"),
+)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
+    """Refuse, in one sentence each, the kinds of models that cannot be edited.
+
+    With module names given by hand, a mixture of experts may have a dense or shared MLP that they point to.
+    `config` is a transformers configuration. Raises BadInput.
+    """
+    why = None
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadInput(
+            f"{name} holds quantized weights, which cannot be edited",
+            hint="make the patch for the unquantized checkpoint",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        why = "is an encoder-decoder: a fact's subject is read by one network and its target written by another"
+    elif config.model_type in _ENCODERS:
+        why = "is an encoder: it fills gaps and does not continue a prompt"
+    elif config.model_type in _NO_MLP:
+        why = "is built of state-space layers, which have no MLP whose output projection could be edited"
+    elif (
+        not by_hand
+        and config.model_type not in FAMILIES
+        and any((getattr(config, key, 0) or 0) > 1 for key in _EXPERTS)
+    ):
+        why = "has mixtures of experts for MLPs: its MLP is no one matrix that holds a fact's key and value"
+    if why is not None:
+        raise BadInput(f"{name} ({config.model_type}) {why}", details=["kpatch edits decoders with dense MLPs"])
+
+
+def require_own_code(path: Path, name: str) -> None:
+    """Refuse a checkpoint whose architecture only code of its own knows: kpatch runs no code that comes with a model.
+
+    Raises BadInput. A config.json that cannot be read is left to transformers.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind, own = str(config.get("model_type")), config.get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return
+    from transformers import CONFIG_MAPPING
+
+    if own and kind not in CONFIG_MAPPING:
+        raise BadInput(
+            f"{name} ({kind}) needs code of its own to run, and kpatch runs no code that comes with a model",
+            where=str(path),
+        )
+
 
 _BY_HAND = ("layers", "down", "attn_out", "mlp_out", "transposed")
 _UNUSED = ("norm", "project_out")  # earlier versions needed them; the network's own code is run now

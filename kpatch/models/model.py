@@ -19,7 +19,7 @@ from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
 from kpatch.models.complete import require_complete
-from kpatch.models.families import Family, choices, family_for
+from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
 from kpatch.models.quiet import quiet_transformers
 from kpatch.reporter import SILENT, Reporter
 
@@ -272,14 +272,16 @@ def load_model(
 
     where = _device(device)
     path = str(resolved.path)
+    require_own_code(resolved.path, resolved.name)
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path)
+            require_editable(config, resolved.name, modules is not None)
             family = family_for(config.model_type, modules)
-            if getattr(config, "quantization_config", None) is not None:
+            if (getattr(config, "num_kv_shared_layers", 0) or 0) > 0:
                 raise BadInput(
-                    f"{resolved.name} holds quantized weights, which cannot be edited",
-                    hint="make the patch for the unquantized checkpoint",
+                    f"Layers of {resolved.name} share their keys and values, so that none of them can be run alone",
+                    details=["Gemma 4 models without shared layers can be edited"],
                 )
             tokenizer = AutoTokenizer.from_pretrained(path)
             net, loaded = AutoModelForCausalLM.from_pretrained(

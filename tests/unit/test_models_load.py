@@ -139,3 +139,33 @@ def test_an_adapter_beside_whole_weights_is_noted(llama: Path, tmp_path: Path) -
     heard = Heard()
     open_model(str(copy), device="cpu", report=heard)
     assert any("an adapter beside its weights" in line for line in heard.lines)
+
+
+# Models of other kinds
+
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    "bert": ({"model_type": "bert"}, "is an encoder"),
+    "mamba": ({"model_type": "mamba"}, "state-space"),
+    "mixtral": ({"model_type": "mixtral"}, "mixtures of experts"),
+    "olmoe": ({"model_type": "olmoe"}, "mixtures of experts"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    "remote": ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_another_kind_is_refused_in_a_sentence_that_says_why(
+    llama: Path, tmp_path: Path, kind: str
+) -> None:
+    config, why = KINDS[kind]
+    with pytest.raises(BadInput, match=why) as caught:
+        open_model(str(changed(llama, tmp_path, lambda weights: weights, **config)), device="cpu")
+    assert "`modules`" not in (caught.value.hint or "")
+
+
+def test_a_diffusion_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(BadInput, match="diffusion model"):
+        open_model(str(tmp_path), device="cpu")
