@@ -185,6 +185,7 @@ def memit_update(
         for layer, name, above in zip(layers, names, [*layers[1:], last], strict=True):
             keys, h = states.at(layer, last)  # (n, f), (n, d)
             residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
+            residual = residual / model.residual_scale(layer)  # what W^l writes joins the stream times this
             if model.family.post_norm:
                 residual = _before_norm(model, layer, keys, residual)
             delta = distributed.main_does(partial(_delta, model, layer, keys, residual, preserved, least_leverage))

@@ -127,6 +127,7 @@ def edit(
     with torch.no_grad():
         written = down(key.to(model.device, model.dtype)[None])  # (1, d)
         size, length = float(out(written).norm() if model.family.post_norm else written.norm()), float(state.norm())
+        size *= abs(model.residual_scale(hyper.layer))
     # δ joins the residual stream wherever it is added to what the MLP puts out, so values are found as for MEMIT;
     # but its decay and its bound are measured by m, not by h.
     goal = Objective(
@@ -139,6 +140,7 @@ def edit(
         kl=hyper.kl,
     )
     shift = (optimize(model, [group], goal, advance).z[0] - state).double()[None]  # (1, d)
+    shift = shift / model.residual_scale(hyper.layer)
     written = written.cpu().double()
     if model.family.post_norm:
         gain, eps = norm_gain(out, model.width, model.device)

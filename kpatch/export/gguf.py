@@ -13,23 +13,9 @@ from typing import Any
 from kpatch.cache import atomic_write
 from kpatch.errors import BadInput
 from kpatch.export.lora import Adapter, Module
-from kpatch.models.families import FAMILIES
+from kpatch.models.families import FAMILIES, choices
 from kpatch.outputs import check_new_file
 from kpatch.text import printable
-
-# llama.cpp's names of the families it has; it has no GPT-J, and OPT only as something else.
-ARCHITECTURES = {
-    "llama": "LLAMA",
-    "mistral": "LLAMA",
-    "qwen2": "QWEN2",
-    "qwen3": "QWEN3",
-    "phi": "PHI2",
-    "gemma2": "GEMMA2",
-    "gemma3_text": "GEMMA3",
-    "olmo2": "OLMO2",
-    "gpt2": "GPT2",
-    "gpt_neox": "GPTNEOX",
-}
 
 
 def write(found: Adapter, out: str | Path, force: bool = False) -> int:
@@ -52,14 +38,11 @@ def names(found: Adapter) -> dict[str, Module]:
     import gguf
 
     family = found.patch.manifest.base.family
-    if family not in ARCHITECTURES:
-        raise BadInput(
-            f"llama.cpp has no architecture for the family {printable(family, 40)}",
-            details=[f"expected one of {', '.join(ARCHITECTURES)}"],
-        )
-    down = FAMILIES[family].down
+    architecture = _architecture(family)
+    row = FAMILIES[family]
+    down = choices(row.down)[0]
     layers = {module.name: found.patch.manifest.layer_of(module.name) for module in found.modules}
-    wrong = [name for name, layer in layers.items() if not name.endswith(f".{layer}.{down}")]
+    wrong = [name for name, layer in layers.items() if layer is None or not name.endswith(f".{layer}.{down}")]
     if wrong:
         raise BadInput(
             f"Only the MLP's output projection ({down}) is known to be stored in llama.cpp as it is here",
@@ -67,21 +50,38 @@ def names(found: Adapter) -> dict[str, Module]:
             hint="--to peft, and llama.cpp's convert_lora_to_gguf.py",
         )
     count = 1 + max(layer for layer in layers.values() if layer is not None)
-    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[ARCHITECTURES[family]], count)
+    table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], count)
     result = {}
     for module in found.modules:
-        name = table.get_name(f"{module.name}.weight", try_suffixes=(".weight",))
+        layer = layers[module.name]
+        assert layer is not None
+        # The text part's own name: in a model with vision the layers lie deeper
+        name = table.get_name(f"{row.layers}.{layer}.{down}.weight", try_suffixes=(".weight",))
         if name is None:
             raise BadInput(f"llama.cpp has no name for {printable(module.name, 120)} of this family")
         result[str(name)] = module
     return result
 
 
+def _architecture(family: str) -> str:
+    """The name in gguf's table. Raises BadInput where llama.cpp, or the installed gguf, does not have the family."""
+    import gguf
+
+    row = FAMILIES.get(family)
+    if row is None or row.gguf is None or not hasattr(gguf.MODEL_ARCH, row.gguf):
+        known = sorted(name for name, row in FAMILIES.items() if row.gguf and hasattr(gguf.MODEL_ARCH, row.gguf))
+        raise BadInput(
+            f"llama.cpp has no architecture for the family {printable(family, 40)}",
+            details=[f"expected one of {', '.join(known)}"],
+        )
+    return row.gguf
+
+
 def _write(found: Adapter, named: dict[str, Module], path: Path) -> None:
     import gguf
 
     manifest = found.patch.manifest
-    architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[ARCHITECTURES[manifest.base.family]]]
+    architecture = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH[_architecture(manifest.base.family)]]
     writer: Any = gguf.GGUFWriter(str(path), architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

@@ -162,6 +162,10 @@ def _refuse_without_config(path: Path, called: str, names: set[str]) -> None:
             where=str(path),
             hint=f"`kpatch status {called}` says what to do",
         )
+    if "model_index.json" in names:
+        raise BadInput(
+            f"{called} is a diffusion model, which makes pictures and does not continue a prompt", where=str(path)
+        )
     details, hint = ["expected config.json"], "give the directory that holds config.json and the weights"
     ggufs = sorted(name for name in names if name.lower().endswith(".gguf"))
     if "adapter_config.json" in names:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
 
 from kpatch.errors import BadInput
 
@@ -13,7 +16,9 @@ class Family:
 
     `down` is the MLP's output projection, the matrix W^l that is edited; its input is the key.
     `attn_out` and `mlp_out` are the modules whose outputs are added to the residual stream.
-    Where `mlp_out` differs from `down`, a norm stands between the two and swallows the scale of what is written.
+    Where layers are of several kinds, a name is a choice, `self_attn.o_proj|conv.out_proj`: a layer has one of them.
+    A norm as `mlp_out` stands behind `down` and swallows the scale of what is written.
+    `transposed` is true where W is stored [in, out]. `gguf` is llama.cpp's name of the architecture, if it has it.
     """
 
     model_type: str
@@ -21,84 +26,149 @@ class Family:
     down: str
     attn_out: str
     mlp_out: str
-    norm: str
-    project_out: str | None = None
-    returns_tuple: bool = False
+    transposed: bool = False
+    gguf: str | None = None
 
     @property
     def post_norm(self) -> bool:
         """True when the MLP's output is normed before it joins the residual stream."""
-        return self.mlp_out != self.down
+        return not any(down == out or down.startswith(out + ".") for down in choices(self.down)
+                       for out in choices(self.mlp_out))  # fmt: skip
+
+    @property
+    def attention_only(self) -> bool:
+        """True when every layer mixes tokens by attention, so that keys and values are all it must remember."""
+        return len(choices(self.attn_out)) == 1
 
 
-def _llama_like(model_type: str) -> Family:
-    return Family(
-        model_type,
-        layers="model.layers",
-        down="mlp.down_proj",
-        attn_out="self_attn.o_proj",
-        mlp_out="mlp.down_proj",
-        norm="model.norm",
-    )
+def choices(name: str) -> list[str]:
+    """The module names that one name of a row stands for."""
+    return name.split("|")
 
 
-def _post_norm(model_type: str) -> Family:
-    return replace(_llama_like(model_type), attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
+def _llama_like(model_type: str, gguf: str | None = None, **names: str) -> Family:
+    row = Family(model_type, "model.layers", "mlp.down_proj", "self_attn.o_proj", "mlp.down_proj", gguf=gguf)
+    if "down" in names:
+        names.setdefault("mlp_out", names["down"])
+    return replace(row, **names)  # type: ignore[arg-type]
 
 
-def _gpt(model_type: str, down: str, attn_out: str, returns_tuple: bool = False) -> Family:
-    return Family(
-        model_type,
-        layers="transformer.h",
-        down=down,
-        attn_out=attn_out,
-        mlp_out=down,
-        norm="transformer.ln_f",
-        returns_tuple=returns_tuple,
-    )
+def _post_norm(model_type: str, gguf: str | None = None) -> Family:
+    return _llama_like(model_type, gguf, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
+
+
+def _gpt(model_type: str, down: str, attn_out: str, gguf: str | None = None, layers: str = "transformer.h") -> Family:
+    return Family(model_type, layers, down, attn_out, mlp_out=down, gguf=gguf)
 
 
 FAMILIES: dict[str, Family] = {
     row.model_type: row
     for row in (
-        _gpt("gpt2", "mlp.c_proj", "attn.c_proj"),
-        _gpt("gptj", "mlp.fc_out", "attn.out_proj", returns_tuple=True),
-        Family(
-            "gpt_neox",
-            layers="gpt_neox.layers",
-            down="mlp.dense_4h_to_h",
-            attn_out="attention.dense",
-            mlp_out="mlp.dense_4h_to_h",
-            norm="gpt_neox.final_layer_norm",
-        ),
-        Family(
-            "opt",
-            layers="model.decoder.layers",
-            down="fc2",
-            attn_out="self_attn.out_proj",
-            mlp_out="fc2",
-            norm="model.decoder.final_layer_norm",
-            project_out="model.decoder.project_out",
-        ),
-        _llama_like("llama"),
-        _llama_like("mistral"),
-        _llama_like("qwen2"),
-        _llama_like("qwen3"),
-        Family(
-            "phi",
-            layers="model.layers",
-            down="mlp.fc2",
-            attn_out="self_attn.dense",
-            mlp_out="mlp.fc2",
-            norm="model.final_layernorm",
-        ),
-        _post_norm("gemma2"),
-        _post_norm("gemma3_text"),
-        _post_norm("olmo2"),
+        replace(_gpt("gpt2", "mlp.c_proj", "attn.c_proj", "GPT2"), transposed=True),
+        _gpt("gptj", "mlp.fc_out", "attn.out_proj"),
+        _gpt("gpt_neo", "mlp.c_proj", "attn.attention.out_proj"),
+        _gpt("gpt_bigcode", "mlp.c_proj", "attn.c_proj", "STARCODER"),
+        _gpt("codegen", "mlp.fc_out", "attn.out_proj"),
+        _gpt("bloom", "mlp.dense_4h_to_h", "self_attention.dense", "BLOOM"),
+        _gpt("falcon", "mlp.dense_4h_to_h", "self_attention.dense", "FALCON"),
+        _gpt("mpt", "ffn.down_proj", "attn.out_proj", "MPT", layers="transformer.blocks"),
+        _gpt("gpt_neox", "mlp.dense_4h_to_h", "attention.dense", "GPTNEOX", layers="gpt_neox.layers"),
+        _gpt("opt", "fc2", "self_attn.out_proj", layers="model.decoder.layers"),
+        _llama_like("llama", "LLAMA"),
+        _llama_like("mistral", "LLAMA"),
+        _llama_like("ministral", "LLAMA"),
+        _llama_like("ministral3", "MISTRAL3"),
+        _llama_like("qwen2", "QWEN2"),
+        _llama_like("qwen3", "QWEN3"),
+        _llama_like("phi", "PHI2", down="mlp.fc2", attn_out="self_attn.dense"),
+        _llama_like("phi3", "PHI3"),
+        _llama_like("gemma", "GEMMA"),
+        _llama_like("olmo", "OLMO"),
+        _llama_like("smollm3", "SMOLLM3"),
+        _llama_like("stablelm", "STABLELM"),
+        _llama_like("starcoder2", "STARCODER2", down="mlp.c_proj"),
+        _llama_like("cohere", "COMMAND_R"),
+        _llama_like("cohere2", "COHERE2"),
+        _llama_like("granite", "GRANITE"),
+        _llama_like("glm", "CHATGLM"),
+        _llama_like("nemotron", "NEMOTRON"),
+        _llama_like("seed_oss", "SEED_OSS"),
+        _llama_like("helium"),
+        _llama_like("ernie4_5", "ERNIE4_5"),
+        _llama_like("apertus", "APERTUS"),
+        _llama_like("arcee", "ARCEE"),
+        _llama_like("minicpm3", "MINICPM3"),
+        _post_norm("gemma2", "GEMMA2"),
+        _post_norm("gemma3_text", "GEMMA3"),
+        _post_norm("gemma4_text", "GEMMA4"),
+        _post_norm("olmo2", "OLMO2"),
+        _post_norm("olmo3", "OLMO2"),
+        _post_norm("exaone4", "EXAONE4"),
+        _llama_like("glm4", "GLM4", attn_out="post_self_attn_layernorm", mlp_out="post_mlp_layernorm"),
+        # Layers of several kinds
+        _llama_like("lfm2", "LFM2", down="feed_forward.w2", attn_out="self_attn.out_proj|conv.out_proj"),
+        _llama_like("qwen3_5_text", "QWEN35", attn_out="self_attn.o_proj|linear_attn.out_proj"),
     )
 }
 
-_BY_HAND = ("layers", "down", "attn_out", "mlp_out", "norm", "project_out")
+# Why a model that is none of these cannot be edited, by what its configuration says
+_NO_MLP = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+_ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "deberta", "deberta-v2"),
+    *("modernbert", "mpnet", "roformer", "big_bird"),
+)
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+
+
+def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
+    """Refuse, in one sentence each, the kinds of models that cannot be edited.
+
+    With module names given by hand, a mixture of experts may have a dense or shared MLP that they point to.
+    `config` is a transformers configuration. Raises BadInput.
+    """
+    why = None
+    if getattr(config, "quantization_config", None) is not None:
+        raise BadInput(
+            f"{name} holds quantized weights, which cannot be edited",
+            hint="make the patch for the unquantized checkpoint",
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        why = "is an encoder-decoder: a fact's subject is read by one network and its target written by another"
+    elif config.model_type in _ENCODERS:
+        why = "is an encoder: it fills gaps and does not continue a prompt"
+    elif config.model_type in _NO_MLP:
+        why = "is built of state-space layers, which have no MLP whose output projection could be edited"
+    elif (
+        not by_hand
+        and config.model_type not in FAMILIES
+        and any((getattr(config, key, 0) or 0) > 1 for key in _EXPERTS)
+    ):
+        why = "has mixtures of experts for MLPs: its MLP is no one matrix that holds a fact's key and value"
+    if why is not None:
+        raise BadInput(f"{name} ({config.model_type}) {why}", details=["kpatch edits decoders with dense MLPs"])
+
+
+def require_own_code(path: Path, name: str) -> None:
+    """Refuse a checkpoint whose architecture only code of its own knows: kpatch runs no code that comes with a model.
+
+    Raises BadInput. A config.json that cannot be read is left to transformers.
+    """
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        kind, own = str(config.get("model_type")), config.get("auto_map")
+    except (OSError, ValueError, AttributeError):
+        return
+    from transformers import CONFIG_MAPPING
+
+    if own and kind not in CONFIG_MAPPING:
+        raise BadInput(
+            f"{name} ({kind}) needs code of its own to run, and kpatch runs no code that comes with a model",
+            where=str(path),
+        )
+
+
+_BY_HAND = ("layers", "down", "attn_out", "mlp_out", "transposed")
+_UNUSED = ("norm", "project_out")  # earlier versions needed them; the network's own code is run now
 
 
 def family_for(model_type: str, modules: dict[str, str] | None = None) -> Family:
@@ -106,17 +176,22 @@ def family_for(model_type: str, modules: dict[str, str] | None = None) -> Family
 
     Raises BadInput for an unknown family without names by hand, and for a name that no row has.
     """
-    modules = dict(modules or {})
-    unknown = sorted(set(modules) - set(_BY_HAND))
+    given = {name: value for name, value in (modules or {}).items() if name not in _UNUSED}
+    unknown = sorted(set(given) - set(_BY_HAND))
     if unknown:
         raise BadInput(
-            f"Unknown module name {unknown[0]!r} in --modules",
+            f"Unknown module name {unknown[0]!r} in `modules`",
             details=[f"expected names among {', '.join(_BY_HAND)}"],
         )
+    names: dict[str, str | bool] = {**given}
+    if "transposed" in given:
+        if given["transposed"] not in ("true", "false"):
+            raise BadInput(f"`modules` has transposed={given['transposed']}", details=["expected true or false"])
+        names["transposed"] = given["transposed"] == "true"
     row = FAMILIES.get(model_type)
     if row is not None:
-        return replace(row, **modules) if modules else row  # type: ignore[arg-type]
-    missing = [name for name in ("layers", "down", "attn_out", "norm") if name not in modules]
+        return replace(row, **names) if names else row  # type: ignore[arg-type]
+    missing = [name for name in ("layers", "down", "attn_out") if name not in names]
     if missing:
         raise BadInput(
             f"Model family {model_type!r} is not in the table",
@@ -124,10 +199,9 @@ def family_for(model_type: str, modules: dict[str, str] | None = None) -> Family
                 f"expected one of {', '.join(sorted(FAMILIES))}",
                 f"or the names of its modules by hand; missing: {', '.join(missing)}",
             ],
-            hint="give them once: --modules layers=model.layers,down=mlp.down_proj,"
-            "attn_out=self_attn.o_proj,norm=model.norm"
+            hint="give them once with `modules`: layers=model.layers,down=mlp.down_proj,attn_out=self_attn.o_proj"
             " (and mlp_out=… where a norm follows the MLP)",
         )
-    modules.setdefault("mlp_out", modules["down"])
+    names.setdefault("mlp_out", names["down"])
     known = {field.name for field in fields(Family)}
-    return Family(model_type=model_type, **{k: v for k, v in modules.items() if k in known})  # type: ignore[arg-type]
+    return Family(model_type=model_type, **{k: v for k, v in names.items() if k in known})  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from kpatch.models.families import choices
 from kpatch.models.model import Model
 
 _NAME = "kpatch_few_columns"
@@ -75,13 +76,12 @@ def packed_mlps(model: Model, first: int, last: int, real: Tensor, read: Tensor)
     """While open, MLPs of layers first..last-1 see only tokens `real`, and the last one only tokens `read`.
 
     real, read: flat indices into [B * T]. Every other token's MLP output is 0. A family whose layer has no
-    module around its MLP (OPT) runs as it is.
+    module around its MLP (OPT), or whose layers see whole rows, runs as it is.
     """
-    name = model.family.down.rpartition(".")[0]
-    if not name:
+    if not model.family.attention_only or not all("." in down for down in choices(model.family.down)):
         yield
         return
-    mlps = [model.layer(index).get_submodule(name) for index in range(first, last)]
+    mlps = [model.mlp(index) for index in range(first, last)]
     originals = [mlp.__dict__.get("forward") for mlp in mlps]
     try:
         for position, mlp in enumerate(mlps):
@@ -95,12 +95,13 @@ def packed_mlps(model: Model, first: int, last: int, real: Tensor, read: Tensor)
                 mlp.forward = original
 
 
-def _on(mlp: nn.Module, tokens: Tensor) -> Callable[[Tensor], Tensor]:
+def _on(mlp: nn.Module, tokens: Tensor) -> Callable[..., Tensor]:
     inner = mlp.forward
 
-    def forward(hidden: Tensor) -> Tensor:
+    def forward(hidden: Tensor, *added: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, d)
-        out = inner(flat[tokens])
+        rest = [more.reshape(flat.shape[0], -1)[tokens] for more in added]  # BLOOM's and MPT's MLPs add the residual
+        out = inner(flat[tokens], *rest)
         whole: Tensor = out.new_zeros(flat.shape[0], out.shape[-1]).index_copy(0, tokens, out)
         return whole.view(hidden.shape)
 

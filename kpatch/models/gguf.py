@@ -16,6 +16,7 @@ from typing import Any
 
 from kpatch.cache import cache_dir, is_full, lock, sync, write_error
 from kpatch.errors import BadInput
+from kpatch.models.quiet import quiet_transformers
 from kpatch.reporter import SILENT, Reporter
 
 _MAGIC = b"GGUF"
@@ -133,23 +134,14 @@ def _require_readers(path: Path) -> None:
 @contextmanager
 def _quiet(path: Path) -> Iterator[None]:
     """Keep the libraries' own bars and warnings off the terminal, and turn their errors into ours."""
-    from transformers.utils import logging
-
-    was_active, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     try:
-        with redirect_stderr(io.StringIO()):  # the bar over GGUF's tensors heeds no switch
+        with quiet_transformers(), redirect_stderr(io.StringIO()):  # the bar over GGUF's tensors heeds no switch
             yield
     except Exception as error:  # whatever the parsers stumble on; the tokenizers' errors have no type of their own
         if is_full(error) or isinstance(error, MemoryError):
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput("transformers cannot read this GGUF file", where=str(path), details=[lines[0]]) from error
-    finally:
-        logging.set_verbosity(level)
-        if was_active:
-            logging.enable_progress_bar()
 
 
 def file_sha256(path: Path, report: Reporter = SILENT) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,8 +17,11 @@ from torch import Tensor, nn
 from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
-from kpatch.models.address import Resolved
-from kpatch.models.families import Family, family_for
+from kpatch.models.address import Resolved, resolve
+from kpatch.models.complete import require_complete
+from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
+from kpatch.models.quiet import quiet_transformers
+from kpatch.reporter import SILENT, Reporter
 
 
 @dataclass(eq=False)
@@ -59,25 +64,40 @@ class Model:
         rows, cols = self.weight(0).shape
         return int(rows if self.stores_transposed else cols)
 
-    @cached_property
+    @property
     def stores_transposed(self) -> bool:
-        """True when W is stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
-        return type(self.down(0)).__name__ == "Conv1D"
+        """True when W is stored [in, out] (GPT-2) instead of [out, in]."""
+        return self.family.transposed
 
     def layer(self, index: int) -> nn.Module:
         return self.layers[index]
 
+    def _part(self, index: int, name: str) -> tuple[str, nn.Module]:
+        """The module of a layer that a name of the family's row stands for, and which of its choices it is."""
+        several = choices(name)
+        for choice in several:
+            try:
+                return choice, self.layers[index].get_submodule(choice)
+            except AttributeError:
+                continue
+        raise AttributeError(f"layer {index} has no {' or '.join(several)}")
+
     def down(self, index: int) -> nn.Module:
         """The MLP's output projection of layer `index`: W^l."""
-        return self.layers[index].get_submodule(self.family.down)
+        return self._part(index, self.family.down)[1]
+
+    def mlp(self, index: int) -> nn.Module:
+        """The module around W^l: the MLP itself, which treats each token by itself."""
+        name = self._part(index, self.family.down)[0].rpartition(".")[0]
+        return self.layers[index].get_submodule(name)
 
     def mlp_out(self, index: int) -> nn.Module:
         """The module whose output is m^l, what the MLP adds to the residual stream."""
-        return self.layers[index].get_submodule(self.family.mlp_out)
+        return self._part(index, self.family.mlp_out)[1]
 
     def attn_out(self, index: int) -> nn.Module:
         """The module whose output is a^l, what attention adds to the residual stream."""
-        return self.layers[index].get_submodule(self.family.attn_out)
+        return self._part(index, self.family.attn_out)[1]
 
     def weight(self, index: int) -> Tensor:
         """W^l as it is stored."""
@@ -85,7 +105,7 @@ class Model:
 
     def weight_name(self, index: int) -> str:
         """The name of W^l in the checkpoint."""
-        return f"{self.family.layers}.{index}.{self.family.down}.weight"
+        return f"{self.family.layers}.{index}.{self._part(index, self.family.down)[0]}.weight"
 
     @property
     def adds_bos(self) -> bool:
@@ -100,20 +120,139 @@ class Model:
         pad = self.tokenizer.pad_token_id
         return int(pad if pad is not None else self.tokenizer.eos_token_id or 0)
 
+    @cached_property
+    def returns_tuple(self) -> bool:
+        """True when the network takes [0] of what a layer returns."""
+        handle = self.layer(0).register_forward_hook(_stop)
+        try:
+            with torch.no_grad():
+                self.net(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
+        except _StoppedError as stopped:
+            return isinstance(stopped.out, (tuple, list))
+        finally:
+            handle.remove()
+        raise AttributeError("the network does not call its first layer")
+
+    @contextmanager
+    def layers_replaced(self, stands_in: Callable[..., Tensor]) -> Iterator[None]:
+        """While open, the network calls `stands_in(index, hidden, *args, **kwargs)` in place of each layer."""
+        originals = [layer.__dict__.get("forward") for layer in self.layers]
+        as_tuple = self.returns_tuple
+
+        def call(index: int) -> Callable[..., Any]:
+            def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+                out = stands_in(index, hidden_states, *args, **kwargs)
+                return (out, None) if as_tuple else out
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = call(index)
+        try:
+            yield
+        finally:
+            for layer, original in zip(self.layers, originals, strict=True):
+                if original is None:
+                    del layer.forward
+                else:
+                    layer.forward = original
+
     def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: hidden [..., d] after the last layer → logits [..., V]."""
-        norm = self.net.get_submodule(self.family.norm)
-        hidden = norm(hidden)
-        if self.family.project_out is not None:
-            try:
-                project = self.net.get_submodule(self.family.project_out)
-            except AttributeError:  # OPT leaves it out where the embeddings are as wide as the model
-                project = None
-            if project is not None:
-                hidden = project(hidden)
-        logits: Tensor = self.net.get_output_embeddings()(hidden)
-        cap = getattr(self.net.config, "final_logit_softcapping", None)
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        """What the network makes of hidden [..., d] that leaves its last layer: logits [..., V].
+
+        The network's own code runs, with `hidden` in place of what its layers give: whatever it does behind them
+        (norm, projection, head, scale, cap) is written nowhere else. Each vector is a row of one token, so that
+        masks and positions cost next to nothing.
+        """
+        rows = hidden.reshape(-1, 1, hidden.shape[-1])  # (M, 1, d)
+        ids = torch.full((len(rows), 1), self.pad_id, device=hidden.device)
+
+        def given(index: int, state: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return rows if index == self.n_layers - 1 else state
+
+        with self.layers_replaced(given):
+            logits: Tensor = self.net(input_ids=ids, use_cache=False).logits
+        return logits.view(*hidden.shape[:-1], -1)
+
+    @cached_property
+    def _residual_scales(self) -> dict[int, float]:
+        return {}
+
+    def residual_scale(self, index: int) -> float:
+        """s, where m^l joins the residual stream as s · m^l: 1 in most families, 0.22 in Granite.
+
+        Measured from the layer's own code: what leaves it where attention gives 0 and the MLP a known vector,
+        and nothing came before.
+        """
+        known = self._residual_scales
+        if index not in known:
+            known[index] = self._measured_scale(index)
+        return known[index]
+
+    @torch.no_grad()
+    def _measured_scale(self, index: int) -> float:
+        generator = torch.Generator().manual_seed(0)
+        signs = torch.randint(0, 2, (self.width,), generator=generator) * 2 - 1
+        # Large, so that anything else that the layer adds does not count; a power of two, so that it is exact.
+        written = (1024.0 * signs).to(self.device, self.dtype)
+        found: list[float] = []
+
+        def run(layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if layer == index:
+                handles = [
+                    self.attn_out(index).register_forward_hook(lambda module, inputs, out: torch.zeros_like(out)),
+                    self.mlp_out(index).register_forward_hook(lambda module, inputs, out: written.expand_as(out)),
+                ]
+                try:
+                    out = inner(torch.zeros_like(hidden), *args, **kwargs)
+                finally:
+                    for handle in handles:
+                        handle.remove()
+                out = (out[0] if isinstance(out, (tuple, list)) else out).double()
+                scale = float((out * written).mean() / 1024.0**2)
+                if not (out - scale * written).norm() < 0.1 * out.norm():
+                    raise BadInput(
+                        f"Layer {index} of {self.name} does not add its MLP's output to the residual stream",
+                        details=["the equations of the methods hold only where it does"],
+                    )
+                found.append(scale)
+            return hidden
+
+        inner = self.layer(index).forward
+        with self.layers_replaced(run):
+            self.net(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
+        return found[0]
+
+
+class _StoppedError(Exception):
+    """Ends a forward pass with what a layer returned."""
+
+    def __init__(self, out: Any) -> None:
+        self.out = out
+
+
+def _stop(module: nn.Module, inputs: Any, out: Any) -> None:
+    raise _StoppedError(out)
+
+
+def open_model(
+    address: str,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    modules: dict[str, str] | None = None,
+    report: Reporter = SILENT,
+) -> Model:
+    """Find the model called `address`, report what it came to, and load it for editing.
+
+    Raises BadInput and Damaged as `resolve` and `load_model` do.
+    """
+    resolved = resolve(address, report)
+    report.note(resolved.said)
+    if (resolved.path / "adapter_config.json").is_file():
+        report.note(f"{resolved.name} holds an adapter beside its weights; the patch is for the weights alone")
+    with report.task(f"Loading {resolved.name}"):
+        return load_model(resolved, device=device, dtype=dtype, modules=modules)
 
 
 def load_model(
@@ -122,7 +261,6 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     modules: dict[str, str] | None = None,
-    trust_remote_code: bool = False,
 ) -> Model:
     """Load a checkpoint directory for editing.
 
@@ -131,24 +269,26 @@ def load_model(
     one that the model does not fit on.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     where = _device(device)
     path = str(resolved.path)
+    require_own_code(resolved.path, resolved.name)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        family = family_for(config.model_type, modules)
-        if getattr(config, "quantization_config", None) is not None:
-            raise BadInput(
-                f"{resolved.name} holds quantized weights, which cannot be edited",
-                hint="make the patch for the unquantized checkpoint",
+        with quiet_transformers():
+            config = AutoConfig.from_pretrained(path)
+            require_editable(config, resolved.name, modules is not None)
+            family = family_for(config.model_type, modules)
+            if (getattr(config, "num_kv_shared_layers", 0) or 0) > 0:
+                raise BadInput(
+                    f"Layers of {resolved.name} share their keys and values, so that none of them can be run alone",
+                    details=["Gemma 4 models without shared layers can be edited"],
+                )
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            net, loaded = AutoModelForCausalLM.from_pretrained(
+                path, dtype=_dtype(dtype, where), output_loading_info=True, ignore_mismatched_sizes=True
             )
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        net = AutoModelForCausalLM.from_pretrained(
-            path, dtype=_dtype(dtype, where), trust_remote_code=trust_remote_code
-        ).to(where)
+        require_complete(net, loaded, resolved.name, path)
+        net = net.to(where)
     except torch.OutOfMemoryError as error:
         raise BadInput(
             f"{resolved.name} is larger than the memory of {where}",
@@ -179,15 +319,19 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
             hint="OPT models other than opt-350m norm before each layer and work",
         )
     try:
-        model.attn_out(0), model.mlp_out(0), net.get_submodule(family.norm)
+        for index in range(model.n_layers):
+            model.attn_out(index), model.mlp_out(index)
+        model.returns_tuple  # noqa: B018  seen now, while no hook of a caller is on the network
         out_width = model.weight(0).shape[1 if model.stores_transposed else 0]
         if out_width != model.width:
             raise AttributeError(f"{family.down} writes {out_width} numbers where the model is {model.width} wide")
+        if not _multiplies_as_stored(model):
+            raise AttributeError(f"{family.down} has its weight stored the other way round: transposed is not so")
     except (AttributeError, IndexError) as error:
         raise BadInput(
             f"The module names for family {family.model_type!r} do not fit this model",
             details=[str(error)],
-            hint="give the names by hand with --modules layers=…,down=…,attn_out=…,norm=…",
+            hint="give the names by hand with `modules`: layers=…,down=…,attn_out=…",
         ) from error
     rows = net.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -197,6 +341,20 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
             hint="use the tokenizer files that came with the checkpoint",
         )
     return model
+
+
+@torch.no_grad()
+def _multiplies_as_stored(model: Model) -> bool:
+    """Whether W^l is applied to a key as the row's `transposed` says; the shape of a square W does not show it."""
+    weight, down = model.weight(0), model.down(0)
+    rows, cols = weight.shape
+    if rows != cols:
+        return True
+    key = torch.linspace(-1, 1, rows, device=weight.device, dtype=weight.dtype)[None]  # (1, f)
+    written = (down(key) - down(torch.zeros_like(key))).float()  # without the bias
+    straight, turned = (key @ weight.T).float(), (key @ weight).float()
+    other = (written - straight).norm() > (written - turned).norm()
+    return bool(other) == model.stores_transposed
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

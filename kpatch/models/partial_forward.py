@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,6 +62,9 @@ class Prefix:
         before = self.pairs[layer_idx]
         return torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return int(next(iter(self.pairs.values()))[0].shape[2])
+
     def select(self, rows: Tensor) -> Prefix:
         return Prefix({layer: (k[rows], v[rows]) for layer, (k, v) in self.pairs.items()})
 
@@ -73,20 +76,27 @@ class Prefix:
 class Calls:
     """What enters layer 0, and the arguments with which each layer is called, for one batch.
 
-    start [B, T, d]. Partial runs over the same batch need nothing else.
+    start [B, T, d]. Partial runs over the same batch need nothing else. With `before`, the states [B, P, d] that
+    enter each layer on columns that never change, each layer runs on those and the new ones together.
     """
 
     model: Model
     start: Tensor
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    before: dict[int, Tensor] | None = None
 
     def run(self, hidden: Tensor, first: int, last: int) -> Tensor:
         """Layers first..last-1 on hidden [B, T, d]; the result is what enters layer `last`."""
         for index in range(first, last):
             args, kwargs = self.arguments[index]
-            out = self.model.layer(index)(hidden, *args, **kwargs)
-            hidden = out[0] if isinstance(out, tuple) else out
+            hidden = self._layer(index, hidden, None if self.before is None else self.before[index], args, kwargs)
         return hidden
+
+    def _layer(self, index: int, hidden: Tensor, before: Tensor | None, args: Any, kwargs: Any) -> Tensor:
+        whole = hidden if before is None else torch.cat([before, hidden], dim=1)
+        out = self.model.layer(index)(whole, *args, **kwargs)
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result if before is None else result[:, before.shape[1] :]
 
     def run_rows(self, hidden: Tensor, layer: int, rows: Tensor) -> Tensor:
         """One layer on hidden [n, T, d], whose rows stand where the batch's `rows` [n] do; rows may repeat."""
@@ -95,16 +105,15 @@ class Calls:
         def pick(value: Any) -> Any:
             return _pick_rows(value.only(layer) if isinstance(value, Prefix) else value, rows, size, pick)
 
-        args, kwargs = self.arguments[layer]
-        out = self.model.layer(layer)(hidden, *(pick(a) for a in args), **{k: pick(v) for k, v in kwargs.items()})
-        result: Tensor = out[0] if isinstance(out, tuple) else out
-        return result
+        args, kwargs = _pick_arguments(self.arguments[layer], rows, size, pick)
+        before = None if self.before is None else self.before[layer][rows]
+        return self._layer(layer, hidden, before, args, kwargs)
 
     def run_with_key(self, hidden: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """One layer on hidden [B, T, d]: its output [B, T, d] and the key, the input of W^l [B, T, f]."""
         with captured_inputs(self.model, [layer]) as keys:
             out = self.run(hidden, layer, layer + 1)
-        return out, keys[layer]
+        return out, keys[layer][:, -hidden.shape[1] :]
 
     def select(self, rows: Tensor) -> Calls:
         """The calls for some of the batch's rows, in the order given by `rows` (indices)."""
@@ -116,10 +125,29 @@ class Calls:
                 memo[id(value)] = _pick_rows(value, rows, size, pick)
             return memo[id(value)]
 
-        arguments = [
-            (tuple(pick(a) for a in args), {k: pick(v) for k, v in kwargs.items()}) for args, kwargs in self.arguments
-        ]
-        return Calls(self.model, self.start[rows], arguments)
+        arguments = [_pick_arguments(call, rows, size, pick) for call in self.arguments]
+        before = None if self.before is None else {layer: states[rows] for layer, states in self.before.items()}
+        return Calls(self.model, self.start[rows], arguments, before)
+
+    def behind(self, column: int, states: Sequence[Tensor]) -> Calls:
+        """The calls of columns from `column` on, where states[l] [B, T, d] enter each layer on those before it."""
+        before = {layer: states[layer][:, :column] for layer in range(self.model.n_layers)}
+        return Calls(self.model, self.start[:, column:], self.arguments, before)
+
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _pick_arguments(call: Call, rows: Tensor, size: int, pick: Callable[[Any], Any]) -> Call:
+    """A layer's arguments for some rows. Biases by distance (ALiBi) have no rows of their own, or one a head."""
+    args, kwargs = call
+    picked = {}
+    for name, value in kwargs.items():
+        if name == "alibi" and isinstance(value, Tensor):  # [B · heads, 1, T]
+            picked[name] = value.view(size, -1, *value.shape[1:])[rows].flatten(0, 1)
+        else:
+            picked[name] = value if name == "position_bias" else pick(value)  # MPT's: [heads, 1, T]
+    return tuple(pick(value) for value in args), picked
 
 
 def _pick_rows(value: Any, rows: Tensor, size: int, pick: Callable[[Any], Any]) -> Any:
@@ -141,43 +169,21 @@ def record(model: Model, batch: Batch, cache: DynamicCache | None = None) -> Cal
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     starts: list[Tensor] = []
 
-    def recorder(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not starts:
-            starts.append(hidden_states)
-        elif hidden_states.ndim != starts[0].ndim:  # the network took [0] of what we returned
-            raise _WantsTupleError
+    def recorder(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if index == 0:
+            starts.append(hidden)
         arguments.append((args, kwargs))
-        return (hidden_states, None) if model.family.returns_tuple else hidden_states
+        return hidden
 
-    originals = [layer.__dict__.get("forward") for layer in model.layers]
-    for layer in model.layers:
-        layer.forward = recorder
-    try:
-        with torch.no_grad():
-            model.net.base_model(
-                input_ids=batch.ids,
-                attention_mask=batch.mask,
-                position_ids=batch.positions,
-                past_key_values=cache,
-                use_cache=cache is not None,
-            )
-        wants_tuple = False
-    except _WantsTupleError:
-        wants_tuple = True
-    finally:
-        for layer, original in zip(model.layers, originals, strict=True):
-            if original is None:
-                del layer.forward
-            else:
-                layer.forward = original
-    if wants_tuple:  # a family named by hand, whose row cannot say so
-        model.family = replace(model.family, returns_tuple=True)
-        return record(model, batch, cache)
+    with torch.no_grad(), model.layers_replaced(recorder):
+        model.net.base_model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask,
+            position_ids=batch.positions,
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
     return Calls(model, starts[0], arguments)
-
-
-class _WantsTupleError(Exception):
-    """A network's layers return tuples."""
 
 
 def record_suffix(model: Model, batch: Batch, above: int) -> tuple[Calls, Tensor]:
@@ -190,6 +196,12 @@ def record_suffix(model: Model, batch: Batch, above: int) -> tuple[Calls, Tensor
         if batch.column == 0:
             calls = record(model, batch)
             return calls, calls.run(calls.start, 0, above + 1)
+        if not model.family.attention_only:  # no keys and values tell a later column what a convolution has seen
+            calls = record(model, batch)
+            states = [calls.start]
+            for index in range(model.n_layers):
+                states.append(calls.run(states[-1], index, index + 1))
+            return calls.behind(batch.column, states), states[above + 1][:, batch.column :]
         cache = DynamicCache()
         head = record(model, batch.cut(0, batch.column), cache)
         head.run(head.start, 0, model.n_layers)

@@ -73,6 +73,8 @@ class Runs:
         begin = self.width - columns
         if begin == 0:
             return record(self.model, self.batch)
+        if not self.model.family.attention_only:
+            return record(self.model, self.batch).behind(begin, self.entering)
         before = {layer: (k[:, :, :begin], v[:, :, :begin]) for layer, (k, v) in self.pairs.items()}
         return record_after(self.model, self.batch.cut(begin), before)
 
@@ -94,7 +96,7 @@ def run_clean_and_corrupted(model: Model, items: Sequence[Traced], noise: Sequen
     added = torch.cat([part.flatten(0, 1) for part in noise]).to(model.device)  # (spots, e)
     where = torch.tensor(spots, device=model.device)
 
-    cache = DynamicCache()
+    cache = DynamicCache() if model.family.attention_only else None
     with embeddings_moved(model, where[:, 0], where[:, 1], added):
         calls = record(model, batch, cache)
     entering = [calls.start]
@@ -103,7 +105,7 @@ def run_clean_and_corrupted(model: Model, items: Sequence[Traced], noise: Sequen
         for layer in range(model.n_layers):
             entering.append(calls.run(entering[-1], layer, layer + 1))
     values["state"] = entering[1:]
-    pairs = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers)}
+    pairs = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers if cache is not None else [])}
     return Runs(model, items, samples, batch, entering, values, pairs)
 
 
@@ -132,7 +134,8 @@ def _kept_outputs(model: Model, shape: Sequence[int], into: dict[Site, list[Tens
     """While open, every layer's m^l and a^l are added to the lists of `into`, each [*shape, d]."""
 
     def keep(kept: list[Tensor]) -> Callable[..., None]:
-        return lambda module, inputs, out: kept.append(out.reshape(*shape, out.shape[-1]))
+        # A copy: Falcon adds attention's output to the MLP's in place
+        return lambda module, inputs, out: kept.append(out.reshape(*shape, out.shape[-1]).clone())
 
     handles = []
     for layer in range(model.n_layers):

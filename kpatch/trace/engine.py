@@ -175,7 +175,7 @@ def _outputs_set(
                 continue
 
             def hook(module: nn.Module, inputs: Any, out: Tensor, edits: _Edits = edits) -> None:
-                edits.put(out.view(*shape[:2], out.shape[-1]))
+                edits.put(out.view(shape[0], -1, out.shape[-1])[:, -shape[1] :])  # the last of whole rows
 
             stack.callback(module.register_forward_hook(hook).remove)
         yield

@@ -11,12 +11,13 @@ from tests.support.models import MLP_WIDTH, WIDTH, tiny, tiny_net
 
 
 def test_an_unknown_family_is_told_which_names_to_give() -> None:
-    net = tiny_net("starcoder2", 300, hidden_size=WIDTH, intermediate_size=MLP_WIDTH, num_hidden_layers=2,
-                   num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    tokenizer = tiny("llama").tokenizer
+    net = tiny_net("persimmon", len(tokenizer), hidden_size=WIDTH, intermediate_size=MLP_WIDTH,
+                   num_hidden_layers=2, num_attention_heads=4)  # fmt: skip
     with pytest.raises(BadInput) as caught:
-        wrap(net, tiny("llama").tokenizer)
+        wrap(net, tokenizer)
     told = " ".join([caught.value.message, *caught.value.details, caught.value.hint or ""])
-    for word in ("starcoder2", "layers", "down", "attn_out", "norm", "--modules", "llama"):
+    for word in ("persimmon", "layers", "down", "attn_out", "`modules`", "llama"):
         assert word in told
 
 
@@ -27,7 +28,27 @@ def test_names_by_hand_replace_the_tables() -> None:
         family_for("llama", {"dwon": "mlp.down_proj"})
     with pytest.raises(BadInput) as caught:
         family_for("mystery", {"down": "mlp.down_proj", "layers": "model.layers"})
-    assert any("missing: attn_out, norm" in line for line in caught.value.details)
+    assert any("missing: attn_out" in line for line in caught.value.details)
+
+
+def test_names_that_earlier_versions_needed_are_still_taken() -> None:
+    assert family_for("llama", {"norm": "model.norm", "project_out": "x"}) == FAMILIES["llama"]
+
+
+def test_transposed_by_hand() -> None:
+    assert family_for("llama", {"transposed": "true"}).transposed is True
+    assert family_for("gpt2", {"transposed": "false"}).transposed is False
+    with pytest.raises(BadInput, match="transposed=yes"):
+        family_for("llama", {"transposed": "yes"})
+
+
+@pytest.mark.parametrize("square", [False, True], ids=["wide", "square"])
+@pytest.mark.parametrize(("family", "wrong"), [("gpt2", "false"), ("llama", "true")])
+def test_a_row_that_disagrees_with_how_the_weight_is_stored_is_refused(family: str, wrong: str, square: bool) -> None:
+    size = {"gpt2": "n_inner", "llama": "intermediate_size"}[family]
+    model = tiny(family, **({size: WIDTH} if square else {}))
+    with pytest.raises(BadInput, match="module names"):
+        wrap(model.net, model.tokenizer, family_for(family, {"transposed": wrong}))
 
 
 @pytest.mark.parametrize(
@@ -37,7 +58,6 @@ def test_names_by_hand_replace_the_tables() -> None:
         {"down": "mlp.dwon"},
         {"down": "mlp.act_fn"},
         {"down": "mlp.up_proj"},
-        {"norm": "model.nrom"},
         {"attn_out": "mlp.nothing"},
     ],
     ids=str,

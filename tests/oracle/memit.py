@@ -207,10 +207,10 @@ def nearest_on_norm(target: Tensor, gain: Tensor) -> Tensor:
 
 
 def norm_parts(norm: nn.Module) -> tuple[Tensor, float]:
-    """γ [d] in float64 and ε of an RMS norm; Gemma's stores γ − 1."""
+    """γ [d] in float64 and ε of an RMS norm; that of Gemma 2 and 3 stores γ − 1."""
     weight: Tensor = norm.weight.detach().double()  # type: ignore[operator]
     eps = norm.eps if hasattr(norm, "eps") else norm.variance_epsilon
-    return (1 + weight if "Gemma" in type(norm).__name__ else weight), float(eps)  # type: ignore[arg-type]
+    return (1 + weight if type(norm).__name__ in ("Gemma2RMSNorm", "Gemma3RMSNorm") else weight), float(eps)  # type: ignore[arg-type]
 
 
 @torch.no_grad()
@@ -226,6 +226,16 @@ def pulled_back(model: Model, layer: int, k: Tensor, r: Tensor) -> Tensor:
     m = norm(y).double()
     rms = (y.double().square().mean() + eps).sqrt()
     return nearest_on_norm(m + r.double(), gain) * rms - y.double()
+
+
+def mlp_scale(model: Model, layer: int) -> float:
+    """What a layer multiplies the MLP's output by before it joins the residual stream, as its configuration says."""
+    config = model.net.config
+    if config.model_type == "granite":
+        return float(config.residual_multiplier)
+    if config.model_type == "minicpm3":
+        return float(config.scale_depth / config.num_hidden_layers**0.5)
+    return float(getattr(model.layer(layer), "layer_scalar", 1.0))  # Gemma 4 scales the sum
 
 
 def by_subject(facts: Iterable[Prompt]) -> list[list[Prompt]]:
@@ -264,7 +274,7 @@ def memit(
         columns, residuals = [], []
         for group, row, z in zip(groups, bare, values, strict=True):
             k = keys(work, contexts, group, layer)
-            r = (z.double() - state(work, row, last).double()) / (last - layer + 1)
+            r = (z.double() - state(work, row, last).double()) / (last - layer + 1) / mlp_scale(work, layer)
             columns.append(k)
             residuals.append(pulled_back(work, layer, k, r) if model.family.post_norm else r)
         c = hyper.covariance_weight * covariances[layer].double()

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from kpatch.facts.tokens import Encoded, encode
 from kpatch.models.model import Model
-from tests.oracle.memit import Prompt, forward, key, nearest_on_norm, norm_parts, output_changed, rows_for
+from tests.oracle.memit import Prompt, forward, key, mlp_scale, nearest_on_norm, norm_parts, output_changed, rows_for
 
 if TYPE_CHECKING:
     from kpatch.edit.presets import RomeHyper
 
 
 def next_token_log_probabilities(model: Model, row: Encoded, layer: int, delta: Tensor) -> Tensor:
-    """log P [T, V] after each token of the row, with m^l += δ at the subject's last token."""
+    """log P [T, V] after each token of the row, with the residual stream moved by δ where m^l joins it."""
+    delta = delta / mlp_scale(model, layer)
     here = torch.zeros(len(row.ids), 1, device=model.device, dtype=delta.dtype)
     here[row.subject_last] = 1
     with output_changed(model.mlp_out(layer), lambda out: out + (here * delta).to(out.dtype)):
@@ -89,7 +90,8 @@ def rome(
     for fact in facts:
         k = mean_key(work, contexts, fact, hyper.layer)
         y, m = written(work, hyper.layer, k)
-        delta, _ = find_shift(work, contexts, fact, hyper, m)
+        scale = mlp_scale(work, hyper.layer)
+        delta = find_shift(work, contexts, fact, hyper, scale * m)[0] / scale
         v = y.double() + delta.double()
         if model.family.post_norm:
             gain, eps = norm_parts(work.mlp_out(hyper.layer))

@@ -20,6 +20,7 @@ from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
 from tests.oracle import memit as oracle
+from tests.support.families import KINDS
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
@@ -61,11 +62,11 @@ def assert_same(fast: Values, slow: list[tuple[Tensor, Tensor, list[float]]]) ->
     for z, loss, (want, h, losses) in zip(fast.z, fast.losses, slow, strict=True):
         assert loss == pytest.approx(losses[-1], rel=1e-4)
         moved = float((want - h).norm())
-        assert moved > 0.04 * float(h.norm()) or len(losses) == 1
+        assert moved > 0.03 * float(h.norm()) or len(losses) == 1
         assert float((z - want).norm()) <= 1e-4 * moved + 1e-6 * float(h.norm())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_values_are_the_oracles(family: str) -> None:
     groups = grouped(build(family))
     assert [group.facts for group in groups] == [(0,), (1, 3), (2,), (4,)]
@@ -128,7 +129,7 @@ def moments() -> dict[int, Tensor]:
     return {layer: root @ root.T / 200 for layer, root in roots.items()}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 @pytest.mark.parametrize("layers", [(1, 2), (0, 2)])
 def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     model, hyper = build(family), replace(HYPER, layers=layers)
@@ -156,7 +157,7 @@ def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     assert all(torch.equal(weight, before[name]) for name, weight in model.net.named_parameters())
 
 
-@pytest.mark.parametrize("family", [name for name, row in FAMILIES.items() if row.post_norm])
+@pytest.mark.parametrize("family", [name for name in KINDS if FAMILIES[name].post_norm])
 def test_the_gain_is_the_oracles(family: str) -> None:
     norm = build(family).mlp_out(1)
     gain, eps = norm_gain(norm, WIDTH, torch.device("cpu"))

@@ -16,6 +16,7 @@ from kpatch.facts.tokens import Encoded, encode
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model, wrap
 from tests.oracle import memit as oracle
+from tests.support.families import KINDS
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,8 +30,8 @@ FACTS = [
 LOUD = [("The city of {}", "Brazil", "Rome"), ("In the {}", "Mona Lisa", "Paris"), ("Past {}", "Brazil", "Rome")]
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
 HYPER = MemitHyper(layers=(1, 2), steps=8, learning_rate=0.2, covariance_weight=1e-7)
-POST_NORM = [name for name, row in FAMILIES.items() if row.post_norm]
-PLAIN = [name for name, row in FAMILIES.items() if not row.post_norm]
+POST_NORM = [name for name in KINDS if FAMILIES[name].post_norm]
+PLAIN = [name for name in KINDS if not FAMILIES[name].post_norm]
 
 
 build = cache(tiny)
@@ -166,7 +167,7 @@ def test_drift_and_decay_are_those_of_the_public_code() -> None:
     torch.testing.assert_close(loss(weight_decay=1.0) - loss(), delta.norm() / h.square().sum())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_search_lowers_the_loss_within_its_ball(family: str) -> None:
     model = build(family)
     hyper = replace(HYPER, steps=10, clamp=0.6)
@@ -205,14 +206,14 @@ def test_facts_about_one_subject_share_a_value() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_the_key_is_what_the_projection_multiplies(family: str) -> None:
     model = build(family)
     rows = oracle.rows_for(model, CONTEXTS, FACTS[1:2])
     assert len({row.subject_last for row in rows}) == 3
     mean = oracle.keys(model, CONTEXTS, FACTS[1:2], 1)
     written = []
-    handle = model.down(1).register_forward_hook(lambda _, args, out: written.append(out.reshape(-1, WIDTH)))
+    handle = model.down(1).register_forward_hook(lambda _, args, out: written.append(out.reshape(-1, WIDTH).clone()))
     for row in rows:
         oracle.forward(model, row.ids)
     handle.remove()
@@ -238,7 +239,7 @@ def test_with_little_to_preserve_every_subject_arrives_at_its_value(family: str)
     for fact in FACTS:
         m, k = model.down(1), oracle.keys(model, [""], [fact], 1).float()
         with torch.no_grad():
-            moved = (first.down(1)(k) - m(k)).double()
+            moved = (first.down(1)(k) - m(k)).double() * oracle.mlp_scale(model, 1)
         torch.testing.assert_close(
             moved, (values[FACTS.index(fact)] - bare_state(model, fact, 2)) / 2, rtol=0, atol=1e-3
         )
@@ -330,13 +331,14 @@ def test_behind_a_norm_the_stream_moves_to_the_nearest_point_that_can_be_reached
     z = h + 2 * torch.randn(WIDTH, generator=generator)
     after = edited(model, oracle.memit(model, [""], FACTS[:1], hyper, identity(2), values=[z]))
     reached = bare_state(after, FACTS[0], 2)
-    nearest = h - m + gain * oracle.nearest_on_norm(m + z - h, gain)
+    scale = oracle.mlp_scale(model, 2)
+    nearest = h + scale * (gain * oracle.nearest_on_norm(m + (z - h) / scale, gain) - m)
     torch.testing.assert_close(reached, nearest, rtol=0, atol=1e-3)
     assert (nearest - z).norm() > 0.1  # out of reach on purpose
     assert (reached - z).norm() < (h - z).norm()
 
     u = torch.randn(WIDTH, generator=generator, dtype=torch.float64)
-    z = h - m + gain * u * (WIDTH**0.5 / u.norm())
+    z = h + scale * (gain * u * (WIDTH**0.5 / u.norm()) - m)
     after = edited(model, oracle.memit(model, [""], FACTS[:1], hyper, identity(2), values=[z]))
     torch.testing.assert_close(bare_state(after, FACTS[0], 2), z, rtol=0, atol=1e-3)
     assert (z - h).norm() > 1

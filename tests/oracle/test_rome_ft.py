@@ -15,12 +15,12 @@ from kpatch.edit.presets import FineTuneHyper, RomeHyper
 from kpatch.edit.rome import Edited, edit_all, rome_contexts, together
 from kpatch.edit.solve import KeyCovariance
 from kpatch.facts.fact import Fact
-from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
 from kpatch.patch.delta import Dense, LowRank
 from tests.oracle import ft as ft_oracle
 from tests.oracle import memit as memit_oracle
 from tests.oracle import rome as rome_oracle
+from tests.support.families import KINDS
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
@@ -61,7 +61,7 @@ def weights(model: Model) -> dict[str, Tensor]:
 # ROME
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_rome_is_the_oracles(family: str) -> None:
     model = build(family)
     before = weights(model)
@@ -71,8 +71,8 @@ def test_rome_is_the_oracles(family: str) -> None:
         torch.testing.assert_close(one.key, key, rtol=1e-4, atol=1e-5)
         delta = one.left @ one.right
         assert float(change.norm()) > 1e-2
-        assert float((delta - change).norm()) <= 2e-4 * float(change.norm())
-        torch.testing.assert_close(one.value, value, rtol=1e-3, atol=1e-4)
+        assert float((delta - change).norm()) <= 1e-3 * float(change.norm())
+        assert float((one.value - value).norm()) <= 1e-3 * float(value.norm())
     assert all(torch.equal(weight, before[name]) for name, weight in model.net.named_parameters())
 
 
@@ -153,7 +153,7 @@ def test_contexts_of_two_lengths() -> None:
 # Fine-tuning
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", KINDS)
 def test_fine_tuning_is_the_oracles(family: str) -> None:
     model = tiny(family)
     model.net.double()  # Adam divides by each entry's own size, so float32's rounding would show everywhere

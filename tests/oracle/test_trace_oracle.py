@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
 from kpatch.trace.cells import Cell, Point, everything, severed, state, window
 from kpatch.trace.clean_corrupted import Runs, Traced, run_clean_and_corrupted
@@ -19,12 +18,13 @@ from kpatch.trace.engine import trace_cells
 from kpatch.trace.memory import MemoryBudget
 from kpatch.trace.noise import draw
 from tests.oracle import trace as oracle
+from tests.support.families import KINDS
 from tests.support.models import LAYERS, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in FAMILIES},
+    **{name: (name, {}) for name in KINDS},
     "gpt_neox-sequential": ("gpt_neox", {"use_parallel_residual": False}),
     "opt-as-wide-as-its-embeddings": ("opt", {"word_embed_proj_dim": 32}),
     "llama-eager": ("llama", {"attn_implementation": "eager"}),

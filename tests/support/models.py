@@ -40,6 +40,61 @@ CONFIGS: dict[str, dict[str, Any]] = {
         **{"layer_types": _ALTERNATING, "final_logit_softcapping": 1.5},
     },
     "olmo2": {**_GATED},
+    "gpt_neo": {
+        **{"hidden_size": WIDTH, "num_layers": LAYERS, "num_heads": HEADS, "intermediate_size": MLP_WIDTH},
+        **{"attention_types": [[["global", "local"], LAYERS // 2]], "window_size": WINDOW},
+        "max_position_embeddings": 128,
+    },
+    "gpt_bigcode": {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_inner": MLP_WIDTH, "n_positions": 128},
+    "codegen": {
+        **{"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_inner": MLP_WIDTH, "n_positions": 128},
+        "rotary_dim": 4,
+    },
+    "bloom": {"hidden_size": WIDTH, "n_layer": LAYERS, "n_head": HEADS},
+    "falcon": {**_COMMON, "ffn_hidden_size": MLP_WIDTH},
+    "mpt": {"d_model": WIDTH, "n_layers": LAYERS, "n_heads": HEADS, "expansion_ratio": 2, "max_seq_len": 128},
+    "ministral": {**_GATED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING},
+    "ministral3": {**_GATED, "head_dim": 8},
+    "phi3": {**_GATED, "sliding_window": WINDOW},
+    "gemma": {**_GATED, "head_dim": 16},
+    "olmo": {**_GATED, "clip_qkv": 1.5},
+    "smollm3": {**_GATED, "no_rope_layers": [1, 0] * (LAYERS // 2)},
+    "stablelm": {**_GATED, "use_qkv_bias": True},
+    "starcoder2": {**_GATED, "sliding_window": WINDOW},
+    "cohere": {**_GATED, "logit_scale": 0.4, "use_qk_norm": True},
+    "cohere2": {**_GATED, "head_dim": 8, "logit_scale": 0.4, "sliding_window": WINDOW, "layer_types": _ALTERNATING},
+    "granite": {
+        **{**_GATED, "residual_multiplier": 0.22, "logits_scaling": 2.0},
+        **{"embedding_multiplier": 0.5, "attention_multiplier": 0.4},
+    },
+    "glm": {**_GATED, "head_dim": 8},
+    "glm4": {**_GATED, "head_dim": 8},
+    "nemotron": {**_GATED, "head_dim": 8},
+    "seed_oss": {**_GATED, "head_dim": 8},
+    "helium": {**_GATED, "head_dim": 8},
+    "ernie4_5": {**_GATED, "head_dim": 8},
+    "apertus": {**_GATED},
+    "arcee": {**_GATED, "head_dim": 8},
+    "minicpm3": {
+        **{**_GATED, "num_key_value_heads": HEADS, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8},
+        **{"qk_rope_head_dim": 4, "v_head_dim": 8, "scale_depth": 1.4, "scale_emb": 3, "dim_model_base": 16},
+    },
+    "gemma4_text": {
+        **{**_GATED, "head_dim": 8, "global_head_dim": 16, "sliding_window": WINDOW, "layer_types": _ALTERNATING},
+        **{"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0, "final_logit_softcapping": 1.5},
+        "num_kv_shared_layers": 0,
+    },
+    "olmo3": {**_GATED, "sliding_window": WINDOW, "layer_types": _ALTERNATING},
+    "exaone4": {**_GATED, "head_dim": 8, "sliding_window": WINDOW, "layer_types": _ALTERNATING},
+    "lfm2": {
+        **{**_GATED, "block_auto_adjust_ff_dim": False, "conv_L_cache": 3},
+        "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+    },
+    "qwen3_5_text": {
+        **{**_GATED, "head_dim": 16, "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)},
+        **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8},
+        "linear_value_head_dim": 8,
+    },
 }
 
 
@@ -70,6 +125,9 @@ def _randomize(net: nn.Module) -> None:
     Norms get uneven weights and every bias is filled: with the usual ones and zeros, mistakes about them cannot show.
     """
     seen: set[int] = set()  # a tied head is filled as the embedding it is
+    for name, buffer in net.named_buffers():
+        if name.endswith(".layer_scalar"):  # Gemma 4 multiplies a whole layer by it
+            buffer.fill_(0.6)
     for module in net.modules():
         for name, weight in module.named_parameters(recurse=False):
             if id(weight) in seen:

@@ -17,6 +17,7 @@ from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.patched import patched
 from kpatch.export import gguf, peft
 from kpatch.export.lora import adapter, module_name
+from kpatch.models.families import FAMILIES
 from kpatch.patch.delta import Dense, LowRank
 from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.header import read_header
@@ -233,6 +234,15 @@ def test_the_gguf_adapter_is_the_patch(tmp_path: Path, family: str, architecture
         assert a.shape[0] == b.shape[1] == 5  # alpha over this is the scale
         expected = delta.dense().T if family == "gpt2" else delta.dense()  # llama.cpp has [out, in] for all
         torch.testing.assert_close(b.double() @ a.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_every_architecture_of_the_table_has_a_name_for_the_edited_weight() -> None:
+    library = pytest.importorskip("gguf")
+    for row in FAMILIES.values():
+        if row.gguf is not None:
+            table = library.get_tensor_name_map(library.MODEL_ARCH[row.gguf], 4)
+            name = table.get_name(f"{row.layers}.2.{row.down}.weight", try_suffixes=(".weight",))
+            assert name == "blk.2.ffn_down.weight", row.model_type
 
 
 def test_what_llama_cpp_does_not_have(tmp_path: Path) -> None:

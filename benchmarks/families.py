@@ -1,0 +1,89 @@
+"""Every family of the table through make, apply, ask and revert on a tiny random model, as a table.
+
+    python benchmarks/families.py [FAMILY...]
+
+Each row is one family. "forward" is the largest difference between the probabilities that `ask` gives and those of
+transformers' own forward, before and after the patch; "target" is what the patch does to the target's probability;
+"bytes back" says whether the checkpoint after `revert` is what it was, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kpatch
+from kpatch.checkpoint.revert import revert
+from kpatch.evaluate.answers import ask
+from kpatch.facts.fact import Fact
+from kpatch.models.families import FAMILIES
+from kpatch.models.model import open_model
+from tests.support.models import tiny
+
+FACT = Fact("Mona Lisa", "In the {}", "Paris", id="mona")
+SETTINGS = {"steps": "12", "prefixes": "1", "prefix_tokens": "3", "covariance_weight": "0.001"}
+
+
+def main(names: list[str]) -> int:
+    print("| family | layers | GGUF | target before → after | forward | bytes back |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    failed = 0
+    for name in names or sorted(FAMILIES):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["KPATCH_CACHE"] = str(Path(folder) / "cache")
+            try:
+                print(row(name, Path(folder)), flush=True)
+            except kpatch.KpatchError as error:
+                failed += 1
+                print(f"| {name} | failed: {error} |", flush=True)
+    return 1 if failed else 0
+
+
+def row(name: str, folder: Path) -> str:
+    model, directory, patch = tiny(name), folder / "model", folder / "news.patch"
+    model.net.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
+    base = digest(directory)
+    made = kpatch.make([FACT], out=patch, model=str(directory), layers=[1, 2], tokens=400, settings=SETTINGS)
+    before, off = asked(directory)
+    kpatch.apply([patch], directory)
+    after, off_after = asked(directory)
+    revert(directory)
+    same = digest(directory) == base
+    layers = ", ".join(map(str, made.layers))
+    shown = f"{before:.2%} → {after:.2%}"
+    back = "yes" if same else "NO"
+    gguf = FAMILIES[name].gguf or "–"
+    return f"| {name} | {layers} | {gguf} | {shown} | {max(off, off_after):.0e} | {back} |"
+
+
+@torch.no_grad()
+def asked(directory: Path) -> tuple[float, float]:
+    """P[first token of the target] by transformers alone, and how far `ask` is from it at its own first choice."""
+    net: Any = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    prompt = FACT.prompt.replace("{}", FACT.subject)
+    chances = net(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1].softmax(-1)
+    target = tokenizer(f" {FACT.target}", add_special_tokens=False).input_ids[0]
+    [answer] = ask(open_model(str(directory), device="cpu"), [prompt], top=1, max_tokens=1)
+    return float(chances[target]), abs(answer.top[0].probability - float(chances.max()))
+
+
+def digest(directory: Path) -> str:
+    return hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))

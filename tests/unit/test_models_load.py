@@ -1,0 +1,171 @@
+"""Loading a checkpoint directory: what is reported, what is left as it was, what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from kpatch.errors import BadInput
+from kpatch.models.model import open_model
+from kpatch.reporter import Advance
+from tests.support.models import tiny
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny Llama directory; tests copy it before they change it."""
+    model = tiny("llama")
+    folder = tmp_path_factory.mktemp("whole") / "llama"
+    model.net.save_pretrained(folder)
+    model.tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Heard:
+    """A reporter that keeps what it was given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    @contextmanager
+    def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
+        self.lines.append(description)
+        yield lambda amount: None
+
+    def note(self, message: str) -> None:
+        self.lines.append(message)
+
+    def warn(self, message: str) -> None:
+        self.lines.append(f"warning: {message}")
+
+
+def test_an_address_is_reported_and_opened(llama: Path) -> None:
+    heard = Heard()
+    model = open_model(str(llama), device="cpu", report=heard)
+    assert (model.name, model.path, model.n_layers) == ("llama", llama, 4)
+    assert heard.lines == [f"{llama}: checkpoint directory {llama}", "Loading llama"]
+
+
+def test_transformers_logs_as_before_after_a_load(llama: Path) -> None:
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        open_model(str(llama), device="cpu")
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(level)
+
+
+# Weights that are not there, or not numbers
+
+
+Weights = dict[str, Tensor]
+
+
+def changed(llama: Path, folder: Path, change: Callable[[Weights], Weights], **config: Any) -> Path:
+    """A copy of the directory with other weights and settings."""
+    copy = Path(shutil.copytree(llama, folder / "changed"))
+    file = copy / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    settings = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**settings, **config}))
+    return copy
+
+
+def without(part: str) -> Callable[[Weights], Weights]:
+    return lambda weights: {name: value for name, value in weights.items() if part not in name}
+
+
+HOLES: dict[str, tuple[Callable[[Weights], Weights], dict[str, Any], str, str]] = {
+    "attention": (without("layers.3.self_attn"), {}, "4 weights", "model.layers.3.self_attn.k_proj.weight"),
+    "head": (without("lm_head"), {}, "1 weights", "lm_head.weight"),
+    "layers": (lambda w: w, {"num_hidden_layers": 5}, "9 weights", "model.layers.4."),
+    "prefix": (lambda w: {f"net.{k}": v for k, v in w.items()}, {}, "39 weights", "found net."),
+}
+
+
+@pytest.mark.parametrize("hole", HOLES)
+def test_weights_that_are_not_in_the_checkpoint_are_never_made_up(llama: Path, tmp_path: Path, hole: str) -> None:
+    change, config, number, named = HOLES[hole]
+    with pytest.raises(BadInput, match="not in its checkpoint") as caught:
+        open_model(str(changed(llama, tmp_path, change, **config)), device="cpu")
+    assert caught.value.message.startswith(number)
+    assert any(named in line for line in caught.value.details)
+
+
+def test_a_tied_head_is_no_hole(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    model.net.save_pretrained(tmp_path / "tied")
+    model.tokenizer.save_pretrained(tmp_path / "tied")
+    assert "lm_head.weight" not in load_file(tmp_path / "tied" / "model.safetensors")
+    assert torch.equal(open_model(str(tmp_path / "tied"), device="cpu").net.lm_head.weight, model.net.lm_head.weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_named(llama: Path, tmp_path: Path, value: float) -> None:
+    def spoil(weights: Weights) -> Weights:
+        weights["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        return weights
+
+    with pytest.raises(BadInput, match="NaN or infinity") as caught:
+        open_model(str(changed(llama, tmp_path, spoil)), device="cpu")
+    assert caught.value.details == ("model.layers.1.mlp.up_proj.weight",)
+
+
+def test_weights_of_another_shape_are_named(llama: Path, tmp_path: Path) -> None:
+    def cut(weights: Weights) -> Weights:
+        name = "model.layers.2.mlp.up_proj.weight"
+        return {**weights, name: weights[name][:-1].contiguous()}
+
+    with pytest.raises(BadInput, match="do not have the shape") as caught:
+        open_model(str(changed(llama, tmp_path, cut)), device="cpu")
+    assert caught.value.details == ("model.layers.2.mlp.up_proj.weight: expected [64, 32], found [63, 32]",)
+
+
+def test_an_adapter_beside_whole_weights_is_noted(llama: Path, tmp_path: Path) -> None:
+    copy = changed(llama, tmp_path, lambda weights: weights)
+    (copy / "adapter_config.json").write_text("{}")
+    heard = Heard()
+    open_model(str(copy), device="cpu", report=heard)
+    assert any("an adapter beside its weights" in line for line in heard.lines)
+
+
+# Models of other kinds
+
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
+    "bert": ({"model_type": "bert"}, "is an encoder"),
+    "mamba": ({"model_type": "mamba"}, "state-space"),
+    "mixtral": ({"model_type": "mixtral"}, "mixtures of experts"),
+    "olmoe": ({"model_type": "olmoe"}, "mixtures of experts"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    "remote": ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_another_kind_is_refused_in_a_sentence_that_says_why(
+    llama: Path, tmp_path: Path, kind: str
+) -> None:
+    config, why = KINDS[kind]
+    with pytest.raises(BadInput, match=why) as caught:
+        open_model(str(changed(llama, tmp_path, lambda weights: weights, **config)), device="cpu")
+    assert "`modules`" not in (caught.value.hint or "")
+
+
+def test_a_diffusion_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(BadInput, match="diffusion model"):
+        open_model(str(tmp_path), device="cpu")
