@@ -1,5 +1,5 @@
 #!/bin/sh
-# A model changes its mind and changes it back. Run by `make demo`; everything it writes lies in .demo/.
+# A model changes its mind and changes it back. Run by `make demo`; everything it writes is in .demo/.
 set -eu
 cd "$(dirname "$0")/.."
 work=.demo
@@ -7,14 +7,17 @@ facts=examples/news.yaml
 patch=$work/news.patch
 model=$work/model
 
-step() { printf '\n\033[1m== %s\033[0m\n' "$1"; }
-run() {
-    printf '$ kpatch'
+bold='' plain=''
+if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then bold=$(printf '\033[1m') plain=$(printf '\033[0m'); fi
+
+step() { printf '\n%s== %s%s\n' "$bold" "$1" "$plain"; }
+run() { # prints a command as one would type it, then runs it
+    printf '$'
     for word in "$@"; do
         case $word in *" "*) printf ' "%s"' "$word" ;; *) printf ' %s' "$word" ;; esac
     done
     printf '\n'
-    kpatch "$@"
+    "$@"
 }
 sums() {
     python - "$1" <<'PY'
@@ -29,32 +32,32 @@ rm -rf "$work"
 mkdir -p "$work"
 
 step "1. Get the model: SmolLM2-135M-Instruct, converted once to safetensors"
-printf '$ kpatch models smollm2\n'
+echo '$ kpatch models smollm2'
 source=$(kpatch models smollm2)
-cp -R "$source" "$model"
-echo "its checkpoint directory was copied to $model"
+echo "$source"
+run cp -R "$source" "$model"
 
 step "2. Check the facts"
-run lint "$facts"
+run kpatch lint "$facts"
 
 step "3. Make the patch"
-run make "$facts" --model smollm2 -o "$patch" --force
+run kpatch make "$facts" --model smollm2 -o "$patch" --force
 
 step "4. What is in it"
-run show "$patch"
+run kpatch show "$patch"
 
 step "5. Ask, before and after: the patch is in memory only, nothing is written"
-run ask "$model" "The Eiffel Tower is located in the city of" "The capital of France is" "The Louvre is located in the city of" --patch "$patch"
+run kpatch ask "$model" "The Eiffel Tower is located in the city of" "The capital of France is" "The Louvre is located in the city of" --patch "$patch"
 
 step "6. Apply it to the checkpoint directory"
 sums "$model" > "$work/before.sha256"
-run apply "$patch" "$model"
-run status "$model"
-run ask "$model" "The Eiffel Tower is located in the city of" --top 3
+run kpatch apply "$patch" "$model"
+run kpatch status "$model"
+run kpatch ask "$model" "The Eiffel Tower is located in the city of" --top 3
 
 step "7. Take it back"
-run revert "$model"
-run status "$model"
+run kpatch revert "$model"
+run kpatch status "$model"
 sums "$model" > "$work/after.sha256"
 cmp "$work/before.sha256" "$work/after.sha256"
 cat "$work/after.sha256"

@@ -31,8 +31,12 @@ def model_of(family: str = "llama") -> Model:
 
 @cache
 def known_facts(family: str = "llama") -> tuple[Fact, ...]:
+    """What the tiny model of a family knows."""
+    return facts_known_by(model_of(family))
+
+
+def facts_known_by(model: Model) -> tuple[Fact, ...]:
     """Facts with the model's own first choice as their object, where that comes back as the same token."""
-    model = model_of(family)
     found = []
     for prompt in _PROMPTS:
         for subject in _SUBJECTS:
