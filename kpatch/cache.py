@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -70,15 +71,41 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        os.chmod(
-            temporary, 0o666 & ~_umask()
-        )  # mkstemp and safetensors both make files that only their owner can read
+        # mkstemp and safetensors both make files that only their owner can read
+        os.chmod(temporary, 0o666 & ~_umask())
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, OSError) or is_full(error):
+            raise write_error(error, path) from error
+        raise
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder that appears as `path` whole or not at all: the block fills the one it gets, which is renamed then.
+
+    `path` may be an empty folder. Raises KpatchError for a full disk or a place that cannot be written; other errors
+    of the block pass through.
+    """
+    path = path.absolute()
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~_umask())
+            sync(file)
+        temporary.chmod(0o777 & ~_umask())
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or is_full(error):
             raise write_error(error, path) from error
         raise
