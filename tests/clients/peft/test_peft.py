@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kpatch.evaluate.patched import patched
+from kpatch.patch.format import pack, read_patch, write_patch
 from tests.support import news
 from tests.support.adapters import patch_for
 from tests.support.cli import run
@@ -41,6 +44,23 @@ def test_peft_computes_what_the_patched_model_computes(tmp_path: Path, client: C
             assert error < 1e-3, (family, way, error)
         # no adapter in a layer without a change, and nothing that PEFT has to set right
         assert found[family]["warnings"] == [], family
+
+
+def test_peft_finds_the_base_by_the_hub_id_and_commit_of_the_patch(tmp_path: Path, client: Client) -> None:
+    path, commit = patch_for("llama", tmp_path, scale=0.1), "ab" * 20
+    made = read_patch(path)
+    known = replace(made.manifest.base, name="owner/model", revision=commit)
+    write_patch(path, replace(made.manifest, base=known), pack(made.deltas), force=True)
+    assert run("export", path, "--to", "peft", "-o", tmp_path / "lora").code == 0
+    # the hub's cache as a download of that commit leaves it; there is no main to fall back to
+    snapshot = Path(os.environ["HF_HOME"]) / "hub" / "models--owner--model" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "model").rename(snapshot)
+    found = client({"adapters": {"hub": str(tmp_path / "lora")}, "ids": IDS, "prompts": []})["adapters"]["hub"]
+    model = tiny("llama")
+    with torch.no_grad(), patched(model, path):
+        expected = model.net(torch.tensor([IDS])).logits[0]
+    assert float((torch.tensor(found["auto"]) - expected).abs().max()) < 1e-3
 
 
 @news.needs_smollm2
