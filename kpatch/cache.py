@@ -71,8 +71,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
     temporary = Path(name)
     try:
         write(temporary)
-        # mkstemp and safetensors both make files that only their owner can read
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp and safetensors make files that only their owner can read
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

@@ -64,7 +64,7 @@ def command(
     verbose: opt.Verbose = False,
 ) -> None:
     """Write a patch as a LoRA adapter or a checkpoint."""
-    say = begin(json, quiet, verbose)
+    output = begin(json, quiet, verbose)
     if base is None and to is To.checkpoint:
         raise BadInput("--to checkpoint needs --base MODEL_DIR")
     if base is not None and to is To.gguf:
@@ -76,7 +76,7 @@ def command(
     if base is not None and to is To.checkpoint:
         from kpatch.checkpoint.apply import apply
 
-        show_report(say, apply([patch], base, out=out, report=say), "Exported", "to")
+        show_report(output, apply([patch], base, out=out, report=output), "Exported", "to")
         return
 
     from kpatch.export import gguf, peft
@@ -86,15 +86,15 @@ def command(
 
     info = read_header(patch)
     if to is To.gguf:
-        found = adapter(info, max_rank, say)
-        _tell(say, found, to, out, gguf.write(found, out, force))
+        found = adapter(info, max_rank, output)
+        _tell(output, found, to, out, gguf.write(found, out, force))
         return
-    address = base_address(info, base, say)
-    found = adapter(info, max_rank, say)
-    _tell(say, found, to, out, peft.write(found, out, address), address)
+    address = base_address(info, base, output)
+    found = adapter(info, max_rank, output)
+    _tell(output, found, to, out, peft.write(found, out, address), address)
 
 
-def _tell(say: Output, found: Adapter, to: To, out: Path, written: int, base: BaseAddress | None = None) -> None:
+def _tell(output: Output, found: Adapter, to: To, out: Path, written: int, base: BaseAddress | None = None) -> None:
     rows: list[list[Cell]] = [
         [module.name, module.rank, percent(module.error), percent(module.key_error)] for module in found.modules
     ]
@@ -102,7 +102,7 @@ def _tell(say: Output, found: Adapter, to: To, out: Path, written: int, base: Ba
         {"name": module.name, "rank": module.rank, "error": module.error, "key_error": module.key_error}
         for module in found.modules
     ]
-    say.result(
+    output.result(
         {
             "patch": {"id": found.patch.id, "path": str(found.patch.path)},
             "to": to.value,
@@ -113,13 +113,15 @@ def _tell(say: Output, found: Adapter, to: To, out: Path, written: int, base: Ba
             "base": None if base is None else {"address": base.address, "revision": base.revision},
         }
     )
-    say.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
-    say.line(f"{out}  {size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
+    output.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
+    output.line(f"{out}  {size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
     lost = max((module.key_error or 0.0 for module in found.modules), default=0.0)
     if lost > _LOSS:
-        say.warn(f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost")
+        output.warn(
+            f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost"
+        )
     for note in _next(found, out, base):
-        say.note(note)
+        output.note(note)
 
 
 def _next(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
