@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -89,6 +90,33 @@ def atomic_write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
     atomic_write(path, write)
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder that appears as `path` whole or not at all: the block fills the one it gets, which is renamed then.
+
+    `path` may be an empty folder. Raises KpatchError for a full disk or a place that cannot be written; other errors
+    of the block pass through.
+    """
+    path = path.absolute()
+    temporary: Path | None = None
+    try:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        yield temporary
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~_umask())
+            sync(file)
+        temporary.chmod(0o777 & ~_umask())
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, OSError) or is_full(error):
+            raise write_error(error, path) from error
+        raise
 
 
 def sync(path: Path) -> None:

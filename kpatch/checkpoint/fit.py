@@ -58,10 +58,14 @@ class Fit:
         """The error for a patch that does not fit; `kind` Refused for apply, CheckFailed for a question."""
         worst = next(weight for weight in self.weights if weight.how == "misfit")
         reason = "is not there" if worst.stored is None else "is not the base it was made for"
+        hint = f"`kpatch status {self.model}` lists what is applied; `kpatch show {self.patch.path}` names its base"
+        if all(weight.found is not None for weight in self.weights):
+            # every weight is there in its shape: the same architecture with other values, as after fine-tuning
+            hint += f"; for a fine-tuned model make the patch anew: `kpatch make FACTS --model {self.model}`"
         return kind(
             f"{self.patch.path} does not fit {self.model}: {worst.name} {reason}",
             details=[worst.detail] if worst.detail else (),
-            hint=f"`kpatch status {self.model}` lists what is applied; `kpatch show {self.patch.path}` names its base",
+            hint=hint,
         )
 
 

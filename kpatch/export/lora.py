@@ -1,8 +1,8 @@
 """A patch as a LoRA adapter: for every linear module lora_A [r, in] and lora_B [out, r] with ΔW = lora_B @ lora_A.
 
-One rank for all modules, smaller ones filled up with zeros: PEFT would take a rank for each, but vLLM scales every
-module by the one alpha / r of the configuration and llama.cpp by one alpha over each tensor's own rank, so only one
-rank with alpha = r is right for all three.
+All modules have one rank r and alpha = r; smaller ones are filled up with zeros. PEFT would take a rank for each
+module, but llama.cpp divides the one alpha of the file by each tensor's own rank, and older vLLM divides it by the
+one r of the configuration. With one rank the scale is 1 in all of them.
 """
 
 from __future__ import annotations
@@ -108,12 +108,12 @@ def _require_linear(info: PatchInfo) -> None:
         raise BadInput(
             f"{info.name} changes more than linear layers, which is all a LoRA adapter holds",
             details=[f"{printable(name, 120)} {list(weights[name].shape)}" for name in wrong[:10]] + more,
-            hint="--to checkpoint holds everything",
+            hint="`to=checkpoint` holds everything",
         )
 
 
 def _cut(info: PatchInfo, weight: str, delta: Delta, max_rank: int | None) -> tuple[LowRank, float, float | None]:
-    """Balanced factors of a delta, what was cut off of it, and that on the facts' keys."""
+    """Balanced factors of a delta, the relative error of the cut, and that error on the facts' keys."""
     if isinstance(delta, LowRank):
         u, s, vh = delta.svd()
     else:
@@ -123,7 +123,7 @@ def _cut(info: PatchInfo, weight: str, delta: Delta, max_rank: int | None) -> tu
     if max_rank is None and whole * (rows + cols) > rows * cols:
         raise BadInput(
             f"The change of {printable(weight, 120)} has rank {whole}: as factors it would be larger than as a matrix",
-            hint="give --max-rank, as 64; what is cut off is measured and said",
+            hint="give `max_rank`, such as 64; what is cut off is measured and reported",
         )
     rank = whole if max_rank is None else min(whole, max_rank)
     root = s[:rank].sqrt()

@@ -6,15 +6,13 @@ Source: PEFT's documentation, "PEFT checkpoint format". vLLM and llama.cpp's con
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
 
-from kpatch.cache import is_full, sync, write_error
+from kpatch.cache import atomic_directory
+from kpatch.export.base import BaseAddress
 from kpatch.export.lora import Adapter
 from kpatch.outputs import check_new_directory
 from kpatch.patch.combine import text_of
@@ -24,16 +22,15 @@ WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "REA
 _FACTS_IN_CARD = 50
 
 
-def config(found: Adapter) -> dict[str, Any]:
-    """What adapter_config.json says: every setting that decides the sum, so that no default has a say.
+def config(found: Adapter, base: BaseAddress) -> dict[str, Any]:
+    """The content of adapter_config.json: every setting that affects the result, so that no default decides.
 
-    Modules are named in full: a bare "down_proj" would give every other layer an adapter of its own, empty.
+    Modules are named in full: a bare "down_proj" would give every other layer an empty adapter.
     """
-    base = found.patch.manifest.base
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base.name,
+        "base_model_name_or_path": base.address,
         "revision": base.revision,
         "inference_mode": True,
         "r": found.rank,
@@ -53,38 +50,24 @@ def config(found: Adapter) -> dict[str, Any]:
     }
 
 
-def write(found: Adapter, out: str | Path) -> int:
-    """Write the directory whole or not at all; gives its bytes.
+def write(found: Adapter, out: str | Path, base: BaseAddress) -> int:
+    """Write the directory whole or not at all; gives its size in bytes.
 
-    Raises Refused where `out` exists, BadInput where its folder does not, KpatchError for a full disk.
+    Raises Refused where `out` exists, BadInput where its parent does not, KpatchError for a full disk.
     """
     path = check_new_directory(out)
-    temporary: Path | None = None
-    try:
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
-        _fill(found, temporary)
-        for name in (WEIGHTS, CONFIG, CARD):
-            (temporary / name).chmod(0o644)
-            sync(temporary / name)
-        temporary.chmod(0o755)
-        os.replace(temporary, path.absolute())
-        sync(path.absolute().parent)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or is_full(error):
-            raise write_error(error, path) from error
-        raise
+    with atomic_directory(path) as folder:
+        _fill(found, base, folder)
     return sum((path / name).stat().st_size for name in (WEIGHTS, CONFIG, CARD))
 
 
-def _fill(found: Adapter, folder: Path) -> None:
+def _fill(found: Adapter, base: BaseAddress, folder: Path) -> None:
     tensors = {}
     for module in found.modules:
         tensors[f"base_model.model.{module.name}.lora_A.weight"] = module.a.contiguous()
         tensors[f"base_model.model.{module.name}.lora_B.weight"] = module.b.contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    text = json.dumps(config(found), indent=2, ensure_ascii=False)
+    text = json.dumps(config(found, base), indent=2, ensure_ascii=False)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     (folder / CARD).write_text(card(found), encoding="utf-8")
 
@@ -106,5 +89,5 @@ def card(found: Adapter) -> str:
 
 def _plain(text: object) -> str:
     """Text of a fact for one line of Markdown: nothing in it is markup."""
-    one_line = printable(" ".join(str(text).split()))
+    one_line = printable(" ".join(str(text).split()))  # a README is also read with `cat`
     return "".join(f"\\{sign}" if sign in "\\`*_{}[]<>#|!" else sign for sign in one_line)

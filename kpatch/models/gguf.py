@@ -5,16 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, suppress
+from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kpatch.cache import cache_dir, is_full, lock, sync, write_error
+from kpatch.cache import atomic_directory, cache_dir, is_full, lock
 from kpatch.errors import BadInput
 from kpatch.models.quiet import quiet_transformers
 from kpatch.reporter import SILENT, Reporter
@@ -54,27 +51,16 @@ def convert(path: Path, *, sha256: str | None = None, report: Reporter = SILENT)
 
 
 def _convert_into(path: Path, goal: Path, report: Reporter) -> Path:
-    temporary = Path(tempfile.mkdtemp(prefix=f".{goal.name}.", dir=goal.parent))
-    try:
-        with report.task(f"Converting {path.name} to safetensors", total=4, unit="steps") as advance:
-            _write_tokenizer(path, temporary)
-            advance(1)
-            net = _load(path)
-            advance(2)
-            _write_weights(net, temporary)
-            advance(1)
-        for file in temporary.iterdir():
-            sync(file)
-        sync(temporary)
-        temporary.chmod(0o755)
-        os.rename(temporary, goal)
-        sync(goal.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            shutil.rmtree(temporary)
-        if is_full(error):
-            raise write_error(error, goal) from error
-        raise
+    with (
+        atomic_directory(goal) as folder,
+        report.task(f"Converting {path.name} to safetensors", total=4, unit="steps") as advance,
+    ):
+        _write_tokenizer(path, folder)
+        advance(1)
+        net = _load(path)
+        advance(2)
+        _write_weights(net, folder)
+        advance(1)
     return goal
 
 
@@ -104,9 +90,7 @@ def _write_weights(net: Any, directory: Path) -> None:
         if tensor.data_ptr() not in seen:  # a tied lm_head is stored once, under the embeddings' name
             seen[tensor.data_ptr()] = name
             tensors[name] = tensor.contiguous()
-    weights = directory / "model.safetensors"
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors makes a file that only its owner can read
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     config = net.config.to_diff_dict()
     for key in _DROPPED:
         config.pop(key, None)

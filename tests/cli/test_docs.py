@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kpatch.edit.presets import SHAPES
 
+from kpatch.edit.presets import SHAPES
 from kpatch.facts.load import load_facts
 from kpatch.models.aliases import ALIASES, SMOLLM2
 from kpatch.models.model import Model

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.cache import atomic_write, cache_dir, cache_root, lock
+from kpatch.cache import atomic_directory, atomic_write, cache_dir, cache_root, lock
 from kpatch.errors import KpatchError, Refused
 from kpatch.reporter import Silent
 
@@ -142,3 +142,30 @@ def test_who_waits_says_for_whom(tmp_path: Path) -> None:
 
 def _fill(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
+
+
+def test_a_folder_appears_whole(tmp_path: Path) -> None:
+    goal = tmp_path / "made"
+    goal.mkdir()  # an empty one will do
+    with atomic_directory(goal) as folder:
+        (folder / "a").write_text("1", encoding="utf-8")
+        (folder / "a").chmod(0o600)
+        assert not (goal / "a").exists()
+    assert (goal / "a").read_text(encoding="utf-8") == "1"
+    (tmp_path / "plain").mkdir()
+    (tmp_path / "plain" / "a").write_text("1", encoding="utf-8")
+    for name in ("", "a"):  # as readable as any file of this user
+        assert (goal / name).stat().st_mode == (tmp_path / "plain" / name).stat().st_mode
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["made", "plain"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), ValueError("stop")])
+def test_a_folder_that_fails_leaves_nothing(tmp_path: Path, error: Exception) -> None:
+    def fill() -> None:
+        with atomic_directory(tmp_path / "made") as folder:
+            (folder / "a").write_text("1", encoding="utf-8")
+            raise error
+
+    with pytest.raises(KpatchError if isinstance(error, OSError) else ValueError, match=r"space|stop"):
+        fill()
+    assert list(tmp_path.iterdir()) == []

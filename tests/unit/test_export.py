@@ -16,39 +16,19 @@ from torch import Tensor
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.patched import patched
 from kpatch.export import gguf, peft
+from kpatch.export.base import BaseAddress
 from kpatch.export.lora import adapter, module_name
 from kpatch.models.families import FAMILIES
-from kpatch.patch.delta import Dense, LowRank
+from kpatch.patch.delta import Dense
 from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.header import read_header
 from tests.support import checkpoints
+from tests.support.adapters import LAYERS, patch_for
 from tests.support.checkpoints import random
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 
-LAYERS = (0, 2)
-
-
-def patch_for(family: str, folder: Path, ranks: tuple[int, ...] = (2, 5), keys: bool = True, **options: Any) -> Path:
-    """A patch for W of two layers of a tiny model, one delta of each rank."""
-    model = tiny(family)
-    directory = folder / "model"
-    model.net.save_pretrained(directory)
-    path = folder / "x.patch"
-    names = [model.weight_name(layer) for layer in LAYERS]
-    checkpoints.make_patch(path, directory, weights=names, keys=False, **options)
-    made = read_patch(path)
-    deltas, infos = {}, {}
-    for name, rank in zip(names, ranks, strict=True):
-        rows, cols = model.net.get_parameter(name).shape
-        deltas[name] = LowRank(random(rows, rank, seed=rank), random(rank, cols, seed=rank + 1))
-        infos[name] = replace(made.manifest.deltas[name], form="lowrank", rank=rank)
-    base = replace(made.manifest.base, family=family)
-    facts = len(made.manifest.facts)
-    stored = {layer: random(facts, model.mlp_width, seed=layer) for layer in LAYERS} if keys else {}
-    manifest = replace(made.manifest, base=base, deltas=infos, layers=LAYERS)
-    write_patch(path, manifest, pack(deltas, None, stored), force=True)
-    return path
+BASE = BaseAddress("tiny/model", "main")
 
 
 def as_peft_reads_it(folder: Path) -> dict[str, Tensor]:
@@ -74,7 +54,7 @@ def as_peft_reads_it(folder: Path) -> dict[str, Tensor]:
 def test_the_adapter_is_the_patch(tmp_path: Path, family: str) -> None:
     path, model = patch_for(family, tmp_path), tiny(family)
     found = adapter(read_header(path))
-    written = peft.write(found, tmp_path / "lora")
+    written = peft.write(found, tmp_path / "lora", BASE)
     assert written == sum(file.stat().st_size for file in (tmp_path / "lora").iterdir())
     assert sorted(file.name for file in (tmp_path / "lora").iterdir()) == [
         "README.md", "adapter_config.json", "adapter_model.safetensors"
@@ -91,7 +71,7 @@ def test_the_adapter_is_the_patch(tmp_path: Path, family: str) -> None:
 
 def test_the_adapted_model_answers_as_the_patched_one(tmp_path: Path) -> None:
     path, model = patch_for("llama", tmp_path), tiny("llama")
-    peft.write(adapter(read_header(path)), tmp_path / "lora")
+    peft.write(adapter(read_header(path)), tmp_path / "lora", BASE)
     tensors = load_file(tmp_path / "lora" / "adapter_model.safetensors")
     ids = torch.tensor([[5, 9, 30, 44]])
     hooks = []
@@ -116,7 +96,8 @@ def test_the_adapted_model_answers_as_the_patched_one(tmp_path: Path) -> None:
 def test_one_rank_for_all_filled_up_with_zeros(tmp_path: Path) -> None:
     found = adapter(read_header(patch_for("llama", tmp_path, ranks=(2, 5))))
     assert (found.rank, [module.rank for module in found.modules]) == (5, [2, 5])
-    config = peft.config(found)
+    config = peft.config(found, BASE)
+    # no rank of its own for a module: llama.cpp knows none
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (5, 5, {}, {})
     small = found.modules[0]
     assert small.a.shape[0] == small.b.shape[1] == 5
@@ -159,6 +140,51 @@ def test_dense_changes(tmp_path: Path) -> None:
     assert [module.rank for module in adapter(read_header(path)).modules] == [2, 5]
 
 
+def test_a_dense_change_of_low_rank_in_a_weight_stored_the_other_way(tmp_path: Path) -> None:
+    path = patch_for("gpt2", tmp_path)
+    made = read_patch(path)
+    low = {name: Dense(delta.dense(torch.float32)) for name, delta in made.deltas.items()}
+    infos = {name: replace(info, form="dense", rank=None) for name, info in made.manifest.deltas.items()}
+    write_patch(path, replace(made.manifest, deltas=infos), pack(low, None, made.keys), force=True)
+    found = adapter(read_header(path))
+    assert [(module.rank, module.key_error) for module in found.modules] == [(2, 0.0), (5, 0.0)]
+    for module in found.modules:
+        change = (module.b.double() @ module.a.double()).T
+        torch.testing.assert_close(change, low[f"{module.name}.weight"].dense(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_manifest_says_which_way_a_weight_is_stored(tmp_path: Path, transposed: bool) -> None:
+    # square, and of a family that no table has: neither shape nor family tells
+    name = "decoder.block.1.project.weight"
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}", encoding="utf-8")
+    checkpoints.save_tensors(tmp_path / "model", {name: random(8, 8, seed=3)}, sharded=False)
+    checkpoints.make_patch(
+        tmp_path / "x.patch", tmp_path / "model", weights=[name], keys=False, family="unheard", transposed=transposed
+    )
+    found = adapter(read_header(tmp_path / "x.patch"))
+    assert peft.config(found, BASE)["fan_in_fan_out"] is transposed
+    change = found.modules[0].b.double() @ found.modules[0].a.double()
+    delta = read_patch(tmp_path / "x.patch").deltas[name].dense()
+    torch.testing.assert_close(change.T if transposed else change, delta, rtol=1e-5, atol=1e-6)
+
+
+def test_every_layer_and_a_head_beside_weights_stored_the_other_way(tmp_path: Path) -> None:
+    model = tiny("gpt2", tie_word_embeddings=False)
+    model.net.save_pretrained(tmp_path / "model")
+    names = ["lm_head.weight", *(model.weight_name(layer) for layer in range(model.n_layers))]
+    path = tmp_path / "x.patch"
+    checkpoints.make_patch(path, tmp_path / "model", weights=names, keys=False, family="gpt2")
+    found = adapter(read_header(path))
+    assert [module.name for module in found.modules] == sorted(name.removesuffix(".weight") for name in names)
+    deltas = {name.removesuffix(".weight"): delta.dense() for name, delta in read_patch(path).deltas.items()}
+    for module in found.modules:
+        change = module.b.double() @ module.a.double()
+        goal = deltas[module.name] if module.name == "lm_head" else deltas[module.name].T
+        torch.testing.assert_close(change, goal, rtol=1e-5, atol=1e-5)
+
+
 def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
     model = checkpoints.make_checkpoint(tmp_path / "model")
     names = ("model.layers.0.input_layernorm.weight", "model.embed_tokens.weight", checkpoints.WEIGHTS[0])
@@ -185,11 +211,11 @@ def test_checkpoint_names_without_the_prefix(tmp_path: Path) -> None:
 def test_the_directory_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = adapter(read_header(patch_for("llama", tmp_path)))
     (tmp_path / "there").mkdir()
-    peft.write(found, tmp_path / "there")  # an empty directory will do
+    peft.write(found, tmp_path / "there", BASE)  # an empty directory will do
     with pytest.raises(Refused, match="exists"):
-        peft.write(found, tmp_path / "there")
+        peft.write(found, tmp_path / "there", BASE)
     with pytest.raises(BadInput, match="no directory"):
-        peft.write(found, tmp_path / "a" / "b")
+        peft.write(found, tmp_path / "a" / "b", BASE)
 
     def broken(found: Any) -> str:
         raise OSError(28, "No space left on device")
@@ -197,7 +223,7 @@ def test_the_directory_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(peft, "card", broken)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(Exception, match=r"space|full"):
-        peft.write(found, tmp_path / "lora")
+        peft.write(found, tmp_path / "lora", BASE)
     assert sorted(tmp_path.iterdir()) == before
     with safe_open(tmp_path / "there" / "adapter_model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}

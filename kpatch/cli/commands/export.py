@@ -14,10 +14,11 @@ from kpatch.cli.tables import print_apply_report
 from kpatch.errors import BadInput
 
 if TYPE_CHECKING:
+    from kpatch.export.base import BaseAddress
     from kpatch.export.lora import Adapter
 
 EXAMPLES = opt.examples(
-    "kpatch export news.patch --to peft -o lora/",
+    "kpatch export news.patch --to peft --base smollm2 -o lora/",
     "kpatch export news.patch --to checkpoint --base model/ -o patched/",
 )
 
@@ -47,10 +48,15 @@ def command(
     out: Annotated[Path, typer.Option("-o", "--out", metavar="PATH", help="The directory (gguf: file) to write.")],
     max_rank: Annotated[
         int | None,
-        typer.Option("--max-rank", min=1, metavar="N", help="Cut factors to this rank; the error is said."),
+        typer.Option("--max-rank", min=1, metavar="N", help="Cut factors to this rank; the error is reported."),
     ] = None,
     base: Annotated[
-        Path | None, typer.Option(metavar="MODEL_DIR", help="For checkpoint: the checkpoint directory to copy.")
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="For checkpoint: the checkpoint directory to copy. For peft: the hub id, directory or alias that the"
+            " adapter names as its base. Default: the hub id that the patch was made for.",
+        ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file (gguf).")] = False,
     json: opt.Json = False,
@@ -59,28 +65,36 @@ def command(
 ) -> None:
     """Write a patch as a LoRA adapter or a checkpoint."""
     output = begin(json, quiet, verbose)
-    if (base is not None) != (to is To.checkpoint):
-        raise BadInput("--to checkpoint needs --base MODEL_DIR" if base is None else "--base is for --to checkpoint")
+    if base is None and to is To.checkpoint:
+        raise BadInput("--to checkpoint needs --base MODEL_DIR")
+    if base is not None and to is To.gguf:
+        raise BadInput("--base is for --to checkpoint and --to peft; a GGUF adapter names no base")
     if max_rank is not None and to is To.checkpoint:
         raise BadInput("--max-rank is for adapters; a checkpoint holds the whole change")
     if force and to is not To.gguf:
         raise BadInput("--force replaces a file, and this writes a directory", hint="give -o a new directory")
-    if base is not None:
+    if base is not None and to is To.checkpoint:
         from kpatch.checkpoint.apply import apply
 
         print_apply_report(output, apply([patch], base, out=out, report=output), "Exported", "to")
         return
 
     from kpatch.export import gguf, peft
+    from kpatch.export.base import base_address
     from kpatch.export.lora import adapter
     from kpatch.patch.header import read_header
 
-    found = adapter(read_header(patch), max_rank, output)
-    written = peft.write(found, out) if to is To.peft else gguf.write(found, out, force)
-    _tell(output, found, to, out, written)
+    info = read_header(patch)
+    if to is To.gguf:
+        found = adapter(info, max_rank, output)
+        _tell(output, found, to, out, gguf.write(found, out, force))
+        return
+    address = base_address(info, base, output)
+    found = adapter(info, max_rank, output)
+    _tell(output, found, to, out, peft.write(found, out, address), address)
 
 
-def _tell(output: Output, found: Adapter, to: To, out: Path, written: int) -> None:
+def _tell(output: Output, found: Adapter, to: To, out: Path, written: int, base: BaseAddress | None = None) -> None:
     rows: list[list[Cell]] = [
         [module.name, module.rank, percent(module.error), percent(module.key_error)] for module in found.modules
     ]
@@ -96,6 +110,7 @@ def _tell(output: Output, found: Adapter, to: To, out: Path, written: int) -> No
             "bytes": written,
             "rank": found.rank,
             "modules": modules,
+            "base": None if base is None else {"address": base.address, "revision": base.revision},
         }
     )
     output.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
@@ -105,15 +120,15 @@ def _tell(output: Output, found: Adapter, to: To, out: Path, written: int) -> No
         output.warn(
             f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost"
         )
-    for note in _next(found, to, out):
+    for note in _next(found, out, base):
         output.note(note)
 
 
-def _next(found: Adapter, to: To, out: Path) -> list[str]:
+def _next(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
     """How each program takes it."""
-    if to is To.gguf:
+    if base is None:
         return [f"llama.cpp: llama-cli -m MODEL.gguf --lora {out}"]
-    notes = [f"PEFT: PeftModel.from_pretrained(model, {str(out)!r})"]
+    notes = [_peft(out, base)]
     fitting = [rank for rank in _VLLM_RANKS if rank >= found.rank]
     if found.patch.manifest.base.family in _NO_VLLM:
         notes.append("vLLM: has no LoRA for this family; --to checkpoint serves there")
@@ -122,3 +137,15 @@ def _next(found: Adapter, to: To, out: Path) -> list[str]:
     else:
         notes.append(f"vLLM: --enable-lora --max-lora-rank {fitting[0]} --lora-modules name={out}")
     return notes
+
+
+def _peft(out: Path, base: BaseAddress) -> str:
+    if base.loadable:
+        return f"PEFT: AutoPeftModelForCausalLM.from_pretrained({str(out)!r}) loads {base.address} with it"
+    from kpatch.export.base import alias_of
+
+    given = alias_of(base.address) or "with a hub id or a directory"
+    return (
+        f"PEFT: PeftModel.from_pretrained(model, {str(out)!r}); to load it without the model at hand, export with"
+        f" --base {given}, because {base.address} is no address that PEFT finds"
+    )

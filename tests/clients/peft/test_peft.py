@@ -1,0 +1,72 @@
+"""PEFT loads the exported folder alone and computes what the patched model computes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kpatch.evaluate.patched import patched
+from kpatch.patch.format import pack, read_patch, write_patch
+from tests.support import news
+from tests.support.adapters import patch_for
+from tests.support.cli import run
+from tests.support.models import tiny
+
+Client = Callable[[dict[str, Any]], dict[str, Any]]
+# GPT-2 stores W as [in, out]; in Gemma 2 and OLMo 2 a norm stands behind it
+FAMILIES = ("llama", "gpt2", "gptj", "gpt_neox", "opt", "phi", "qwen2", "gemma2", "olmo2")
+IDS = [5, 9, 30, 44, 7]
+
+
+def test_peft_computes_what_the_patched_model_computes(tmp_path: Path, client: Client) -> None:
+    adapters = {}
+    for family in FAMILIES:
+        folder = tmp_path / family
+        path = patch_for(family, folder, scale=0.1)
+        done = run("export", path, "--to", "peft", "--base", folder / "model", "-o", folder / "lora")
+        assert done.code == 0, done.err
+        adapters[family] = str(folder / "lora")
+    found = client({"adapters": adapters, "ids": IDS, "prompts": []})["adapters"]
+    for family in FAMILIES:
+        model, ids = tiny(family), torch.tensor([IDS])
+        with torch.no_grad():
+            plain = model.net(ids).logits[0]
+            with patched(model, tmp_path / family / "x.patch"):
+                expected = model.net(ids).logits[0]
+        assert float((expected - plain).abs().max()) > 0.1, family
+        for way, goal in (("base", plain), ("auto", expected), ("merged", expected)):
+            error = float((torch.tensor(found[family][way]) - goal).abs().max())
+            assert error < 1e-3, (family, way, error)
+        # no adapter in a layer without a change, and nothing that PEFT has to set right
+        assert found[family]["warnings"] == [], family
+
+
+def test_peft_finds_the_base_by_the_hub_id_and_commit_of_the_patch(tmp_path: Path, client: Client) -> None:
+    path, commit = patch_for("llama", tmp_path, scale=0.1), "ab" * 20
+    made = read_patch(path)
+    known = replace(made.manifest.base, name="owner/model", revision=commit)
+    write_patch(path, replace(made.manifest, base=known), pack(made.deltas), force=True)
+    assert run("export", path, "--to", "peft", "-o", tmp_path / "lora").code == 0
+    # the hub's cache as a download of that commit leaves it; there is no main to fall back to
+    snapshot = Path(os.environ["HF_HOME"]) / "hub" / "models--owner--model" / "snapshots" / commit
+    snapshot.parent.mkdir(parents=True)
+    (tmp_path / "model").rename(snapshot)
+    found = client({"adapters": {"hub": str(tmp_path / "lora")}, "ids": IDS, "prompts": []})["adapters"]["hub"]
+    model = tiny("llama")
+    with torch.no_grad(), patched(model, path):
+        expected = model.net(torch.tensor([IDS])).logits[0]
+    assert float((torch.tensor(found["auto"]) - expected).abs().max()) < 1e-3
+
+
+@news.needs_smollm2
+def test_peft_answers_with_the_facts_of_the_patch(tmp_path: Path, smollm2: Path, client: Client) -> None:
+    done = run("export", news.PATCH, "--to", "peft", "--base", "smollm2", "-o", tmp_path / "lora")
+    assert done.code == 0, done.err
+    found = client({"adapters": {"news": str(tmp_path / "lora")}, "ids": IDS, "prompts": news.prompts()})
+    answers = found["adapters"]["news"]["answers"]
+    assert news.known(answers) == 12, answers
