@@ -25,8 +25,7 @@ from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import effect, measure
 from kpatch.facts.fact import Fact, FactFile
 from kpatch.facts.tokens import check_lengths
-from kpatch.models.address import resolve
-from kpatch.models.model import Model, load_model, tokenizer_hash
+from kpatch.models.model import Model, open_model, tokenizer_hash
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
 from kpatch.patch.format import Patch, pack, read_patch, write_patch
@@ -175,10 +174,7 @@ def _load(
                 "No model was named",
                 hint="name it with `model`, or write `model: smollm2` at the head of the fact file",
             )
-        resolved = resolve(address, report)
-        report.note(resolved.said)
-        with report.task(f"Loading {resolved.name}"):
-            model = load_model(resolved, device=device, dtype=dtype, modules=modules)
+        model = open_model(address, device=device, dtype=dtype, modules=modules, report=report)
     if model.path is None:
         raise BadInput(
             f"{model.name} was not loaded from a checkpoint directory, so a patch cannot name its base",

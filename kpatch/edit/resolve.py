@@ -25,7 +25,7 @@ from kpatch.errors import BadInput, Refused
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
-from kpatch.models.aliases import ALIASES, Package
+from kpatch.models.aliases import alias_of
 from kpatch.models.model import Model, load_model
 from kpatch.patch.combine import FactUnion, called, common_base, outer_parents, parts_of, refuse_twice, rows_of, unite
 from kpatch.patch.format import read_tensor
@@ -227,14 +227,14 @@ def _check_base(infos: Sequence[PatchInfo], path: Path, report: Reporter) -> Non
 
 def _address(base: Base) -> str:
     """Where the base is likely to be found by its name. Raises BadInput."""
-    for name, alias in ALIASES.items():
-        if isinstance(alias.source, Package) and alias.source.title == base.name:
-            return name
+    alias = alias_of(base.name)
+    if alias is not None:
+        return alias
     if "/" in base.name:
         return f"{base.name}@{base.revision}" if base.revision else base.name
     raise BadInput(
         f"Where is {printable(base.name, 120)}, the model these patches were made for?",
-        hint="name it: --model, with an alias, a hub id, a checkpoint directory or a GGUF file",
+        hint="name it with `model`: an alias, a hub id, a checkpoint directory or a GGUF file",
     )
 
 

@@ -10,7 +10,7 @@ from kpatch.checkpoint.fit import settled_store, verify_fit
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.errors import BadInput, Refused
 from kpatch.models.address import resolve
-from kpatch.models.aliases import ALIASES, Package
+from kpatch.models.aliases import ALIASES
 from kpatch.patch.header import PatchInfo
 from kpatch.reporter import SILENT, Reporter
 
@@ -51,12 +51,6 @@ def base_address(info: PatchInfo, base: str | None = None, report: Reporter = SI
     directory = resolve(base, report).path.absolute()
     _require_plain_base(info, directory, report)
     return BaseAddress(str(directory))
-
-
-def alias_of(name: str) -> str | None:
-    """The alias of a model that comes in a Python package, by the name that a patch gives it."""
-    rows = ALIASES.values()
-    return next((row.name for row in rows if isinstance(row.source, Package) and row.source.title == name), None)
 
 
 def _known_revision(info: PatchInfo, repo: str) -> str | None:

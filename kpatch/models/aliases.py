@@ -65,6 +65,12 @@ ALIASES: dict[str, Alias] = {
 }
 
 
+def alias_of(name: str) -> str | None:
+    """The alias of a model that comes in a Python package, by the name that a patch gives it."""
+    rows = ALIASES.values()
+    return next((row.name for row in rows if isinstance(row.source, Package) and row.source.title == name), None)
+
+
 def closest(word: str) -> list[str]:
     """Aliases that `word` may have been meant for."""
     return difflib.get_close_matches(word, ALIASES, n=3, cutoff=0.6)

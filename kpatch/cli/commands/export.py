@@ -142,7 +142,7 @@ def _next(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
 def _peft(out: Path, base: BaseAddress) -> str:
     if base.loadable:
         return f"PEFT: AutoPeftModelForCausalLM.from_pretrained({str(out)!r}) loads {base.address} with it"
-    from kpatch.export.base import alias_of
+    from kpatch.models.aliases import alias_of
 
     given = alias_of(base.address) or "with a hub id or a directory"
     return (

@@ -36,7 +36,9 @@ def command(
         str | None,
         typer.Option(metavar="MODEL", help="Alias, hub id, directory or GGUF file. Default: the file's `model:`."),
     ] = None,
-    method: Annotated[str, typer.Option(metavar="memit|rome|ft", help="How the weights are found.")] = "memit",
+    method: Annotated[
+        str, typer.Option(metavar="memit|rome|ft", help="How the weights are found; other packages can add methods.")
+    ] = "memit",
     layers: opt.Layers = None,
     layers_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take them from the trace.json of `kpatch trace -o`.")
