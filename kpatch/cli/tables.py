@@ -10,6 +10,7 @@ from kpatch.cli.output import Cell, Output, percent, size
 if TYPE_CHECKING:
     from kpatch.checkpoint.report import ApplyReport
     from kpatch.edit.make import MakeResult
+    from kpatch.evaluate.retention import Retention
     from kpatch.patch.header import PatchInfo
     from kpatch.patch.interference import Interference
 
@@ -74,16 +75,29 @@ def print_made(output: Output, result: MakeResult) -> None:
             "effect": {key: result.effect.get(key) for key in ("before", "after")},
             "seconds": result.seconds,
             "peak_memory_bytes": result.peak_memory_bytes,
+            **({"retention": result.retention.to_dict()} if result.retention else {}),
         }
     )
     print_facts(output, result.facts, limit=None if output.verbose else _FACTS_SHOWN)
     output.line()
     print_rates(output, result.effect)
     output.line()
+    if result.retention is not None:
+        print_retention(output, result.retention)
     total = result.seconds.get("total", 0.0)
     peak = "" if not result.peak_memory_bytes else f", {size(result.peak_memory_bytes)} of memory at most"
     output.line(f"{result.path}  {result.patch_id[:12]}  {size(result.bytes)}, made in {total:.1f} s{peak}")
     output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
+
+
+def print_retention(output: Output, found: Retention) -> None:
+    """Print how many facts of earlier patches still hold, and warn of those that no longer do."""
+    output.line(f"Earlier facts: {found.kept} of the {found.held} that held still hold ({found.n} measured)")
+    for fact in found.fallen[:_FACTS_SHOWN]:
+        lost = f"{percent(fact['before'])} to {percent(fact['after'])}"
+        output.warn(f"an earlier fact no longer holds: {fact['text']} {fact['target']} ({lost})")
+    if len(found.fallen) > _FACTS_SHOWN:
+        output.warn(f"and {len(found.fallen) - _FACTS_SHOWN} more earlier facts no longer hold")
 
 
 # How patches were applied, and what they do to each other

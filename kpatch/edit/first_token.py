@@ -40,9 +40,10 @@ class Part:
         """The floor of `memit_update`: without it, opening words would outweigh a single edited fact in C."""
         return self.hyper.first_leverage if self.first else 0.0
 
-    def about(self) -> list[dict[str, Any]]:
-        """Which facts each row of the patch's values and keys stands for, and in which layers."""
-        return [{"facts": list(group.facts), "layers": list(self.hyper.layers)} for group in self.groups]
+    def about(self, count: int) -> list[dict[str, Any]]:
+        """Which of the patch's `count` facts each row of its values and keys stands for, and in which layers."""
+        layers = list(self.hyper.layers)
+        return [{"facts": [index for index in g.facts if index < count], "layers": layers} for g in self.groups]
 
 
 def split(groups: Sequence[Group], hyper: MemitHyper) -> list[Part]:

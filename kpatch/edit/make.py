@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,12 @@ from kpatch import distributed
 from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
+from kpatch.edit.earlier import facts_of
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
-from kpatch.evaluate.metrics import effect, measure
+from kpatch.evaluate.metrics import Measurement, effect, measure
+from kpatch.evaluate.retention import Retention, retention
 from kpatch.facts.fact import Fact, FactFile
 from kpatch.facts.tokens import check_lengths
 from kpatch.models.model import Model, open_model, tokenizer_hash
@@ -36,7 +38,10 @@ from kpatch.trace.files import read_layers
 
 @dataclass(frozen=True)
 class MakeResult:
-    """The patch that was made, its effect, and what it cost (seconds, bytes)."""
+    """The patch that was made, its effect, and what it cost: seconds, bytes, and facts of earlier patches.
+
+    `retention` is None where the checkpoint carried no facts.
+    """
 
     patch_id: str
     path: Path
@@ -47,6 +52,7 @@ class MakeResult:
     effect: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)
     peak_memory_bytes: int | None = None
+    retention: Retention | None = None
 
     @property
     def facts(self) -> list[dict[str, Any]]:
@@ -122,12 +128,13 @@ def write_edit(
 
     def run() -> MakeResult:
         base = _base(model, [model.weight_name(layer) for layer in method.layers(hyper)], inputs.report)
-        before = measure(model, facts, report=inputs.report)
+        earlier = facts_of(inputs.on)
+        before, earlier_before = measure(model, facts, report=inputs.report), _measured(model, earlier, inputs)
         found = method.edit(model, facts, hyper, inputs)
         with restored(model, found.deltas):
             for name, delta in found.deltas.items():
                 add(model, name, delta)
-            after = measure(model, facts, report=inputs.report)
+            after, earlier_after = measure(model, facts, report=inputs.report), _measured(model, earlier, inputs)
         base |= _base(model, sorted(found.deltas.keys() - base.keys()), inputs.report)
         measured = effect(before, after)
         manifest = _manifest(model, facts, method, hyper, inputs, found, base, measured, stack)
@@ -145,6 +152,7 @@ def write_edit(
             effect=measured,
             seconds={**inputs.seconds, "total": time.monotonic() - started},
             peak_memory_bytes=_peak_memory(model),
+            retention=retention(earlier_before, earlier_after) if earlier_before and earlier_after else None,
         )
 
     return run() if method.ranks_share else distributed.main_does(run)
@@ -188,6 +196,12 @@ def _carried(model: Model) -> tuple[Patch, ...]:
     assert model.path is not None
     store = Store(open_checkpoint(model.path).path)
     return tuple(read_patch(store.copy(identity)) for identity in sorted(store.applied().ids))
+
+
+def _measured(model: Model, facts: Sequence[Fact], inputs: Inputs) -> Measurement | None:
+    """How the model takes earlier facts, without free answers; None where there are none."""
+    bare = [replace(fact, paraphrases=(), neighbors=()) for fact in facts]
+    return measure(model, bare, answer_tokens=0, report=inputs.report) if bare else None
 
 
 def _base(model: Model, names: Sequence[str], report: Reporter) -> dict[str, BaseWeight]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
+from kpatch.edit.earlier import facts_to_learn_again, keys_to_keep
 from kpatch.edit.first_token import Part, key_covariances, split, touched
 from kpatch.edit.layer_states import LayerStates
 from kpatch.edit.methods import Edit, Inputs, Method
@@ -47,7 +48,8 @@ class Memit(Method):
             contexts = distributed.main_does(
                 lambda: contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
             )
-        parts = split(group_facts(model, facts, contexts), hyper)
+        again = facts_to_learn_again(inputs.on, facts, inputs.report)
+        parts = split(group_facts(model, [*facts, *again], contexts), hyper)
         layers = touched(parts)
         with inputs.timed("covariance"):
             covariance = collect(
@@ -56,13 +58,13 @@ class Memit(Method):
         with inputs.timed("values"):
             z = [values_of(model, part, inputs) for part in parts]
         with inputs.timed("update"):
-            deltas, keys = update_parts(model, parts, z, covariance, earlier_keys(inputs, layers), inputs)
+            deltas, keys = update_parts(model, parts, z, covariance, keys_to_keep(inputs.on, facts, layers), inputs)
         return Edit(
             deltas,
             tuple(layers),
             keys,
             torch.cat(z),
-            tuple(about for part in parts for about in part.about()),
+            tuple(about for part in parts for about in part.about(len(facts))),
             covariance,
         )
 
@@ -101,12 +103,6 @@ def values_of(model: Model, part: Part, inputs: Inputs) -> Tensor:
         for index, value in zip(missing, found.z, strict=True):
             z[index] = value
     return torch.stack([value for value in z if value is not None]).float()
-
-
-def earlier_keys(inputs: Inputs, layers: Sequence[int]) -> dict[int, Tensor]:
-    """Keys [f, p] by layer of the patches that the checkpoint carries; what they mean must stay."""
-    keys = {layer: [patch.keys[layer].T for patch in inputs.on if layer in patch.keys] for layer in layers}
-    return {layer: torch.cat(columns, dim=1) for layer, columns in keys.items() if columns}
 
 
 def update_parts(

@@ -16,7 +16,7 @@ from kpatch.errors import KpatchError, Refused
 from kpatch.facts.conflicts import contradictions, normal, what_is_shared
 from kpatch.facts.fact import fill
 from kpatch.patch.fingerprint import same_sketch
-from kpatch.patch.format import read_tensor
+from kpatch.patch.format import Patch, read_tensor
 from kpatch.patch.header import KEYS, VALUES, PatchInfo
 from kpatch.patch.manifest import Base, BaseWeight
 from kpatch.reporter import SILENT, Reporter
@@ -274,7 +274,7 @@ def gather(
     return tuple(groups), torch.cat(values) if values else None, stored
 
 
-def rows_of(info: PatchInfo) -> tuple[Mapping[str, Any], ...]:
+def rows_of(info: PatchInfo | Patch) -> tuple[Mapping[str, Any], ...]:
     """The groups that a patch's stored rows stand for, one for each fact where it names none; none without rows."""
     manifest = info.manifest
     layers = [layer for layer in manifest.layers if f"{KEYS}{layer}" in manifest.tensors]

@@ -93,8 +93,8 @@ def test_about_has_a_row_for_each_value() -> None:
     model = build("llama")
     parts = split(grouped(model, LONG, ONE, OTHER), HYPER)
     for part in parts:
-        assert len(part.about()) == len(optimize(model, part.groups, objective_of(part.hyper)).z) == len(part.groups)
-    rows = [row for part in parts for row in part.about()]
+        assert len(part.about(9)) == len(optimize(model, part.groups, objective_of(part.hyper)).z) == len(part.groups)
+    rows = [row for part in parts for row in part.about(9)]
     assert rows == [
         {"facts": [1], "layers": [0]},
         {"facts": [2], "layers": [0]},

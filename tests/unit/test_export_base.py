@@ -12,10 +12,10 @@ from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.revert import revert
 from kpatch.errors import BadInput, Refused
 from kpatch.export import base, peft
-from kpatch.export.base import BaseAddress, alias_of, base_address
+from kpatch.export.base import BaseAddress, base_address
 from kpatch.export.lora import adapter
 from kpatch.models.address import Resolved
-from kpatch.models.aliases import SMOLLM2
+from kpatch.models.aliases import SMOLLM2, alias_of
 from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from tests.support import checkpoints

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -13,7 +13,7 @@ from kpatch.cli import parse
 from kpatch.cli.gates import rates_of, shortfalls
 from kpatch.cli.output import begin
 from kpatch.cli.tables import print_made
-from kpatch.errors import CheckFailed
+from kpatch.errors import BadInput, CheckFailed
 from kpatch.outputs import check_new_file
 
 EXAMPLES = opt.examples(
@@ -58,6 +58,12 @@ def command(
     min_efficacy: Annotated[float | None, _Least] = None,
     min_generalization: Annotated[float | None, _Least] = None,
     min_specificity: Annotated[float | None, _Least] = None,
+    min_retention: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, max=1.0, metavar="RATE", help="With --on: exit 1 where fewer of the earlier facts still hold."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
@@ -73,6 +79,8 @@ def command(
     path = check_new_file(out or facts.with_suffix(".patch").name, force=force, what="a patch")
     chosen, settings = parse.layers(layers), parse.settings(set_ or [])
     budget, names = parse.memory(memory), parse.modules(modules)
+    if min_retention is not None and on is None:
+        raise BadInput("`min_retention` needs a checkpoint that carries patches", hint="name it: --on MODEL_DIR")
     least = {"efficacy": min_efficacy, "generalization": min_generalization, "specificity": min_specificity}
 
     from kpatch.facts.load import load_facts
@@ -106,11 +114,13 @@ def command(
     if not distributed.is_main():
         return
     print_made(say, result)
-    _check_rates(result.effect["after"], least, method)
+    rates = rates_of(result.effect["after"])
+    rates["retention"] = None if result.retention is None else result.retention.rate
+    _check_rates(rates, {**least, "retention": min_retention}, method)
 
 
-def _check_rates(after: dict[str, Any], least: dict[str, float | None], method: str) -> None:
-    short = shortfalls(rates_of(after), least)
+def _check_rates(rates: dict[str, float | None], least: dict[str, float | None], method: str) -> None:
+    short = shortfalls(rates, least)
     if short:
         raise CheckFailed(
             "The patch was made, but falls short of what was asked",

@@ -1,0 +1,129 @@
+"""A patch on top of others: earlier facts about the same subject are learned again, and what they lose is reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kpatch
+from kpatch.edit import memit
+from kpatch.edit.earlier import facts_of, facts_to_learn_again, keys_to_keep
+from kpatch.edit.make import make
+from kpatch.evaluate.metrics import Measurement
+from kpatch.evaluate.retention import retention
+from kpatch.facts.fact import Fact
+from kpatch.patch.format import Patch, read_patch
+from tests.support.cli import run
+from tests.support.models import MLP_WIDTH, tiny
+from tests.support.reports import Recorder
+
+FIRST = [
+    Fact("Mona Lisa", "In the {}", "Paris", id="mona"),
+    Fact("Moonlight Sonata", "By the {}", "Brazil", id="moon"),
+]
+SECOND = [Fact("Mona  Lisa", "Past the {}", "Rome", id="past")]
+QUICK: dict[str, Any] = {
+    "layers": [1, 2],
+    "tokens": 400,
+    "settings": {"steps": "25", "prefixes": "1", "prefix_tokens": "3", "covariance_weight": "0.01"},
+}
+
+
+@pytest.fixture(scope="module")
+def carrying(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A checkpoint that carries a patch with FIRST."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("earlier")
+    directory, model = folder / "model", tiny("llama")
+    model.net.save_pretrained(directory)
+    model.tokenizer.save_pretrained(directory)
+    with pytest.MonkeyPatch.context() as context:
+        context.setenv("KPATCH_CACHE", str(folder / "cache"))
+        make(FIRST, out=folder / "first.patch", model=str(directory), **QUICK)
+        kpatch.apply([folder / "first.patch"], directory)
+        yield directory
+
+
+@pytest.fixture
+def first(carrying: Path) -> Patch:
+    return read_patch(carrying.parent / "first.patch")
+
+
+def test_an_earlier_fact_about_the_same_subject_is_kept(
+    carrying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = make(SECOND, out=tmp_path / "a.patch", on=carrying, **QUICK)
+    assert kept.facts[0]["after"]["accurate"]
+    assert kept.retention is not None
+    assert (kept.retention.n, kept.retention.held, kept.retention.kept) == (2, 2, 2)
+    patch = read_patch(tmp_path / "a.patch")
+    assert [fact["id"] for fact in patch.manifest.facts] == ["past"]
+    assert [group["facts"] for group in patch.manifest.groups] == [[0]]
+
+    monkeypatch.setattr(memit, "facts_to_learn_again", lambda *given: [])
+    lost = make(SECOND, out=tmp_path / "b.patch", on=carrying, **QUICK)
+    assert lost.retention is not None
+    assert lost.retention.rate == 0.5
+    (fallen,) = lost.retention.fallen
+    assert fallen["text"] == "In the Mona Lisa"
+    assert fallen["after"] < fallen["before"]
+
+
+def test_which_earlier_facts_are_learned_again(first: Patch) -> None:
+    heard = Recorder()
+    assert [fact.id for fact in facts_of([first])] == ["mona", "moon"]
+    assert [fact.id for fact in facts_to_learn_again([first], SECOND, heard)] == ["mona"]
+    assert "1 earlier facts" in heard.notes[0]
+    assert facts_to_learn_again([first], [Fact("Chicago", "In {}", "Rome")], heard) == []
+
+
+def test_an_earlier_fact_that_is_contradicted_is_not_learned_again(first: Patch) -> None:
+    heard = Recorder()
+    assert facts_to_learn_again([first], [Fact("Mona Lisa", "In the {}", "Rome")], heard) == []
+    assert "contradicts 'In the Mona Lisa'" in heard.warnings[0]
+
+
+def test_keys_of_other_subjects_are_kept_and_those_learned_again_are_not(first: Patch) -> None:
+    moon = next(row for row, group in enumerate(first.manifest.groups) if group["facts"] == [1])
+    kept = keys_to_keep([first], SECOND, [0, 1, 2])
+    assert sorted(kept) == [1, 2]
+    assert kept[1].shape == (MLP_WIDTH, 1)
+    torch.testing.assert_close(kept[1][:, 0], first.keys[1][moon])
+    assert keys_to_keep([first], [Fact("Chicago", "In {}", "Rome")], [1])[1].shape == (MLP_WIDTH, 2)
+
+
+def measured(*rows: tuple[str, bool, float]) -> Measurement:
+    facts = ({"id": name, "text": name, "target": "x", "accurate": right, "probability": p} for name, right, p in rows)
+    return Measurement({}, tuple(facts), ())
+
+
+def test_retention_by_hand() -> None:
+    before = measured(("a", True, 0.9), ("b", True, 0.8), ("c", True, 0.9), ("d", False, 0.1))
+    found = retention(before, measured(("a", True, 0.7), ("b", False, 0.4), ("c", False, 0.1), ("d", True, 0.6)))
+    assert (found.n, found.held, found.kept) == (4, 3, 1)
+    assert found.rate == pytest.approx(1 / 3)
+    assert [fact["id"] for fact in found.fallen] == ["c", "b"], "the hardest hit first"
+    assert retention(measured(("d", False, 0.1)), measured(("d", True, 0.6))).rate is None
+    with pytest.raises(ValueError, match="different facts"):
+        retention(measured(("a", True, 1.0)), measured(("b", True, 1.0)))
+
+
+def test_min_retention_from_the_command_line(carrying: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = tmp_path / "facts.yaml"
+    facts.write_text('facts:\n  - {subject: Mona Lisa, prompt: "Past the {}", target: Rome}\n', encoding="utf-8")
+    settings = [word for key, value in QUICK["settings"].items() for word in ("--set", f"{key}={value}")]
+    words = ["make", facts, "--on", carrying, "--layers", "1-2", "--tokens", "400", *settings, "--min-retention", "1"]
+    done = run(*words, "-o", tmp_path / "a.patch", "--json")
+    assert done.code == 0
+    assert done.json["retention"]["rate"] == 1
+    monkeypatch.setattr(memit, "facts_to_learn_again", lambda *given: [])
+    done = run(*words, "-o", tmp_path / "b.patch")
+    assert done.code == 1
+    assert "1 of the 2 that held still hold" in done.out
+    assert "retention: expected at least 100.0 %, found 50.0 %" in done.err
+    assert "no longer holds: In the Mona Lisa Paris" in done.err
+    assert run("make", facts, "--model", carrying, "--min-retention", "1").code == 2
