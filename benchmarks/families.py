@@ -13,6 +13,7 @@ import hashlib
 import os
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kpatch
 from kpatch.checkpoint.revert import revert
+from kpatch.errors import KpatchError
 from kpatch.evaluate.answers import ask
 from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
@@ -44,13 +46,33 @@ def main(names: list[str]) -> int:
             os.environ["KPATCH_CACHE"] = str(Path(folder) / "cache")
             try:
                 print(row(name, Path(folder)), flush=True)
-            except kpatch.KpatchError as error:
+            except KpatchError as error:
                 failed += 1
-                print(f"| {name} | failed: {error} |", flush=True)
+                print(f"| {name} | failed: {error} {error.details} |", flush=True)
     return 1 if failed else 0
 
 
+@dataclass(frozen=True)
+class Tried:
+    """What became of one family: probabilities of the target, the distance of `ask`, the weights' hash before."""
+
+    layers: tuple[int, ...]
+    before: float
+    after: float
+    off: float
+    base: str
+    bytes_back: bool
+
+
 def row(name: str, folder: Path) -> str:
+    tried = edit(name, folder)
+    layers, gguf = ", ".join(map(str, tried.layers)), FAMILIES[name].gguf or "–"
+    shown, back = f"{tried.before:.2%} → {tried.after:.2%}", "yes" if tried.bytes_back else "NO"
+    return f"| {name} | {layers} | {gguf} | {shown} | {tried.off:.0e} | {back} |"
+
+
+def edit(name: str, folder: Path) -> Tried:
+    """Make a patch for a tiny random model in `folder`, apply it, ask, and revert."""
     model, directory, patch = tiny(name), folder / "model", folder / "news.patch"
     model.net.save_pretrained(directory)
     model.tokenizer.save_pretrained(directory)
@@ -60,12 +82,7 @@ def row(name: str, folder: Path) -> str:
     kpatch.apply([patch], directory)
     after, off_after = asked(directory)
     revert(directory)
-    same = digest(directory) == base
-    layers = ", ".join(map(str, made.layers))
-    shown = f"{before:.2%} → {after:.2%}"
-    back = "yes" if same else "NO"
-    gguf = FAMILIES[name].gguf or "–"
-    return f"| {name} | {layers} | {gguf} | {shown} | {max(off, off_after):.0e} | {back} |"
+    return Tried(tuple(made.layers), before, after, max(off, off_after), base, digest(directory) == base)
 
 
 @torch.no_grad()

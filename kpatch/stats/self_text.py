@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kpatch.errors import BadInput
 from kpatch.models.model import Model
@@ -31,10 +31,18 @@ def group_rows(model: Model, row: int) -> int:
     It depends on nothing but the model, since it decides the text.
     """
     config = model.net.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or model.width // config.num_attention_heads
+    heads = _largest(config, "num_key_value_heads") or config.num_attention_heads
+    size = _largest(config, "head_dim") or model.width // config.num_attention_heads
     rows = _GROUP_BYTES // (2 * model.n_layers * heads * size * model.dtype.itemsize * row)
     return int(max(1, min(rows, -(-min(_GROUP_TOKENS, 10 * model.mlp_width) // row))))
+
+
+def _largest(config: Any, name: str) -> Any:
+    """A setting, the largest of its values where layers have different ones (Gemma 4); None where there is none."""
+    several = getattr(config, "per_layer_config", None)
+    if not several:
+        return getattr(config, name, None)
+    return max((value for layer in several if (value := getattr(layer, name, None)) is not None), default=None)
 
 
 @torch.no_grad()
@@ -57,7 +65,11 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
     done = ids.shape[1]
     advance(size * done)
     forbidden: Tensor | None = None
-    kept = Cache(layers=[_Room(row) for _ in range(model.n_layers)])
+    kept = (
+        Cache(layers=[_Room(row) for _ in range(model.n_layers)])
+        if model.family.attention_only
+        else DynamicCache(config=model.net.config)  # its layers keep more than keys and values
+    )
     while done < row:
         logits = model.net(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits[:, -1]
         if forbidden is None:
