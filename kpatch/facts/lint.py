@@ -12,6 +12,7 @@ from typing import Any
 from kpatch.errors import BadInput
 from kpatch.facts.conflicts import normal
 from kpatch.facts.fact import SLOT, Fact, FactFile
+from kpatch.facts.join import without_spaces_behind
 from kpatch.facts.tokens import LONGEST_TARGET, Encoded, encode_spans, lead_ids, require_fast
 
 WORDY_TARGET = 20  # tokens
@@ -102,7 +103,7 @@ def _words(fact: Fact) -> Iterator[Finding]:
         return Finding("warning", code, message, fact.where, fact.id)
 
     subject, target = normal(fact.subject).casefold(), normal(fact.target).casefold()
-    if fact.prompt != fact.prompt.rstrip():
+    if fact.prompt != without_spaces_behind(fact.prompt):
         yield warn("trailing-space", "the prompt ends in a space, which is left out")
     if "  " in fact.prompt.strip():
         yield warn("double-space", "the prompt has two spaces in a row")

@@ -86,7 +86,7 @@ class _Builder:
         if kind is yaml.ScalarEvent:
             if event.tag not in _TEXT_TAGS:
                 self.problems.add_at(_spot(event), f"tags such as {event.tag!r} have no meaning in a fact file")
-            return event.value
+            return _value(event)
         if kind is yaml.AliasEvent:
             return f"*{event.anchor}"
         if event.tag is not None:
@@ -100,7 +100,7 @@ class _Builder:
         quick = self.unwanted(path)
         while type(event := self.next_event()) is not yaml.SequenceEndEvent:
             if quick and _is_plain(event):
-                yield event.value
+                yield _value(event)
             else:
                 yield self.node(event, (*path, index))
             index += 1
@@ -118,7 +118,7 @@ class _Builder:
             if self.wanted and (target := Target((*path, key), key=True)) in self.wanted:
                 self.spots.setdefault(target, _spot(event))
             event = self.next_event()
-            value = event.value if quick and _is_plain(event) else self.node(event, (*path, key))
+            value = _value(event) if quick and _is_plain(event) else self.node(event, (*path, key))
             result.setdefault(key, value)
         return result
 
@@ -136,6 +136,12 @@ class _Builder:
 
 def _is_plain(event: Any) -> bool:
     return type(event) is yaml.ScalarEvent and event.anchor is None and event.tag is None
+
+
+def _value(event: Any) -> str:
+    """A scalar's text. A folded block (>) ends in a line end that is there for the syntax alone."""
+    text: str = event.value
+    return text.rstrip("\n") if event.style == ">" else text
 
 
 def _spot(event: Any) -> Spot:

@@ -107,7 +107,9 @@ def _ask(model: Model, facts: Sequence[Fact]) -> list[Known | None]:
     found: list[Known | None] = []
     for fact, (row, first), choice in zip(facts, rows, _first_choices(model, [row for row, _ in rows]), strict=True):
         answers = [target for target in (fact.target, fact.was) if target]
-        right = [text for text in answers if encode_target(model.tokenizer, fact.text(), text)[0] == choice]
+        right = [
+            text for text in answers if encode_target(model.tokenizer, fact.text(), text, fact.space)[0] == choice
+        ]
         found.append(Known(fact, right[0], Traced(row[0], first, row[1], choice)) if right else None)
     return found
 

@@ -157,9 +157,20 @@ def test_space_around_texts_is_dropped_and_a_prompts_told(tmp_path: Path) -> Non
     assert file.warnings[0].endswith("facts.yaml:3:14: the prompt ends in a space, which is left out")
 
 
-def test_block_texts_end_without_a_warning(tmp_path: Path) -> None:
-    file = load(tmp_path, "facts:\n  - subject: A\n    prompt: |\n      Q: what is {}?\n      A:\n    target: b\n")
-    assert file.facts[0].prompt == "Q: what is {}?\nA:"
+@pytest.mark.parametrize(
+    ("mark", "prompt"),
+    [
+        ("|", "Q: what is {}?\nA:\n"),
+        ("|-", "Q: what is {}?\nA:"),
+        ("|+", "Q: what is {}?\nA:\n"),
+        (">", "Q: what is {}? A:"),
+        (">-", "Q: what is {}? A:"),
+    ],
+)
+def test_a_literal_block_keeps_its_line_end_and_a_folded_one_does_not(tmp_path: Path, mark: str, prompt: str) -> None:
+    text = f"facts:\n  - subject: A\n    prompt: {mark}\n      Q: what is {{}}?\n      A:\n    target: b\n"
+    file = load(tmp_path, text)
+    assert file.facts[0].prompt == prompt
     assert file.warnings == ()
 
 
