@@ -82,11 +82,19 @@ def encode_many(tokenizer: Any, items: Sequence[AnyItem]) -> list[Encoded]:
     line ends and tabs stay. `facts.join` says what stands before the target.
     Raises BadInput for a prompt without exactly one {}, and where the tokenizer keeps nothing of a subject or target.
     """
-    return [row for row, _ in encode_spans(tokenizer, items)]
+    return [spanned.row for spanned in encode_spans(tokenizer, items)]
 
 
-def encode_spans(tokenizer: Any, items: Sequence[AnyItem]) -> list[tuple[Encoded, int]]:
-    """As `encode_many`, each with the index of the subject's first token."""
+class Spanned(NamedTuple):
+    """A row with its subject's tokens: the index of the first, and what the last one covers behind the subject."""
+
+    row: Encoded
+    first: int
+    beyond: str = ""
+
+
+def encode_spans(tokenizer: Any, items: Sequence[AnyItem]) -> list[Spanned]:
+    """As `encode_many`, each with the tokens of its subject."""
     rows = [_place(Item(*item)) for item in items]
     wanted = dict.fromkeys(text for row in rows for text in (row.text, row.whole))
     tokens = dict(zip(wanted, _tokenize(tokenizer, list(wanted)), strict=True))
@@ -97,7 +105,9 @@ def encode_spans(tokenizer: Any, items: Sequence[AnyItem]) -> list[tuple[Encoded
         found = tokens[row.text]
         first, last = _subject_tokens(found.offsets, row)
         ids = (*lead, *found.ids, *target_ids)
-        result.append((Encoded(ids, len(lead) + last, len(lead) + len(found.ids)), len(lead) + first))
+        encoded = Encoded(ids, len(lead) + last, len(lead) + len(found.ids))
+        beyond = row.text[row.end : found.offsets[last][1]].strip()
+        result.append(Spanned(encoded, len(lead) + first, beyond))
     return result
 
 

@@ -85,7 +85,7 @@ def _rows(model: Model, facts: Sequence[Fact]) -> list[tuple[_Row, int]]:
     """Each prompt's ids with its subject's last and first token. Raises BadInput for one that is too long."""
     longest = getattr(model.net.config, "max_position_embeddings", None)
     rows = []
-    for fact, (row, first) in zip(
+    for fact, (row, first, _) in zip(
         facts, encode_spans(model.tokenizer, [(fact.prompt, fact.subject, None, "") for fact in facts]), strict=True
     ):
         if longest and len(row.ids) > longest:
