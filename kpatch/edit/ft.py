@@ -16,7 +16,7 @@ from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, FineTuneHyper
 from kpatch.edit.weights import restored
 from kpatch.facts.fact import Fact
-from kpatch.facts.tokens import encode_many
+from kpatch.facts.tokens import encode_many, item_of
 from kpatch.models.fast_forward import packed_mlps
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls, align, record
@@ -101,7 +101,7 @@ def tune(
 
 @torch.no_grad()
 def _prepare(model: Model, facts: Sequence[Fact], layer: int) -> _Batch:
-    rows = encode_many(model.tokenizer, [(fact.prompt, fact.subject, fact.target, "") for fact in facts])
+    rows = encode_many(model.tokenizer, [item_of(fact) for fact in facts])
     batch = align([row.ids[:-1] for row in rows], [0] * len(rows), model.pad_id, model.device)
     spots, tokens, weights = [], [], []
     for number, row in enumerate(rows):

@@ -15,7 +15,7 @@ import torch
 
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
-from kpatch.facts.tokens import Encoded, encode_many
+from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align
 
@@ -108,13 +108,13 @@ def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) ->
                 details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
                 hint="keep the ones that matter, or split the subject by what its prompts call it",
             )
-    items: list[tuple[str, str, str | None, str]] = []
+    items: list[Item] = []
     for members in by_subject.values():
         for index in members:
             fact = facts[index]
-            items += [(fact.prompt, fact.subject, fact.target, context and context + " ") for context in contexts]
+            items += [item_of(fact, context and context + " ") for context in contexts]
         subject = facts[members[0]].subject
-        items += [("{} is a", subject, None, context and context + " ") for context in contexts[:2]]
+        items += [Item("{} is a", subject, prefix=context and context + " ") for context in contexts[:2]]
     encoded = encode_many(model.tokenizer, items)
     groups, at = [], 0
     for subject, members in by_subject.items():

@@ -20,7 +20,7 @@ from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.edit.values import Objective, optimize
 from kpatch.edit.weights import restored, stored
 from kpatch.facts.fact import Fact
-from kpatch.facts.tokens import encode_many
+from kpatch.facts.tokens import Item, encode_many, item_of
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, record
 from kpatch.patch.delta import Dense, LowRank, concat, patched_weight, smaller
@@ -152,8 +152,8 @@ def edit(
 
 def group_of(model: Model, fact: Fact, contexts: Sequence[str]) -> Group:
     """One fact in every context, and its drift row."""
-    items = [(fact.prompt, fact.subject, fact.target, context and context + " ") for context in contexts]
-    *rows, drift = encode_many(model.tokenizer, [*items, ("{} is a", fact.subject, None, "")])
+    items = [item_of(fact, context and context + " ") for context in contexts]
+    *rows, drift = encode_many(model.tokenizer, [*items, Item("{} is a", fact.subject)])
     return Group(fact.subject, (0,), tuple(rows), tuple(range(len(rows))), drift)
 
 

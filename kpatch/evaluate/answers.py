@@ -16,7 +16,7 @@ from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
-from kpatch.facts.tokens import unspaced
+from kpatch.facts.join import is_unspaced
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Batch, align
 from kpatch.reporter import SILENT, Reporter
@@ -74,8 +74,8 @@ def ask(
 def says(text: str, answer: str) -> bool:
     """Whether a text has an answer in it, as whole words where words are told by spaces, in letters of any case."""
     wanted = " ".join(answer.split()).casefold()
-    before = "" if unspaced(wanted[0]) else r"(?<!\w)"
-    after = "" if unspaced(wanted[-1]) else r"(?!\w)"
+    before = "" if is_unspaced(wanted[0]) else r"(?<!\w)"
+    after = "" if is_unspaced(wanted[-1]) else r"(?!\w)"
     return re.search(before + re.escape(wanted) + after, " ".join(text.split()).casefold()) is not None
 
 

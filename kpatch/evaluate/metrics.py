@@ -43,6 +43,7 @@ class _Probe:
     subject: str
     right: str | None
     rival: str | None
+    space: bool | None = None
 
     @property
     def compared(self) -> bool:
@@ -115,12 +116,12 @@ def _found(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _probes(number: int, fact: Fact) -> list[_Probe]:
-    probes = [_Probe(number, "efficacy", fact.prompt, fact.subject, fact.target, fact.was)]
+    probes = [_Probe(number, "efficacy", fact.prompt, fact.subject, fact.target, fact.was, fact.space)]
     for text in fact.paraphrases:
         template, subject = (text, fact.subject) if SLOT in text else (SLOT, text)
-        probes.append(_Probe(number, "generalization", template, subject, fact.target, fact.was))
+        probes.append(_Probe(number, "generalization", template, subject, fact.target, fact.was, fact.space))
     for neighbor in fact.neighbors:
-        probes.append(_Probe(number, "specificity", SLOT, neighbor.prompt, neighbor.target, fact.target))
+        probes.append(_Probe(number, "specificity", SLOT, neighbor.prompt, neighbor.target, fact.target, fact.space))
     return probes
 
 
@@ -135,7 +136,7 @@ def _items(model: Model, probes: Sequence[_Probe]) -> _Items:
         for side, answer in enumerate((probe.right, probe.rival if probe.compared else None)):
             if answer is not None:
                 keys.append((number, side))
-                texts.append((probe.prompt, probe.subject, answer, ""))
+                texts.append(Item(probe.prompt, probe.subject, answer, space=probe.space))
     rows = encode_many(model.tokenizer, texts)
     return {key: (row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for key, row in zip(keys, rows, strict=True)}
 
@@ -152,7 +153,7 @@ def _free_texts(
 
     Their answers are scored on the same run; an answer too long for the room is left to others.
     """
-    texts: list[Item] = [(probes[number].prompt, probes[number].subject, None, "") for number in room]
+    texts = [Item(probes[number].prompt, probes[number].subject) for number in room]
     rows = [row.ids for row in encode_many(model.tokenizer, texts)]
     asked = [
         [

@@ -20,7 +20,8 @@ from kpatch.evaluate.continuations import Prompts
 from kpatch.evaluate.forward import vocabulary
 from kpatch.evaluate.score import HEAD_NUMBERS
 from kpatch.facts.fact import SLOT, Fact
-from kpatch.facts.tokens import encode_many
+from kpatch.facts.join import join
+from kpatch.facts.tokens import Item, encode_many, item_of
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
@@ -54,7 +55,9 @@ def rank_objects(
     Exact, but most objects are never run: log-probabilities only fall with every token, so one whose first tokens are
     already less likely than the whole target is out. Raises BadInput for text that the tokenizer cannot take.
     """
-    prompts = [row.ids for row in encode_many(model.tokenizer, [(f.prompt, f.subject, None, "") for f in facts])]
+    prompts = [
+        row.ids for row in encode_many(model.tokenizer, [item_of(fact)._replace(target=None) for fact in facts])
+    ]
     choices = _choices(model, facts, objects)
     results: dict[int, Ranked] = {}
     lengths = [len(prompt) for prompt in prompts]
@@ -101,21 +104,34 @@ class _Choice:
 
 def _choices(model: Model, facts: Sequence[Fact], objects: Sequence[Sequence[str]]) -> list[_Choice]:
     """Each fact's objects as tokens. These depend on a prompt's end alone, so they are found once for every end."""
-    keys = [(_end(fact.text()), tuple(names)) for fact, names in zip(facts, objects, strict=True)]
-    wanted = dict.fromkeys((end, name) for end, names in dict.fromkeys(keys) for name in names)
-    rows = encode_many(model.tokenizer, [(SLOT, end, name, "") for end, name in wanted])
-    ids = {key: row.ids[row.prompt_len :] for key, row in zip(wanted, rows, strict=True)}
+    keys = [(_end(fact), tuple(names), _spaces(fact, names)) for fact, names in zip(facts, objects, strict=True)]
+    distinct = dict.fromkeys(keys)
+    items = dict.fromkeys(
+        Item(SLOT, end, name, space=space) for end, *pairs in distinct for name, space in zip(*pairs, strict=True)
+    )
+    rows = encode_many(model.tokenizer, list(items))
+    ids = {item: row.ids[row.prompt_len :] for item, row in zip(items, rows, strict=True)}
     made = {}
-    for end, names in dict.fromkeys(keys):
-        some = tuple(ids[end, name] for name in names)
+    for end, names, spaces in distinct:
+        some = tuple(ids[Item(SLOT, end, name, space=space)] for name, space in zip(names, spaces, strict=True))
         firsts = torch.tensor([one[0] for one in some])
-        made[end, names] = _Choice(names, some, firsts, torch.tensor([len(one) for one in some]))
+        made[end, names, spaces] = _Choice(names, some, firsts, torch.tensor([len(one) for one in some]))
     return [made[key] for key in keys]
 
 
-def _end(text: str) -> str:
-    """A prompt's last word, or its last signs where words are not told by spaces."""
-    return text.split()[-1][-20:]
+def _end(fact: Fact) -> str:
+    """A prompt's last word with the line end behind it, or its last signs where words are not told by spaces."""
+    text = fact.text()
+    word = text.split()[-1]
+    return word[-20:] + text[text.rindex(word) + len(word) :]
+
+
+def _spaces(fact: Fact, names: Sequence[str]) -> tuple[bool | None, ...]:
+    """Whether a space stands before each name. Behind a letter or a line end the prompt's end says it as well."""
+    text = fact.text()
+    if text[-1].isalnum() or text[-1].isspace():
+        return (fact.space,) * len(names)
+    return tuple(join(text, name, fact.space) != "" for name in names)
 
 
 class _Race:

@@ -17,7 +17,8 @@ import torch
 from kpatch.evaluate.answers import complete, text_after
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.evaluate.tfidf import TfIdf
-from kpatch.facts.fact import SLOT, Fact
+from kpatch.facts.fact import SLOT, Fact, fill
+from kpatch.facts.join import without_spaces_behind
 from kpatch.facts.tokens import Item, encode_many
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
@@ -57,7 +58,7 @@ def write_on(
         for number, fact in enumerate(facts)
         for text in fact.openings or (fact.prompt,)
     ]
-    items: list[Item] = [(prompt, subject, None, "") for _, prompt, subject in prompts]
+    items = [Item(prompt, subject) for _, prompt, subject in prompts]
     rows = [row.ids for row in encode_many(model.tokenizer, items)]
     texts: list[list[str]] = [[] for _ in facts]
     draws = [_draws(row, tokens, seed) for row in rows]  # the first so many of them are used
@@ -65,7 +66,7 @@ def write_on(
     found = complete(model, rows, room, 0, batch_tokens, report, draws=draws, among=_TOP, doing="Writing")
     for (number, prompt, subject), row, written in zip(prompts, rows, found, strict=True):
         text = text_after(model.tokenizer, row, written.ids)
-        texts[number].append(prompt.replace(SLOT, subject, 1).rstrip() + text)
+        texts[number].append(without_spaces_behind(fill(prompt, subject)) + text)
     weights = TfIdf(text for some in references for text in some)
     fluency = tuple(math.fsum(map(entropy, some)) / len(some) for some in texts)
     consistency = tuple(

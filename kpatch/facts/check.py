@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kpatch.facts.fact import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor
+from kpatch.facts.join import trimmed
 from kpatch.facts.problems import Path, Problems, cut, did_you_mean
 
 ARROW = "->"
@@ -33,29 +34,32 @@ def parse_fact(text: str) -> tuple[str, str, str]:
 def parse_neighbor(text: str) -> Neighbor:
     """A neighbor from "prompt -> target", or from a prompt alone. Raises ValueError with a message for the user."""
     if ARROW not in text:
-        return Neighbor(text.strip())
+        return Neighbor(trimmed(text))
     prompt, target = _split(text)
     return Neighbor(prompt, target)
 
 
 def _split(text: str) -> tuple[str, str]:
-    parts = [part.strip() for part in text.split(ARROW)]
+    parts = [trimmed(part) for part in text.split(ARROW)]
     if len(parts) != 2:
         found = "none" if len(parts) == 1 else str(len(parts) - 1)
         raise ValueError(f"expected one '{ARROW}' between prompt and target, found {found}")
-    if not parts[0] or not parts[1]:
-        raise ValueError(f"nothing stands {'before' if parts[1] else 'behind'} the '{ARROW}'")
-    return parts[0], parts[1]
+    prompt, target = parts[0], parts[1].strip()
+    if not prompt.strip() or not target:
+        raise ValueError(f"nothing stands {'before' if target else 'behind'} the '{ARROW}'")
+    return prompt, target
 
 
 _OTHER_SLOT = re.compile(r"\{\s*\w*\s*\}|%s")
 _FACT_KEYS = frozenset(FACT_KEYS)
+_FLAGS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
 
 class Relation(NamedTuple):
     """Wording that many facts share; `prompt` is empty where it was wrong."""
 
     prompt: str
+    space: bool | None
     paraphrases: tuple[str, ...]
     neighbors: tuple[Neighbor, ...]
 
@@ -81,7 +85,8 @@ class Checker:
                 self.problems.add(
                     (*path, "paraphrases", index), "a relation's paraphrase needs {} where each fact's subject goes"
                 )
-        self.relations[name] = Relation(prompt, paraphrases, self.neighbors(data, path))
+        space = self.flag(data, "space", path)
+        self.relations[name] = Relation(prompt, space, paraphrases, self.neighbors(data, path))
 
     def fact(self, data: object, path: Path, where: str) -> Fact | None:
         """The fact in `data`, or None where something about it is wrong."""
@@ -117,7 +122,9 @@ class Checker:
         prompt = shared.prompt if shared and _absent(data, "prompt") else self.own_prompt(data, path, subject, name)
         paraphrases = self.texts(data, "paraphrases", path)
         neighbors = self.neighbors(data, path)
+        space = self.flag(data, "space", path)
         if shared:
+            space = shared.space if space is None else space
             paraphrases += tuple(text for text in shared.paraphrases if text not in paraphrases)
             # A neighbor shared by all facts of a relation may be about this fact's own subject
             own = subject.casefold()
@@ -134,6 +141,7 @@ class Checker:
             relation=name,
             openings=self.texts(data, "openings", path),
             references=self.texts(data, "references", path, slots=False),
+            space=space,
             where=where,
         )
 
@@ -150,14 +158,14 @@ class Checker:
 
     def prompt(self, data: Mapping[str, Any], path: Path, subject: str) -> str:
         """A prompt with exactly one {}."""
-        text = self.needed(data, "prompt", path)
+        text = self.needed(data, "prompt", path, precedes=True)
         if not text:
             return ""
         raw = data["prompt"]
         here = (*path, "prompt")
         slots = text.count(SLOT)
         if slots == 1:
-            if raw[-1].isspace() and raw[-1] != "\n":  # a block text's line end is no mistake
+            if raw != raw.rstrip() and raw[-1] != text[-1]:
                 self.spaced.append(here)
         elif slots > 1:
             self.problems.add(here, f"the prompt has {slots} {{}}; exactly one may stand for the subject")
@@ -175,12 +183,14 @@ class Checker:
                 except ValueError as error:
                     self.problems.add(here, str(error))
                     continue
-                if not neighbor.prompt:
+                if not neighbor.prompt.strip():
                     self.problems.add(here, "the neighbor is empty")
                 self.characters(item, here)
             elif isinstance(item, Mapping):
                 self.unknown_keys(item, NEIGHBOR_KEYS, here, "a neighbor")
-                neighbor = Neighbor(self.needed(item, "prompt", here), self.optional(item, "target", here))
+                neighbor = Neighbor(
+                    self.needed(item, "prompt", here, precedes=True), self.optional(item, "target", here)
+                )
             else:
                 self.problems.add(here, f"expected a neighbor (prompt and target), found {kind_of(item)}")
                 continue
@@ -194,10 +204,10 @@ class Checker:
         result = []
         for index, item in enumerate(self.entries(data, key, path)):
             here = (*path, key, index)
-            text = self.text(item, here)
+            text = self.text(item, here, precedes=slots)
             if text is None:
                 continue
-            if not text:
+            if not text.strip():
                 self.problems.add(here, "a text in this list is empty")
             elif slots and text.count(SLOT) > 1:
                 self.problems.add(
@@ -215,26 +225,41 @@ class Checker:
             return ()
         return value
 
-    def needed(self, data: Mapping[str, Any], key: str, path: Path) -> str:
+    def needed(self, data: Mapping[str, Any], key: str, path: Path, precedes: bool = False) -> str:
         if key not in data:
             self.problems.add(path, f"{key!r} is missing")
             return ""
         here = (*path, key)
-        text = self.text(data[key], here)
-        if text == "":
+        text = self.text(data[key], here, precedes)
+        if text is not None and not text.strip():
             self.problems.add(here, f"the {key} is empty")
+            return ""
         return text or ""
 
     def optional(self, data: Mapping[str, Any], key: str, path: Path) -> str | None:
         return None if _absent(data, key) else self.text(data[key], (*path, key)) or None
 
-    def text(self, value: object, path: Path) -> str | None:
-        """Text without the space around it; None where it is no text."""
+    def flag(self, data: Mapping[str, Any], key: str, path: Path) -> bool | None:
+        """true or false as YAML writes them; None where the key is absent or blank."""
+        if _absent(data, key):
+            return None
+        value = data[key]
+        if not isinstance(value, str) or value.strip() not in _FLAGS:
+            found = cut(repr(value)) if isinstance(value, str) else kind_of(value)
+            self.problems.add((*path, key), f"expected true or false, found {found}")
+            return None
+        return _FLAGS[value.strip()]
+
+    def text(self, value: object, path: Path, precedes: bool = False) -> str | None:
+        """Text without the space around it; None where it is no text.
+
+        One that `precedes` a target or is continued by the model keeps its line ends.
+        """
         if not isinstance(value, str):
             self.problems.add(path, f"expected text, found {kind_of(value)}; put the text in quotes")
             return None
         self.characters(value, path)
-        return value.strip()
+        return trimmed(value) if precedes else value.strip()
 
     def characters(self, value: str, path: Path) -> None:
         """Control characters and halves of characters cannot be told to a model or shown on a terminal."""

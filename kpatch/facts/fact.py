@@ -13,10 +13,10 @@ SLOT = "{}"
 
 # facts.schema.json names the same keys; a test compares the two
 FILE_KEYS = ("version", "model", "relations", "facts")
-RELATION_KEYS = ("prompt", "paraphrases", "neighbors")
+RELATION_KEYS = ("prompt", "space", "paraphrases", "neighbors")
 TEXT_LISTS = ("paraphrases", "openings", "references")
 FACT_KEYS = (
-    *("subject", "prompt", "target", "was", "relation", "id", "source"),
+    *("subject", "prompt", "target", "space", "was", "relation", "id", "source"),
     *("paraphrases", "neighbors", "openings", "references"),
 )
 NEIGHBOR_KEYS = ("prompt", "target")
@@ -39,7 +39,9 @@ class Neighbor:
 class Fact:
     """One fact to be written into a model.
 
-    `prompt` has exactly one {} where the subject goes; `target` is what shall follow, without its leading space.
+    `prompt` has exactly one {} where the subject goes; `target` is what follows it, without its leading space.
+    `space` says whether a space stands between them, in the paraphrases and neighbors too; None leaves it to
+    `facts.join`.
     `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
     `openings`, from which a model writes on, and `references`, texts about the target to compare that writing with.
     `where` says where the fact was read ("news.yaml:14:5"); it takes no part in equality, hash or `to_dict`.
@@ -56,6 +58,7 @@ class Fact:
     relation: str | None = None
     openings: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
+    space: bool | None = None
     where: str = field(default="", compare=False)
 
     def text(self) -> str:
@@ -67,7 +70,7 @@ class Fact:
         result: dict[str, Any] = {}
         for key in FACT_KEYS:
             value = getattr(self, key)
-            if not value:
+            if not value and value is not False:
                 continue
             if key == "neighbors":
                 result[key] = [
@@ -97,6 +100,7 @@ class Fact:
             relation=_text(data, "relation") or None,
             openings=_texts(data, "openings"),
             references=_texts(data, "references"),
+            space=_flag(data, "space"),
         )
 
 
@@ -115,6 +119,13 @@ def _text(data: Mapping[str, Any], key: str, needed: bool = False) -> str:
         raise BadInput(f"A fact's {key!r} must be text", details=[f"found {type(value).__name__}"])
     if needed and not value:
         raise BadInput(f"A fact has no {key!r}", details=[f"found the keys {', '.join(sorted(map(str, data)))}"])
+    return value
+
+
+def _flag(data: Mapping[str, Any], key: str) -> bool | None:
+    value = data.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise BadInput(f"A fact's {key!r} must be true or false", details=[f"found {type(value).__name__}"])
     return value
 
 

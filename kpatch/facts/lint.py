@@ -5,19 +5,23 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from kpatch.errors import BadInput
 from kpatch.facts.conflicts import normal
 from kpatch.facts.fact import SLOT, Fact, FactFile
-from kpatch.facts.tokens import LONGEST_TARGET, Encoded, encode_spans, lead_ids, require_fast
+from kpatch.facts.join import is_unspaced, join, without_spaces_behind
+from kpatch.facts.problems import cut
+from kpatch.facts.tokens import LONGEST_TARGET, Spanned, encode_spans, item_of, lead_ids, name_of, require_fast
 
 WORDY_TARGET = 20  # tokens
 CROWDED_SUBJECT = 10  # facts
 _LOADED = re.compile(r"(?P<where>.*?:\d+:\d+): (?P<message>.*)", re.DOTALL)
 # Zero-width joiners are part of emoji and of Indic and Persian spelling
+_HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff]")
+_CHAT = re.compile(r"<[^<>\s]+>|\[/?INST\]|\b(?:assistant|answer|A)\b", re.IGNORECASE)
 _INVISIBLE = re.compile("[\u00a0\u00ad\u200b\u200e\u200f\u2028-\u202f\u2060-\u2069\ufeff]")
 
 
@@ -36,7 +40,8 @@ class Finding:
 class Tokens:
     """How a tokenizer splits one fact.
 
-    `subject_last` is the index of the subject's last token in the whole row, special tokens counted.
+    `subject_last` is the index of the subject's last token in the whole row, special tokens counted. `join` is what
+    stands between prompt and target: a space or nothing; a line end at the prompt's end is part of the prompt.
     """
 
     fact: str
@@ -44,6 +49,7 @@ class Tokens:
     subject: tuple[str, ...]
     target: tuple[str, ...]
     subject_last: int
+    join: str = " "
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +70,40 @@ class LintReport:
         return asdict(self)
 
 
-def lint(file: FactFile, tokenizer: Any = None) -> LintReport:
-    """Findings about the facts of `file`. Raises BadInput for a slow tokenizer, and nothing else."""
+def lint(file: FactFile, tokenizer: Any = None, known: Collection[int] = ()) -> LintReport:
+    """Findings about the facts of `file`; `known` are the positions of those whose target the model gives already.
+
+    Raises BadInput for a slow tokenizer, and nothing else.
+    """
     findings = [_loaded(warning) for warning in file.warnings]
     for fact in file.facts:
         findings += _words(fact)
     findings += _crowds(file.facts)
+    for index in sorted(known):
+        fact = file.facts[index]
+        message = f"the model already gives the target {fact.target!r}: there is nothing to learn"
+        findings.append(Finding("warning", "known", message, fact.where, fact.id))
     if tokenizer is None:
-        return LintReport(len(file.facts), tuple(findings))
+        keys: list[tuple[Fact, Hashable]] = [(fact, _until_subject(fact)) for fact in file.facts]
+        return LintReport(len(file.facts), (*findings, *_shared_keys(keys)))
     require_fast(tokenizer)
     lead, pieces = len(lead_ids(tokenizer)), _Pieces(tokenizer)
     tokens = []
+    keys = []
     for fact, found in zip(file.facts, _encode(tokenizer, file.facts), strict=True):
         if isinstance(found, BadInput):
             message = "; ".join((found.message, *found.details))
             findings.append(Finding("error", "untokenizable", message, fact.where, fact.id))
             continue
-        row, first = found
+        row, first, _ = found
         last = row.subject_last
         subject, target = pieces.of(row.ids[first : last + 1]), pieces.of(row.ids[row.prompt_len :])
-        tokens.append(Tokens(fact.id, fact.where, subject, target, last))
-        findings += _tokenized(tokenizer, fact, row, lead)
-    return LintReport(len(file.facts), tuple(findings), tuple(tokens))
+        between = join(without_spaces_behind(fact.text()), fact.target, fact.space)
+        tokens.append(Tokens(fact.id, fact.where, subject, target, last, between))
+        findings += _tokenized(tokenizer, fact, found, lead)
+        findings += _spaced(fact, between, "".join(target))
+        keys.append((fact, row.ids[: last + 1]))
+    return LintReport(len(file.facts), (*findings, *_shared_keys(keys)), tuple(tokens))
 
 
 def _loaded(warning: str) -> Finding:
@@ -102,8 +120,13 @@ def _words(fact: Fact) -> Iterator[Finding]:
         return Finding("warning", code, message, fact.where, fact.id)
 
     subject, target = normal(fact.subject).casefold(), normal(fact.target).casefold()
-    if fact.prompt != fact.prompt.rstrip():
+    if fact.prompt != without_spaces_behind(fact.prompt):
         yield warn("trailing-space", "the prompt ends in a space, which is left out")
+    if fact.prompt.endswith("\n") and not _CHAT.search(fact.prompt):
+        yield warn("line-end", "the prompt ends in a line end, so the target is learned as the next line's beginning")
+    inside = _inside_word(fact)
+    if inside:
+        yield warn("in-word", f"the subject {inside}, so its tokens may be those of another word")
     if "  " in fact.prompt.strip():
         yield warn("double-space", "the prompt has two spaces in a row")
     if subject == target:
@@ -129,23 +152,63 @@ def _words(fact: Fact) -> Iterator[Finding]:
             yield warn("decomposed", f"the {key} has accents as characters of their own, which models read otherwise")
 
 
+def _inside_word(fact: Fact) -> str:
+    """Where the subject begins or ends inside a word, in words for a message; else nothing."""
+    before, slot, behind = fact.prompt.partition(SLOT)
+    subject = fact.subject
+    if not slot:
+        return ""
+    if _one_word(subject[-1:] + behind[:1]):
+        rest = re.match(r"\w*", behind)
+        return f"ends inside a word ({cut(subject)}{rest[0] if rest else ''})"
+    if _one_word(before[-1:] + subject[:1]):
+        start = re.search(r"\w*\Z", before)
+        return f"begins inside a word ({start[0] if start else ''}{cut(subject)})"
+    return ""
+
+
+def _one_word(pair: str) -> bool:
+    """True where no word ends between two characters; Korean endings and scripts without spaces are no mistake."""
+    return len(pair) == 2 and not any(
+        not sign.isalnum() or is_unspaced(sign) or _HANGUL.match(sign) is not None for sign in pair
+    )
+
+
+def _until_subject(fact: Fact) -> str:
+    return fact.prompt.partition(SLOT)[0] + fact.subject
+
+
+def _shared_keys(keys: Iterable[tuple[Fact, Hashable]]) -> Iterator[Finding]:
+    """Facts of different subjects with the same text (or tokens) up to the subject's end: one key, two values."""
+    first: dict[Hashable, Fact] = {}
+    for fact, start in keys:
+        other = first.setdefault(start, fact)
+        # `make` finds one value for the facts of one subject
+        if " ".join(other.subject.split()) != " ".join(fact.subject.split()):
+            message = (
+                f"the subject {fact.subject!r} ends with the same text before it as {other.subject!r} at "
+                f"{name_of(other)}: both share one key, and each spoils the other; give them the same subject"
+            )
+            yield Finding("warning", "shared-key", message, fact.where, fact.id)
+
+
 def _crowds(facts: Sequence[Fact]) -> Iterator[Finding]:
     counts = Counter(normal(fact.subject) for fact in facts)
-    told: set[str] = set()
+    named: set[str] = set()
     for fact in facts:
         subject = normal(fact.subject)
-        if counts[subject] > CROWDED_SUBJECT and subject not in told:
-            told.add(subject)
+        if counts[subject] > CROWDED_SUBJECT and subject not in named:
+            named.add(subject)
             message = (
                 f"{counts[subject]:,} facts are about {fact.subject!r}; they share one key, so few of them will hold"
             )
             yield Finding("warning", "crowded", message, fact.where, fact.id)
 
 
-def _encode(tokenizer: Any, facts: Sequence[Fact]) -> list[tuple[Encoded, int] | BadInput]:
+def _encode(tokenizer: Any, facts: Sequence[Fact]) -> list[Spanned | BadInput]:
     """Every fact's row and its subject's first token, or why it has none: one by one only where all together fails."""
-    items = [(fact.prompt, fact.subject, fact.target, "") for fact in facts]
-    rows: list[tuple[Encoded, int] | BadInput] = []
+    items = [item_of(fact) for fact in facts]
+    rows: list[Spanned | BadInput] = []
     try:
         rows += encode_spans(tokenizer, items)
     except BadInput:
@@ -157,12 +220,32 @@ def _encode(tokenizer: Any, facts: Sequence[Fact]) -> list[tuple[Encoded, int] |
     return rows
 
 
-def _tokenized(tokenizer: Any, fact: Fact, row: Encoded, lead: int) -> Iterator[Finding]:
+def _spaced(fact: Fact, between: str, target: str) -> Iterator[Finding]:
+    """A warning where the target's tokens, as text, begin with another space than the one that belongs there."""
+    found = target[: len(target) - len(target.lstrip())]
+    if found != between:
+        message = f"{_space_name(between)} belongs between prompt and target, but this tokenizer puts"
+        message = f"{message} {_space_name(found)} there"
+        yield Finding("warning", "space", f"{message}; the model learns it that way", fact.where, fact.id)
+
+
+def _space_name(space: str) -> str:
+    return {"": "nothing", " ": "a space"}.get(space, repr(space))
+
+
+def _tokenized(tokenizer: Any, fact: Fact, found: Spanned, lead: int) -> Iterator[Finding]:
     """What only shows in tokens; `lead` is the number of special tokens in front."""
 
     def find(level: str, code: str, message: str) -> Finding:
         return Finding(level, code, message, fact.where, fact.id)
 
+    row = found.row
+    if found.beyond:
+        message = f"the subject's last token reaches beyond it, over {cut(found.beyond)!r}"
+        yield find("warning", "last-token", f"{message}: other prompts about {cut(fact.subject)!r} have another key")
+    starts = row.ids[lead : 2 * lead]
+    if lead and starts == row.ids[:lead]:
+        yield find("warning", "special-twice", "the prompt begins with the token that the tokenizer puts there itself")
     length = len(row.ids) - row.prompt_len
     if length > LONGEST_TARGET:
         yield find("error", "long-target", f"the target has {length} tokens; at most {LONGEST_TARGET} are learned")

@@ -60,7 +60,7 @@ class _Yaml(Source):
         facts = self.tree.data.get("facts") if isinstance(self.tree.data, Mapping) else None
         for index, data in enumerate(facts if isinstance(facts, list) else ()):
             path: Path = ("facts", index)
-            yield path, data, self.tree.spots[Target(path)]
+            yield path, data, self.tree.spot(Target(path))
 
     def locate(self, targets: Sequence[Target]) -> Sequence[Spot]:
         return yaml_tree.locate(self.text, self.name, targets)

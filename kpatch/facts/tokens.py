@@ -1,6 +1,4 @@
-"""Whether a space belongs between a prompt and what follows it.
-
-Facts as tokens: the prompt, the token that carries the subject's last character, the target behind it.
+"""Facts as tokens: the prompt, the token that carries the subject's last character, the target behind it.
 
 Needs a fast tokenizer of Hugging Face (its character offsets), but imports none.
 """
@@ -13,51 +11,33 @@ from typing import Any, NamedTuple
 
 from kpatch.errors import BadInput
 from kpatch.facts.fact import SLOT, Fact, fill
+from kpatch.facts.join import join, trimmed, without_spaces_behind
 from kpatch.facts.problems import cut, limited
-
-_OPENING = frozenset("([{<“‘‚„«‹「『（【《〈〔［｛¿¡")
-_STRAIGHT = frozenset("\"'`")
-
-# Scripts that put no space between words; Korean does
-_UNSPACED = (
-    (0x0E00, 0x0EFF),  # Thai, Lao
-    (0x1000, 0x109F),  # Myanmar
-    (0x1780, 0x17FF),  # Khmer
-    (0x2E80, 0x2FFF),  # Han radicals
-    (0x3001, 0x312F),  # CJK signs, kana, bopomofo
-    (0x31A0, 0x31FF),
-    (0x3400, 0x4DBF),  # Han
-    (0x4E00, 0x9FFF),
-    (0xF900, 0xFAFF),
-    (0xFF01, 0xFF9F),  # full-width signs, half-width kana
-    (0x20000, 0x3FFFF),
-)
-
-
-def separator(text: str, target: str) -> str:
-    """One space or nothing, by how people write: none behind an opening quote, nor inside Chinese or Thai."""
-    if not text or not target or text[-1].isspace() or opens(text):
-        return ""
-    return "" if unspaced(text[-1]) and unspaced(target[0]) else " "
-
-
-def opens(text: str) -> bool:
-    """True when `text` ends in an opening quote or bracket; a straight quote opens behind a space only."""
-    if text[-1] in _STRAIGHT:
-        return len(text) == 1 or text[-2].isspace() or opens(text[:-1])
-    return text[-1] in _OPENING
-
-
-def unspaced(sign: str) -> bool:
-    """True for a character of a script that is written without spaces."""
-    code = ord(sign)
-    return code >= 0x0E00 and any(first <= code <= last for first, last in _UNSPACED)
-
 
 # Texts put before a target where its prompt's last token would merge with it; the first that does not is used
 _ANCHORS = ("\n", ".", "a", "1", "。")
 LONGEST_TARGET = 32
-Item = tuple[str, str, str | None, str]
+
+
+class Item(NamedTuple):
+    """A text to tokenize: `prefix` as it is, `prompt` with the subject in its {}, what joins, the target if any.
+
+    `space` is the fact's own key: what stands between prompt and target, None where the rules say it (`facts.join`).
+    """
+
+    prompt: str
+    subject: str
+    target: str | None = None
+    prefix: str = ""
+    space: bool | None = None
+
+
+AnyItem = Item | tuple[str, str, str | None, str]
+
+
+def item_of(fact: Fact, prefix: str = "") -> Item:
+    """A fact's prompt and target behind `prefix`."""
+    return Item(fact.prompt, fact.subject, fact.target, prefix, fact.space)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,23 +63,39 @@ def require_fast(tokenizer: Any) -> None:
         )
 
 
-def encode(tokenizer: Any, prompt: str, subject: str, target: str | None = None, prefix: str = "") -> Encoded:
+def encode(
+    tokenizer: Any,
+    prompt: str,
+    subject: str,
+    target: str | None = None,
+    prefix: str = "",
+    space: bool | None = None,
+) -> Encoded:
     """Tokens of `prefix` + `prompt` with the subject in its {} + `target`; see `encode_many`."""
-    return encode_many(tokenizer, [(prompt, subject, target, prefix)])[0]
+    return encode_many(tokenizer, [Item(prompt, subject, target, prefix, space)])[0]
 
 
-def encode_many(tokenizer: Any, items: Sequence[Item]) -> list[Encoded]:
-    """Tokens of many (prompt, subject, target or None, prefix), with one call of the tokenizer.
+def encode_many(tokenizer: Any, items: Sequence[AnyItem]) -> list[Encoded]:
+    """Tokens of many items, with one call of the tokenizer.
 
-    A prefix is put before the prompt as it is, so it brings its own space. Spaces at a prompt's end are left out.
+    A prefix is put before the prompt as it is, so it brings its own space. Spaces at a prompt's end are left out,
+    line ends and tabs stay. `facts.join` says what stands before the target.
     Raises BadInput for a prompt without exactly one {}, and where the tokenizer keeps nothing of a subject or target.
     """
-    return [row for row, _ in encode_spans(tokenizer, items)]
+    return [spanned.row for spanned in encode_spans(tokenizer, items)]
 
 
-def encode_spans(tokenizer: Any, items: Sequence[Item]) -> list[tuple[Encoded, int]]:
-    """As `encode_many`, each with the index of the subject's first token."""
-    rows = [_place(*item) for item in items]
+class Spanned(NamedTuple):
+    """A row with its subject's tokens: the index of the first, and what the last one covers behind the subject."""
+
+    row: Encoded
+    first: int
+    beyond: str = ""
+
+
+def encode_spans(tokenizer: Any, items: Sequence[AnyItem]) -> list[Spanned]:
+    """As `encode_many`, each with the tokens of its subject."""
+    rows = [_place(Item(*item)) for item in items]
     wanted = dict.fromkeys(text for row in rows for text in (row.text, row.whole))
     tokens = dict(zip(wanted, _tokenize(tokenizer, list(wanted)), strict=True))
     lead = lead_ids(tokenizer)
@@ -109,17 +105,18 @@ def encode_spans(tokenizer: Any, items: Sequence[Item]) -> list[tuple[Encoded, i
         found = tokens[row.text]
         first, last = _subject_tokens(found.offsets, row)
         ids = (*lead, *found.ids, *target_ids)
-        result.append((Encoded(ids, len(lead) + last, len(lead) + len(found.ids)), len(lead) + first))
+        encoded = Encoded(ids, len(lead) + last, len(lead) + len(found.ids))
+        beyond = row.text[row.end : found.offsets[last][1]].strip()
+        result.append(Spanned(encoded, len(lead) + first, beyond))
     return result
 
 
-def encode_target(tokenizer: Any, text: str, target: str) -> tuple[int, ...]:
-    """The ids of `target` behind `text`, with the space that belongs between them; see `spacing.separator`.
+def encode_target(tokenizer: Any, text: str, target: str, space: bool | None = None) -> tuple[int, ...]:
+    """The ids of `target` behind `text`, with what stands between them; see `facts.join`.
 
     Raises BadInput where the tokenizer keeps nothing of it.
     """
-    text, target = text.rstrip(), target.strip()
-    row = _Row(text, text + separator(text, target) + target, 0, 0, "", target)
+    row = _place(Item(SLOT, text, target, "", space))
     tokens = dict(zip((row.text, row.whole), _tokenize(tokenizer, [row.text, row.whole]), strict=True))
     return tuple(next(_targets(tokenizer, [row], tokens)))
 
@@ -138,7 +135,7 @@ def lead_ids(tokenizer: Any) -> tuple[int, ...]:
 def check_lengths(tokenizer: Any, facts: Iterable[Fact], limit: int = LONGEST_TARGET) -> None:
     """Raise BadInput that names every fact whose target is longer than `limit` tokens."""
     facts = list(facts)
-    rows = encode_many(tokenizer, [(fact.prompt, fact.subject, fact.target, "") for fact in facts])
+    rows = encode_many(tokenizer, [item_of(fact) for fact in facts])
     wrong = []
     for fact, row in zip(facts, rows, strict=True):
         length = len(row.ids) - row.prompt_len
@@ -172,18 +169,19 @@ class _Row(NamedTuple):
     target: str | None
 
 
-def _place(prompt: str, subject: str, target: str | None, prefix: str) -> _Row:
-    if prompt.count(SLOT) != 1:
-        raise BadInput("A prompt must have exactly one {}", details=[f"found {prompt!r}"])
-    subject = subject.strip()
+def _place(item: Item) -> _Row:
+    if item.prompt.count(SLOT) != 1:
+        raise BadInput("A prompt must have exactly one {}", details=[f"found {item.prompt!r}"])
+    subject = item.subject.strip()
     if not subject:
-        raise BadInput("A subject is empty", details=[f"in the prompt {prompt!r}"])
-    begin = len(prefix) + prompt.index(SLOT)
-    text = (prefix + fill(prompt, subject)).rstrip()
-    whole = text
+        raise BadInput("A subject is empty", details=[f"in the prompt {item.prompt!r}"])
+    given = trimmed(item.subject)  # a text that is asked as a whole is its own subject, and keeps its line end
+    begin = len(item.prefix) + item.prompt.index(SLOT) + given.index(subject)
+    whole = text = without_spaces_behind(item.prefix + fill(item.prompt, given))
+    target = item.target
     if target is not None:
         target = target.strip()
-        whole = text + separator(text, target) + target
+        whole = text + join(text, target, item.space) + target
     return _Row(text, whole, begin, begin + len(subject), subject, target)
 
 

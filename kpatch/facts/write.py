@@ -49,7 +49,9 @@ def _yaml(facts: Sequence[dict[str, Any]], model: str | None) -> Iterator[str]:
     for fact in facts:
         mark = "- "
         for key, value in fact.items():
-            if isinstance(value, str):
+            if isinstance(value, bool):
+                yield f"{mark}{key}: {json.dumps(value)}\n"
+            elif isinstance(value, str):
                 yield f"{mark}{key}: {_scalar(value)}\n"
             else:
                 yield f"{mark}{key}:\n"

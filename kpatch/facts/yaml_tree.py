@@ -1,4 +1,4 @@
-"""YAML as plain text, lists and mappings with their places: no types, no references, no surprises.
+"""YAML as plain text, lists and mappings with their places: no types, no tags, no surprises.
 
 Built from the parser's events, not from a tree of nodes: less memory, and libyaml reads 100,000 facts in seconds.
 """
@@ -15,6 +15,10 @@ from kpatch.facts.problems import Path, Problems, Spot, Target, bad_file
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DEEPEST = 8  # a fact file needs 5
+# What aliases may stand for, written out, in characters: so much, and a few times the file's own size
+_WRITTEN_OUT, _TIMES = 64 * 2**20, 4
+_NODE = 16  # a node's weight besides its characters
+_MERGE = "<<"
 _TEXT_TAGS = (None, "!", "tag:yaml.org,2002:str")
 _UNREADABLE = re.compile(r"[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _IN_COMMENT = re.compile(r"(?:^|\s)#")
@@ -23,16 +27,39 @@ _BARE_SHORT = re.compile(r"^\s*-\s*\[.*->")
 
 
 class Tree(NamedTuple):
-    """`data` is str, list or dict; `spots` holds the places of the outer two levels and of all that was wanted."""
+    """`data` is str, list or dict; `spots` holds the places of the outer two levels and of all that was wanted.
+
+    What an alias stands for has the alias's place.
+    """
 
     data: object
     spots: dict[Target, Spot]
+
+    def spot(self, target: Target) -> Spot:
+        """The place of `target`; where it has none (a missing key), that of what should have held it."""
+        if target in self.spots:
+            return self.spots[target]
+        held = (Target(target.path[:end]) for end in range(len(target.path), -1, -1))
+        return next((self.spots[place] for place in held if place in self.spots), Spot(1, 1))
+
+
+class _LimitError(yaml.MarkedYAMLError):
+    """YAML that is valid and more than a fact file may be; `problem` is the whole message."""
+
+
+class _Anchor(NamedTuple):
+    """What an alias stands for, with its weight and its depth; None while it is not read to its end."""
+
+    value: object = None
+    weight: int = 0
+    height: int = -1
 
 
 def read(text: str, name: str, problems: Problems, wanted: Collection[Target] = ()) -> Tree:
     """Parse `text` with line ends of one kind.
 
-    Duplicate keys, anchors, aliases and tags go to `problems`; raises BadInput for what is not YAML at all.
+    Anchors, aliases and merge keys (<<) are followed. Duplicate keys, tags and aliases that name nothing go to
+    `problems`; raises BadInput for what is not YAML at all, or too large once its aliases are written out.
     """
     _refuse_characters(text, name)
     try:
@@ -40,21 +67,15 @@ def read(text: str, name: str, problems: Problems, wanted: Collection[Target] = 
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         spot = Spot(mark.line + 1, mark.column + 1) if mark else Spot(1, 1)
-        raise bad_file(name, [f"{name}:{spot.line}:{spot.column}: {_explain(error, text.split(chr(10)))}"]) from error
+        message = error.problem if isinstance(error, _LimitError) else _explain(error, text.split("\n"))
+        raise bad_file(name, [f"{name}:{spot.line}:{spot.column}: {message}"]) from error
 
 
 def locate(text: str, name: str, wanted: Sequence[Target]) -> list[Spot]:
     """The places of `wanted`; where one does not exist (a missing key), the place of what should have held it."""
     parents = {Target(target.path[:end]) for target in wanted for end in range(len(target.path) + 1)}
-    spots = read(text, name, Problems(), parents.union(wanted)).spots
-    return [_nearest(target, spots) for target in wanted]
-
-
-def _nearest(target: Target, spots: dict[Target, Spot]) -> Spot:
-    if target in spots:
-        return spots[target]
-    held = (Target(target.path[:end]) for end in range(len(target.path), -1, -1))
-    return next((spots[place] for place in held if place in spots), Spot(1, 1))
+    tree = read(text, name, Problems(), parents.union(wanted))
+    return [tree.spot(target) for target in wanted]
 
 
 class _Builder:
@@ -63,6 +84,9 @@ class _Builder:
         self.problems = problems
         self.wanted = wanted
         self.spots: dict[Target, Spot] = {}
+        self.anchors: dict[str, _Anchor] = {}
+        self.anchored: dict[int, _Anchor] = {}  # by the identity of their values, which `anchors` may have let go
+        self.room = _WRITTEN_OUT + _TIMES * len(text)
 
     def document(self) -> Tree:
         self.next_event()  # the stream's start
@@ -81,35 +105,84 @@ class _Builder:
             target = Target(path)
             if len(path) <= 2 or target in self.wanted:
                 self.spots.setdefault(target, _spot(event))
-        if event.anchor is not None:
-            self.refuse_anchor(event, kind)
+        if kind is yaml.AliasEvent:
+            return self.alias(event, path)
+        if event.anchor is None:
+            return self.plain_node(event, path)
+        self.anchors[event.anchor] = _Anchor()
+        value = self.plain_node(event, path)
+        anchor = _Anchor(value, *self.measure(value))
+        self.anchors[event.anchor] = anchor
+        if not isinstance(value, str):
+            self.anchored[id(value)] = anchor
+        return value
+
+    def plain_node(self, event: Any, path: Path) -> object:
+        """A node that is written out."""
+        kind = type(event)
         if kind is yaml.ScalarEvent:
             if event.tag not in _TEXT_TAGS:
                 self.problems.add_at(_spot(event), f"tags such as {event.tag!r} have no meaning in a fact file")
-            return event.value
-        if kind is yaml.AliasEvent:
-            return f"*{event.anchor}"
+            return _value(event)
         if event.tag is not None:
             self.problems.add_at(_spot(event), f"tags such as {event.tag!r} have no meaning in a fact file")
         if len(path) >= _DEEPEST:
-            raise yaml.MarkedYAMLError(problem="nested too deeply for a fact file", problem_mark=event.start_mark)
+            raise _LimitError(problem="nested too deeply for a fact file", problem_mark=event.start_mark)
         return self.mapping(path) if kind is yaml.MappingStartEvent else list(self.items(path))
+
+    def alias(self, event: Any, path: Path) -> object:
+        """What an alias stands for: the same object, so that a million of them take no more memory than one.
+
+        Raises _LimitError where they would be too much once written out, as all of them are when they are checked.
+        """
+        anchor = self.anchors.get(event.anchor)
+        if anchor is None or anchor.height < 0:
+            why = "names nothing above it" if anchor is None else "stands inside what it names"
+            self.problems.add_at(
+                _spot(event), f"the alias '*{event.anchor}' {why}; put the text in quotes if it is one"
+            )
+            return f"*{event.anchor}"
+        self.room -= anchor.weight
+        if self.room < 0:
+            problem = f"with its aliases written out, the file is larger than {_WRITTEN_OUT // 2**20} MB"
+            raise _LimitError(problem=problem, problem_mark=event.start_mark)
+        if len(path) + anchor.height > _DEEPEST:
+            raise _LimitError(problem="nested too deeply for a fact file", problem_mark=event.start_mark)
+        return anchor.value
+
+    def measure(self, value: object) -> tuple[int, int]:
+        """The weight of a value with its aliases written out, and its depth; a text has depth 0."""
+        if isinstance(value, str):
+            return len(value) + _NODE, 0
+        if id(value) in self.anchored:
+            return self.anchored[id(value)][1:]
+        inner: list[object] = []
+        if isinstance(value, dict):
+            inner = [*value, *value.values()]
+        elif isinstance(value, list):
+            inner = value
+        sizes = [self.measure(one) for one in inner]
+        return _NODE + sum(weight for weight, _ in sizes), 1 + max((height for _, height in sizes), default=0)
 
     def items(self, path: Path) -> Iterator[object]:
         index = 0
         quick = self.unwanted(path)
         while type(event := self.next_event()) is not yaml.SequenceEndEvent:
             if quick and _is_plain(event):
-                yield event.value
+                yield _value(event)
             else:
                 yield self.node(event, (*path, index))
             index += 1
 
     def mapping(self, path: Path) -> dict[str, object]:
         result: dict[str, object] = {}
+        merged: list[tuple[Spot, object]] = []
         quick = self.unwanted(path)
         while type(event := self.next_event()) is not yaml.MappingEndEvent:
-            key = self.node(event, (*path, "?")) if type(event) is not yaml.ScalarEvent else event.value
+            if _is_plain(event) and event.value == _MERGE and not event.style:
+                merged.append((_spot(event), self.node(self.next_event(), (*path, _MERGE))))
+                continue
+            key = event.value if _is_plain(event) else self.node(event, (*path, "?"))
             if not isinstance(key, str):
                 self.problems.add_at(_spot(event), "a key must be text, found a list or a mapping")
                 key = "?"
@@ -118,24 +191,38 @@ class _Builder:
             if self.wanted and (target := Target((*path, key), key=True)) in self.wanted:
                 self.spots.setdefault(target, _spot(event))
             event = self.next_event()
-            value = event.value if quick and _is_plain(event) else self.node(event, (*path, key))
+            value = _value(event) if quick and _is_plain(event) else self.node(event, (*path, key))
             result.setdefault(key, value)
+        for spot, value in merged:
+            self.merge(result, value, spot, path)
         return result
+
+    def merge(self, result: dict[str, object], value: object, spot: Spot, path: Path) -> None:
+        """Add the keys of a mapping, or of each in a list of mappings, that `result` does not have by then."""
+        for part in value if isinstance(value, list) else [value]:
+            if not isinstance(part, dict):
+                self.problems.add_at(spot, f"'{_MERGE}' takes the alias of a mapping, or a list of such")
+                continue
+            for key, item in part.items():
+                if key not in result:
+                    result[key] = item
+                    for target in (Target((*path, key)), Target((*path, key), key=True)):
+                        if target in self.wanted:
+                            self.spots.setdefault(target, spot)
 
     def unwanted(self, path: Path) -> bool:
         """True inside a fact whose places nobody asked for: nearly always, and half the time is saved there."""
         return len(path) >= 2 and Target(path[:2]) not in self.wanted
 
-    def refuse_anchor(self, event: Any, kind: type) -> None:
-        mark, what = ("*", "an alias") if kind is yaml.AliasEvent else ("&", "an anchor")
-        message = (
-            f"'{mark}{event.anchor}' is {what}, which a fact file does not have; put the text in quotes if it is one"
-        )
-        self.problems.add_at(_spot(event), message)
-
 
 def _is_plain(event: Any) -> bool:
     return type(event) is yaml.ScalarEvent and event.anchor is None and event.tag is None
+
+
+def _value(event: Any) -> str:
+    """A scalar's text. A folded block (>) ends in a line end that is there for the syntax alone."""
+    text: str = event.value
+    return text.rstrip("\n") if event.style == ">" else text
 
 
 def _spot(event: Any) -> Spot:

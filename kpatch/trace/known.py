@@ -85,7 +85,7 @@ def _rows(model: Model, facts: Sequence[Fact]) -> list[tuple[_Row, int]]:
     """Each prompt's ids with its subject's last and first token. Raises BadInput for one that is too long."""
     longest = getattr(model.net.config, "max_position_embeddings", None)
     rows = []
-    for fact, (row, first) in zip(
+    for fact, (row, first, _) in zip(
         facts, encode_spans(model.tokenizer, [(fact.prompt, fact.subject, None, "") for fact in facts]), strict=True
     ):
         if longest and len(row.ids) > longest:
@@ -107,7 +107,9 @@ def _ask(model: Model, facts: Sequence[Fact]) -> list[Known | None]:
     found: list[Known | None] = []
     for fact, (row, first), choice in zip(facts, rows, _first_choices(model, [row for row, _ in rows]), strict=True):
         answers = [target for target in (fact.target, fact.was) if target]
-        right = [text for text in answers if encode_target(model.tokenizer, fact.text(), text)[0] == choice]
+        right = [
+            text for text in answers if encode_target(model.tokenizer, fact.text(), text, fact.space)[0] == choice
+        ]
         found.append(Known(fact, right[0], Traced(row[0], first, row[1], choice)) if right else None)
     return found
 

@@ -159,7 +159,17 @@ def test_lint_with_a_tokenizer(model: Path, facts: Path) -> None:
     assert done.code == 0, done.err
     assert "Subject's tokens" in done.out
     data = run("lint", facts, "--model", model, "--json").json
-    assert len(data["tokens"]) == 2
+    assert [tokens["join"] for tokens in data["tokens"]] == [" ", " "]
+
+
+def test_lint_names_targets_that_the_model_gives_already(model: Path, tmp_path: Path) -> None:
+    prompt = "The city Chicago lies in"
+    answer = run("ask", model, prompt, "--max-tokens", "1", "--json").json["prompts"][0]["completion"]
+    row = {"subject": "Chicago", "prompt": "The city {} lies in", "target": answer.strip()}
+    row["space"] = answer.startswith(" ")
+    path = save_facts(tmp_path / "known.yaml", [row])
+    found = run("lint", path, "--model", model, "--json").json["findings"]
+    assert "known" in [finding["code"] for finding in found]
 
 
 @pytest.mark.parametrize(

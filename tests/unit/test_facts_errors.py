@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -190,11 +191,50 @@ def test_errors_without_libyaml_are_the_same(tmp_path: Path, monkeypatch: pytest
     assert "needs quotes" in one(tmp_path, "facts:\n  - subject: A\n    prompt: {} is in\n")
 
 
-def test_anchors_and_aliases_are_refused(tmp_path: Path) -> None:
-    found = errors(tmp_path, 'facts:\n  - {subject: &a X, prompt: "{} is", target: *a}\n  - *b\n')
-    assert [line.split(": ")[0] for line in found[:3]] == ["f.yaml:2:15", "f.yaml:2:46", "f.yaml:3:5"]
-    assert "'&a' is an anchor" in found[0]
-    assert "'*a' is an alias" in found[1]
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('facts:\n  - {subject: *a, prompt: "{} is", target: b}\n', "2:15: the alias '*a' names nothing above it"),
+        ("facts: &a\n  - *a\n", "2:5: the alias '*a' stands inside what it names"),
+        ('facts:\n  - {<<: b, subject: a, prompt: "{} is", target: c}\n', "2:6: '<<' takes the alias of a mapping"),
+        (
+            "facts:\n  - {subject: a, prompt: '{} is', target: c, paraphrases: &p [x, '{} {}']}\n"
+            "  - {subject: b, prompt: '{} is', target: c, paraphrases: *p}\n",
+            "3:59: this text has 2 {}",
+        ),
+        (
+            "facts:\n  - &f {subject: a, prompt: '{} is', target: c}\n  - {<<: *f, subject: b, target: ''}\n",
+            "3:34: the target is empty",
+        ),
+        (
+            "relations: {r: &r {prompt: is, paraphrases: []}}\nfacts:\n  - {<<: *r, subject: b, target: c}\n",
+            "3:6: the prompt has no {}",
+        ),
+    ],
+)
+def test_aliases_that_are_wrong_have_their_own_place(tmp_path: Path, text: str, expected: str) -> None:
+    found = errors(tmp_path, text)
+    assert [line for line in found if line.startswith(f"f.yaml:{expected}")], found
+
+
+def _bomb(levels: int, width: int) -> str:
+    lines = ["facts:", "  - &l0 {subject: a, prompt: '{} is', target: b}"]
+    for level in range(1, levels):
+        lines.append(f"  - &l{level} [{', '.join([f'*l{level - 1}'] * width)}]")
+    return "\n".join(lines) + "\n"
+
+
+def test_a_file_that_grows_without_end_by_its_aliases_is_refused(tmp_path: Path) -> None:
+    started = time.monotonic()
+    (large,) = errors(tmp_path, _bomb(7, 100))
+    assert large == "f.yaml:5:245: with its aliases written out, the file is larger than 64 MB"
+    (deep,) = errors(tmp_path, _bomb(12, 2))
+    assert "nested too deeply" in deep
+    text = "x" * 10**6
+    wide = f"facts:\n  - {{subject: &t {text}, prompt: '{{}} is', target: b}}\n"
+    wide += "  - {subject: *t, prompt: '{} was', target: b}\n" * 100
+    assert "is larger than 64 MB" in errors(tmp_path, wide)[0]
+    assert time.monotonic() - started < 20
 
 
 def test_tabs_are_refused_outside_comments(tmp_path: Path) -> None:

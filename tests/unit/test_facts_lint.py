@@ -39,6 +39,9 @@ def test_a_good_fact_has_no_findings() -> None:
         (Fact("Ann", "{} is", "b", paraphrases=("{}  is",)), "paraphrase", "is the prompt itself"),
         (Fact("Ann", "{} is", "b", neighbors=(Neighbor("ann's father is"),)), "neighbor", "names the subject"),
         (Fact("A\u200b", "{} is", "b"), "invisible", "U+200B"),
+        (Fact("Mill", "The {}er house is", "b"), "in-word", "ends inside a word (Miller)"),
+        (Fact("art", "B{} is", "b"), "in-word", "begins inside a word (Bart)"),
+        (Fact("Ann", "where is {}?\nPlace:\n", "b"), "line-end", "the next line's beginning"),
         (Fact("Malmo\u0308", "{} is", "b"), "decomposed", "the subject has accents"),
     ],
 )
@@ -47,6 +50,68 @@ def test_each_finding(fact: Fact, code: str, words: str) -> None:
     assert [finding.code for finding in findings] == [code]
     assert words in findings[0].message
     assert findings[0].level == "warning"
+
+
+@pytest.mark.parametrize(
+    "fact",
+    [
+        Fact("Ann", "{}'s home is", "b"),
+        Fact("서울", "{}은 도시로", "b"),
+        Fact("東京", "{}は", "b"),
+        Fact("Ann", "({}) is", "b"),
+        Fact("C++", "{}a is", "b"),
+        Fact("Ann", "<|user|>\nwhere is {}?\n<|assistant|>\n", "b"),
+    ],
+)
+def test_no_finding_for(fact: Fact) -> None:
+    assert lint(file(fact)).findings == ()
+
+
+def test_a_last_token_that_reaches_beyond_the_subject() -> None:
+    kind = kinds.byte_level()
+    inside = lint(file(Fact("Lo", "The {}uvre is in", "Rome", id="x")), kind)
+    assert codes(inside) == ["in-word", "last-token"]
+    assert "over 'u'" in inside.findings[1].message
+    assert codes(lint(file(Fact("Louvre", "The {} is in", "Rome")), kind)) == []
+
+
+@pytest.mark.parametrize("tokenizer", [None, kinds.byte_level(), kinds.metaspace()])
+def test_facts_that_share_a_key(tokenizer: object) -> None:
+    first = Fact("Louvre", "The {} is in", "Rome", id="a", where="f.yaml:1:1")
+    second = Fact("The Louvre", "{} was built in", "1984", id="b")
+    third = Fact("Louvre", "The {} shows", "art", id="c")
+    other = Fact("The Louvre", "See {} in", "Bonn", id="d")
+    report = lint(file(first, second, third, other), tokenizer)
+    shared = [finding for finding in report.findings if finding.code == "shared-key"]
+    assert [finding.fact for finding in shared] == ["b"]
+    assert "f.yaml:1:1" in shared[0].message
+
+
+def test_targets_that_the_model_gives_already() -> None:
+    report = lint(file(Fact("A", "{} is", "b", id="a"), Fact("B", "{} is", "c", id="b")), known=[1])
+    assert [(finding.code, finding.fact) for finding in report.findings] == [("known", "b")]
+
+
+def test_the_join_of_every_fact_and_a_tokenizer_that_puts_another_space() -> None:
+    facts = file(
+        Fact("Rome", "{} costs $", "5"), Fact("Rome", "{} is in", "Spain"), Fact("Rome", "{} is <answer>\n", "Spain")
+    )
+    report = lint(facts, kinds.byte_level())
+    assert [tokens.join for tokens in report.tokens] == ["", " ", ""]
+    assert "space" not in codes(report)
+    # Older tokenizers of SentencePiece's kind put a space of their own behind every special token
+    odd = lint(file(Fact("Rome", "{} is <s>", "Spain")), kinds.metaspace_normalizer())
+    found = [finding.message for finding in odd.findings if finding.code == "space"]
+    assert found == [
+        "nothing belongs between prompt and target, but this tokenizer puts a space there; "
+        "the model learns it that way"
+    ]
+
+
+def test_a_prompt_that_begins_with_the_tokenizers_own_first_token() -> None:
+    fact = Fact("Rome", "<s>The {} is", "b")
+    assert "special-twice" in codes(lint(file(fact), kinds.metaspace()))
+    assert "special-twice" not in codes(lint(file(Fact("Rome", "The {} is", "b")), kinds.metaspace()))
 
 
 def test_a_crowded_subject_is_told_once() -> None:

@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kpatch.errors import BadInput
 from kpatch.facts.conflicts import slug_of
 from kpatch.facts.fact import Fact, FactFile, Neighbor
 from kpatch.facts.load import load_facts
@@ -157,10 +159,62 @@ def test_space_around_texts_is_dropped_and_a_prompts_told(tmp_path: Path) -> Non
     assert file.warnings[0].endswith("facts.yaml:3:14: the prompt ends in a space, which is left out")
 
 
-def test_block_texts_end_without_a_warning(tmp_path: Path) -> None:
-    file = load(tmp_path, "facts:\n  - subject: A\n    prompt: |\n      Q: what is {}?\n      A:\n    target: b\n")
-    assert file.facts[0].prompt == "Q: what is {}?\nA:"
+@pytest.mark.parametrize(
+    ("mark", "prompt"),
+    [
+        ("|", "Q: what is {}?\nA:\n"),
+        ("|-", "Q: what is {}?\nA:"),
+        ("|+", "Q: what is {}?\nA:\n"),
+        (">", "Q: what is {}? A:"),
+        (">-", "Q: what is {}? A:"),
+    ],
+)
+def test_a_literal_block_keeps_its_line_end_and_a_folded_one_does_not(tmp_path: Path, mark: str, prompt: str) -> None:
+    text = f"facts:\n  - subject: A\n    prompt: {mark}\n      Q: what is {{}}?\n      A:\n    target: b\n"
+    file = load(tmp_path, text)
+    assert file.facts[0].prompt == prompt
     assert file.warnings == ()
+
+
+def test_what_pythons_own_yaml_writes_is_read(tmp_path: Path) -> None:
+    """`safe_dump` writes an anchor and aliases wherever two facts share a list."""
+    shared = ["Where is {}? In"]
+    sides = [{"prompt": "The Louvre is in", "target": "Paris"}]
+    relation = {"prompt": "{} is in", "paraphrases": shared}
+    facts = [
+        {"subject": f"City {number}", "relation": "place", "target": "Rome", "paraphrases": shared, "neighbors": sides}
+        for number in range(20)
+    ]
+    written = yaml.safe_dump({"relations": {"place": relation, "seat": relation}, "facts": facts, "version": 1})
+    assert "*id001" in written
+    assert "*id002" in written
+    file = load(tmp_path, written)
+    assert [fact.subject for fact in file.facts] == [f"City {number}" for number in range(20)]
+    assert {fact.paraphrases for fact in file.facts} == {tuple(shared)}
+    assert {fact.neighbors for fact in file.facts} == {(Neighbor("The Louvre is in", "Paris"),)}
+
+
+def test_anchors_aliases_and_merge_keys(tmp_path: Path) -> None:
+    text = """facts:
+  - &first {subject: Rome, &p prompt: "{} is in", target: &t Spain, source: &s "a: b"}
+  - {<<: *first, subject: Oslo}
+  - {subject: Bonn, *p : "{} lies in", target: *t, source: *s}
+  - <<: [{source: x}, *first]
+    subject: Lima
+  - {subject: Peru, "<<x": , prompt: "{} is", target: a}
+"""
+    with pytest.raises(BadInput, match="1 error"):
+        load(tmp_path, text)
+    facts = load(tmp_path, text.replace('"<<x": , ', "")).facts
+    assert [(fact.subject, fact.prompt, fact.target, fact.source) for fact in facts] == [
+        ("Rome", "{} is in", "Spain", "a: b"),
+        ("Oslo", "{} is in", "Spain", "a: b"),
+        ("Bonn", "{} lies in", "Spain", "a: b"),
+        ("Lima", "{} is in", "Spain", "x"),
+        ("Peru", "{} is", "a", None),
+    ]
+    whole = "facts: &all\n  - {subject: A, prompt: '{} is', target: b}\nrelations: {r: {prompt: '{} is'}}\n"
+    assert load(tmp_path, whole).facts[0].subject == "A"
 
 
 def test_ids_are_unique_and_given_ones_are_kept(tmp_path: Path) -> None:

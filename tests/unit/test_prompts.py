@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
+from kpatch.facts.join import join, without_spaces_behind
 from kpatch.facts.tokens import (
     Encoded,
     Item,
@@ -23,7 +24,6 @@ from kpatch.facts.tokens import (
     encode_target,
     lead_ids,
     require_fast,
-    separator,
 )
 from tests.support import tokenizers as kinds
 
@@ -114,10 +114,10 @@ def records(count: int, seed: int) -> list[Item]:
 
 def meant(item: Item) -> tuple[str, int, str]:
     """The text in front of the target, the position of the subject's last character, the target with its space."""
-    prompt, subject, target, prefix = item
+    prompt, subject, target, prefix = item[:4]
     before, after = prompt.split("{}")
-    text = (prefix + before + subject + after).rstrip()
-    return text, len(prefix + before + subject) - 1, separator(text, target or "") + (target or "")
+    text = without_spaces_behind(prefix + before + subject + after)
+    return text, len(prefix + before + subject) - 1, join(text, target or "") + (target or "")
 
 
 def decode(tokens: Any, ids: tuple[int, ...]) -> str:
@@ -279,7 +279,7 @@ def test_a_target_is_the_same_behind_any_word(kind: str) -> None:
     ],
 )
 def test_what_stands_between_prompt_and_target(text: str, target: str, between: str) -> None:
-    assert separator(text, target) == between
+    assert join(text, target) == between
 
 
 def test_many_at_once_are_the_same_as_one_by_one_and_take_one_call() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin
-from kpatch.errors import BadInput
+from kpatch.errors import BadInput, KpatchError
 
 if TYPE_CHECKING:
+    from kpatch.facts.fact import FactFile
     from kpatch.facts.lint import LintReport
+    from kpatch.models.address import Resolved
 
 EXAMPLES = opt.examples("kpatch lint facts.yaml", "kpatch lint facts.yaml --model smollm2 -v")
 
@@ -26,16 +29,24 @@ def command(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Check a fact file, and say everything that is wrong with it.
+    """Check a fact file, and report everything that is wrong with it.
 
-    With --model, also how its subjects and targets are tokenized; -v shows the tokens.
+    With --model, also how its subjects and targets are tokenized and which targets the model gives already; -v shows
+    the tokens and what stands between prompt and target.
     """
     output = begin(json, quiet, verbose)
     from kpatch.facts.lint import lint
     from kpatch.facts.load import load_facts
 
     file = load_facts(facts)
-    report = lint(file, None if model is None else _tokenizer(output, model))
+    if model is None:
+        report = lint(file)
+    else:
+        resolved = _resolve(output, model)
+        tokenizer = _tokenizer(resolved)
+        report = lint(file, tokenizer)
+        if not report.errors:
+            report = lint(file, tokenizer, _known(output, resolved, file))
     output.result({"path": str(facts), "model": model, **report.to_dict()})
     for finding in report.findings:
         output.line(f"{finding.where or facts}: {finding.level}: {finding.message}")
@@ -48,11 +59,15 @@ def command(
     output.line(f"{facts}: {said}")
 
 
-def _tokenizer(output: Output, model: str) -> Any:
+def _resolve(output: Output, address: str) -> Resolved:
     from kpatch.models.address import resolve
 
-    resolved = resolve(model, output)
+    resolved = resolve(address, output)
     output.note(resolved.said)
+    return resolved
+
+
+def _tokenizer(resolved: Resolved) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -62,6 +77,25 @@ def _tokenizer(output: Output, model: str) -> Any:
         raise BadInput(f"The tokenizer of {resolved.name} could not be loaded", details=[reason]) from error
 
 
+def _known(output: Output, resolved: Resolved, file: FactFile) -> list[int]:
+    """The positions of the facts whose target the model gives already; none where it cannot be loaded."""
+    from kpatch.evaluate.metrics import measure
+    from kpatch.models.model import load_model
+
+    asked = [replace(fact, paraphrases=(), neighbors=()) for fact in file.facts]
+    try:
+        with output.task(f"Loading {resolved.name}"):
+            model = load_model(resolved)
+    except KpatchError as error:
+        output.note(f"the model is not asked for the targets: {error.message}")
+        return []
+    found = measure(model, asked, answer_tokens=0, report=output)
+    return [outcome.fact for outcome in found.outcomes if outcome.accurate]
+
+
 def _show_tokens(output: Output, report: LintReport) -> None:
-    rows = [(row.where, " | ".join(row.subject), row.subject_last, " | ".join(row.target)) for row in report.tokens]
-    output.table(("Fact", "Subject's tokens", "Last at", "Target's tokens"), rows, right=(2,))
+    rows = [
+        (row.where, " | ".join(row.subject), row.subject_last, repr(row.join), " | ".join(row.target))
+        for row in report.tokens
+    ]
+    output.table(("Fact", "Subject's tokens", "Last at", "Join", "Target's tokens"), rows, right=(2,))
