@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kpatch.cli.output import Cell, Output, percent, size
 
 if TYPE_CHECKING:
-    from kpatch.checkpoint.report import ApplyReport
+    from kpatch.checkpoint.apply import ApplyReport
     from kpatch.edit.make import MakeResult
     from kpatch.patch.header import PatchInfo
     from kpatch.patch.interference import Interference

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from tests.support.checkpoints import (
     times,
     weights,
 )
+from tests.support.reports import Recorder
 
 LAYOUTS = [(dtype, sharded) for dtype in DTYPES for sharded in (False, True)]
 
@@ -122,6 +124,33 @@ def test_facts_that_contradict_are_refused_with_both_names(model: Path, tmp_path
     error = refused(lambda: apply(sentence, model), Refused, r"the \(.*text \(.*contradict", model)
     assert error.details[0].startswith("The Eiffel Tower is in: 'Oslo' in the")
     apply([tmp_path / "same.patch"], model)
+
+
+@pytest.mark.parametrize("how", ["in place", "check", "out"])
+def test_interference_with_what_is_applied_is_warned_of_before_a_weight_is_written(
+    model: Path, tmp_path: Path, how: str
+) -> None:
+    first = make_patch(tmp_path / "first.patch", model, scale=1e-2)
+    make_patch(tmp_path / "loud.patch", model, seed=2, scale=1.0)
+    make_patch(tmp_path / "quiet.patch", model, seed=3, scale=1e-4)
+    make_patch(tmp_path / "on_top.patch", model, seed=4, scale=1e-4, parents=[first])
+    make_patch(tmp_path / "no_keys.patch", model, seed=5, scale=1e-4, keys=False)
+    apply([tmp_path / "first.patch"], model)
+
+    def warnings(*names: str) -> list[str]:
+        heard = Recorder()
+        options = {"check": how == "check", "out": tmp_path / "-".join(names) if how == "out" else None}
+        apply([tmp_path / f"{name}.patch" for name in names], model, report=heard, **options)
+        if how == "in place":
+            revert(model, list(names))
+        found = [re.match(r"(\w+) \(\w+\) moves keys of (\w+) ", line) for line in heard.warnings]
+        return [f"{pair[1]} {pair[2]}" for pair in found if pair]
+
+    assert warnings("loud") == ["loud first"]
+    assert warnings("quiet") == ["first quiet"]
+    assert warnings("on_top") == []  # its keys are what the first patch makes them
+    assert warnings("no_keys") == []
+    assert warnings("loud", "quiet") == ["first quiet", "loud first", "loud quiet"]
 
 
 def test_other_weights_are_refused_and_another_dtype_is_said(tmp_path: Path) -> None:
