@@ -17,7 +17,7 @@ from kpatch.checkpoint.plan import Plan, plan_apply, warn_of_interference
 from kpatch.checkpoint.records import Applied, Journal, Staged
 from kpatch.checkpoint.recover import settle
 from kpatch.checkpoint.rounding import RoundingStats
-from kpatch.checkpoint.shards import only_pickled, open_checkpoint, other_weights, real_directory
+from kpatch.checkpoint.shards import has_adapter, only_pickled, open_checkpoint, other_weights, real_directory
 from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
 from kpatch.checkpoint.store import Store
@@ -110,6 +110,16 @@ def apply(
         report.note(note)
     for other in other_weights(checkpoint):
         report.warn(f"{other} holds weights too and stays as it is; a loader that prefers it knows nothing of patches")
+    if checkpoint.ambiguous:
+        report.warn(
+            f"{len(checkpoint.ambiguous)} tensors of {checkpoint.given} stand in two files, and loaders do not agree"
+            " on which counts"
+        )
+    if has_adapter(checkpoint.path):
+        report.note(
+            f"{checkpoint.given} holds a LoRA adapter too (adapter_config.json), which transformers puts on top of the"
+            " weights; the patch changes the weights alone"
+        )
     if check:
         warn_of_interference(plan, report)
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
