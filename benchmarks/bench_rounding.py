@@ -21,8 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from kpatch.checkpoint.apply import apply
-from kpatch.checkpoint.report import WeightReport
+from kpatch.checkpoint.apply import WeightReport, apply
 from kpatch.evaluate.metrics import measure
 from kpatch.facts.fact import Fact
 from kpatch.facts.load import load_facts

@@ -4,29 +4,74 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from kpatch.checkpoint import files
 from kpatch.checkpoint.base_weights import StoredWeights, Weights
 from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
 from kpatch.checkpoint.convert import NAMES
 from kpatch.checkpoint.patched_copy import place_for, require_space, write_copy
 from kpatch.checkpoint.pickled import PickledWeights, open_pickled
-from kpatch.checkpoint.plan import Plan, plan_apply
+from kpatch.checkpoint.plan import Plan, plan_apply, warn_of_interference
+from kpatch.checkpoint.records import Applied, Journal, Staged
 from kpatch.checkpoint.recover import settle
-from kpatch.checkpoint.report import ApplyReport, WeightReport
 from kpatch.checkpoint.rounding import RoundingStats
-from kpatch.checkpoint.shards import only_pickled, open_checkpoint, other_weights, real_directory
-from kpatch.checkpoint.stage import Outcome, stage_files
+from kpatch.checkpoint.shards import has_adapter, only_pickled, open_checkpoint, other_weights, real_directory
+from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
-from kpatch.checkpoint.store import Applied, Journal, Staged, Store
+from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Damaged
-from kpatch.patch.format import verify
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
 # Above this share of the intended delta lost in rounding, a user is warned.
 LOSS = 0.05
+
+
+@dataclass(frozen=True)
+class WeightReport:
+    """What rounding did to one weight's delta; None where there is none (all patches reverted, or only checked).
+
+    `unchanged`: share of the entries with a nonzero delta that stayed as they were; `delta_error`: relative Frobenius
+    error of the delta that landed; `key_error`: that error of Δk, over the keys the patches were made for (None too
+    when they carry none). All of the whole stack's delta, against the unpatched weight.
+    """
+
+    name: str
+    unchanged: float | None
+    delta_error: float | None
+    key_error: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        own = {"name": self.name, "unchanged": self.unchanged}
+        return {**own, "delta_error": self.delta_error, "key_error": self.key_error}
+
+
+@dataclass(frozen=True)
+class ApplyReport:
+    """The outcome of an apply or revert: `model` is the directory written to, `plan` what was or would be done."""
+
+    model: str
+    patches: tuple[dict[str, str], ...]
+    weights: tuple[WeightReport, ...]
+    seconds: float
+    state: str
+    plan: Plan
+    notes: tuple[str, ...] = ()
+    checked_only: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `apply` and `revert`; with --check the plan as well."""
+        value = {
+            "model": self.model,
+            "patches": list(self.patches),
+            "weights": [weight.to_dict() for weight in self.weights],
+            "seconds": self.seconds,
+            "state": self.state,
+            "notes": list(self.notes),
+        }
+        return {**value, "plan": self.plan.to_dict()} if self.checked_only else value
 
 
 def apply(
@@ -42,9 +87,9 @@ def apply(
     """Apply patches to a checkpoint directory: weights become round(base + Σ Δ_i), all patches or none.
 
     `check` stops after the plan and writes nothing. `out` leaves the checkpoint alone and writes a patched copy to a
-    new directory, on wish in another `dtype` (float32, bfloat16 or float16), and as safetensors where the checkpoint
-    is a PyTorch one. `force` replaces write-protected weight files. Ctrl-C and errors before the renames leave the old
-    bytes.
+    new directory, optionally in another `dtype` (float32, bfloat16 or float16), and as safetensors where the
+    checkpoint is a PyTorch one. `force` replaces write-protected weight files. Ctrl-C and errors before the renames
+    leave the old bytes. The patches are copied first, checked once in these copies, and read from them.
 
     Raises BadInput, Refused (wrong base, conflict, applied already, links, locked), Damaged (a patch or checkpoint
     that is not sound), KpatchError (disk full, no permission).
@@ -58,12 +103,25 @@ def apply(
         weights = _open(model_dir, store, pickled=out is not None)
         checkpoint = weights.checkpoint
         whole = dtype is not None or isinstance(weights, PickledWeights)
-        plan = plan_apply(patches, weights, store, copy=out is not None, force=force, whole=whole, report=report)
+        plan = plan_apply(
+            patches, weights, store, copy=out is not None, check=check, force=force, whole=whole, report=report
+        )
     for note in plan.notes:
         report.note(note)
     for other in other_weights(checkpoint):
         report.warn(f"{other} holds weights too and stays as it is; a loader that prefers it knows nothing of patches")
+    if checkpoint.ambiguous:
+        report.warn(
+            f"{len(checkpoint.ambiguous)} tensors of {checkpoint.given} stand in two files, and loaders do not agree"
+            " on which counts"
+        )
+    if has_adapter(checkpoint.path):
+        report.note(
+            f"{checkpoint.given} holds a LoRA adapter too (adapter_config.json), which transformers puts on top of the"
+            " weights; the patch changes the weights alone"
+        )
     if check:
+        warn_of_interference(plan, report)
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     if out is not None:
         stored = NAMES[dtype] if dtype is not None else None
@@ -116,11 +174,10 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
         try:
             begin(store)
             require_space(store.stage, plan.bytes_needed, plan.bytes_written, plan.sample)
+            plan = keep_copies(plan, store, plan.new_patches, report)
+            if plan.new_patches:
+                warn_of_interference(plan, report)
             targets = {file: store.staged(file) for file in plan.files}
-            for info in plan.new_patches:
-                files.copy_file(info.path, store.copy(info.id), keep_mode=False)
-                if verify(store.copy(info.id)).id != info.id:
-                    raise Damaged(f"{info.path} changed while it was being read")
             outcomes = stage_files(plan, store, targets, report)
             applied = after(plan, outcomes)
             store.write_readme()
@@ -191,11 +248,8 @@ def report_of(
     weights = []
     for weight in plan.weights:
         stats = outcomes[weight.name][1] if weight.name in outcomes else None
-        if stats is None:
-            weights.append(WeightReport(weight.name, None, None))
-        else:
-            shares = (stats.unchanged, stats.delta_error, stats.key_error)
-            weights.append(WeightReport(weight.name, *shares))
+        figures = (stats.unchanged, stats.delta_error, stats.key_error) if stats is not None else (None, None, None)
+        weights.append(WeightReport(weight.name, *figures))
     patches = tuple({"id": patch.id, "name": patch.name} for patch in plan.moved)
     seconds = time.monotonic() - start
     return ApplyReport(model, patches, tuple(weights), seconds, "clean", plan, plan.notes, checked_only)

@@ -1,6 +1,6 @@
-"""A checkpoint's weights as they are without patches: what a patch is compared with, and what a copy is made of.
+"""A checkpoint's weights as they are without patches, and whether the patched ones are still as kpatch left them.
 
-Is a patched checkpoint as kpatch left it? Hashes of the changed weights. No torch.
+`status` stands on this module, so torch is imported only where a tensor is asked for.
 """
 
 from __future__ import annotations
@@ -9,18 +9,19 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from kpatch.checkpoint import files, parallel
+from kpatch.checkpoint.records import Applied
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
-from kpatch.checkpoint.store import Applied, Store
+from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged
 from kpatch.patch.container import ITEM_SIZE
-from kpatch.patch.fingerprint import tensor_from
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Entries of a tensor in memory at a time while it is brought into another dtype.
 BLOCK = 1 << 21
@@ -62,10 +63,14 @@ class StoredWeights:
         return sha256
 
     def tensor(self, name: str) -> Tensor:
+        from kpatch.patch.fingerprint import tensor_from
+
         ref = self.checkpoint.tensors[name]
         return tensor_from(self._read(name, ref, 0, ref.end - ref.begin), ref.dtype, ref.shape)
 
     def blocks(self, name: str) -> Iterator[Tensor]:
+        from kpatch.patch.fingerprint import tensor_from
+
         ref = self.checkpoint.tensors[name]
         step = BLOCK * ITEM_SIZE[ref.dtype]
         for begin in range(0, ref.end - ref.begin, step):

@@ -24,7 +24,8 @@ from pathlib import Path
 
 from kpatch.cache import holder, lock, write_error
 from kpatch.checkpoint import files, parallel
-from kpatch.checkpoint.store import Journal, Store
+from kpatch.checkpoint.records import Journal
+from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused
 from kpatch.patch.container import ContainerError
 from kpatch.reporter import SILENT, Reporter

@@ -57,7 +57,10 @@ class Fit:
     def error(self, kind: type[KpatchError] = Refused) -> KpatchError:
         """The error for a patch that does not fit; `kind` Refused for apply, CheckFailed for a question."""
         worst = next(weight for weight in self.weights if weight.how == "misfit")
-        reason = "is not there" if worst.stored is None else "is not the base it was made for"
+        missing = sum(weight.stored is None for weight in self.weights)
+        reason = "is not the base it was made for"
+        if worst.stored is None:
+            reason = f"is not there, nor are {missing - 1} other weights" if missing > 1 else "is not there"
         hint = f"`kpatch status {self.model}` lists what is applied; `kpatch show {self.patch.path}` names its base"
         if all(weight.found is not None for weight in self.weights):
             # every weight is there in its shape: the same architecture with other values, as after fine-tuning
@@ -106,9 +109,11 @@ def fit(info: PatchInfo, weights: Weights, report: Reporter = SILENT) -> Fit:
 
 def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights, advance: files.Advance) -> WeightFit:
     expected = info.manifest.base.weights[name]
-    if stored is None:
-        return WeightFit(name, None, "misfit", None, "the checkpoint has no tensor of that name")
-    ref = weights.checkpoint.tensors[stored]
+    checkpoint = weights.checkpoint
+    trouble = checkpoint.why_not(name)
+    if stored is None or trouble is not None:
+        return WeightFit(name, stored, "misfit", None, trouble or "")
+    ref = checkpoint.tensors[stored]
     hashed = cache(lambda: weights.hash(stored, advance))
     how = match(expected, ref.shape, ref.dtype, hashed, lambda: weights.tensor(stored))
     if how == "other shape":
@@ -142,8 +147,12 @@ def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter =
     result = {}
     for name in sorted(names):
         stored = checkpoint.find(name)
-        if stored is None:
-            raise BadInput(f"{checkpoint.given} has no tensor {printable(name, 120)}")
+        trouble = checkpoint.why_not(name)
+        if stored is None or trouble is not None:
+            raise BadInput(
+                f"{checkpoint.given} has no tensor {printable(name, 120)} that can be patched",
+                details=[trouble] if trouble else [],
+            )
         ref = checkpoint.tensors[stored]
         if ref.dtype not in FLOAT_DTYPES or not ref.shape or 0 in ref.shape:
             raise BadInput(

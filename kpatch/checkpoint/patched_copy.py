@@ -1,32 +1,25 @@
-"""Is there room on the disk? Asked before anything large is written. No torch.
-
-The folder in which `apply -o` builds a copy, beside the place the copy will have; held by a lock. No torch.
-
-`apply -o DIR`: a patched copy of a checkpoint directory, built aside and named by one rename.
-"""
+"""`apply` with `out`: a patched copy of a checkpoint directory, built aside and named by one rename."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from kpatch.cache import holder
 from kpatch.checkpoint import files, pickled, shards
 from kpatch.checkpoint.base_weights import Weights
-from kpatch.checkpoint.commit import system_errors, writing
+from kpatch.checkpoint.commit import system_errors
 from kpatch.checkpoint.convert import write_converted
-from kpatch.checkpoint.plan import Plan
-from kpatch.checkpoint.stage import Outcome, stage_files
+from kpatch.checkpoint.plan import Plan, warn_of_interference
+from kpatch.checkpoint.records import Applied, AppliedWeight
+from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
-from kpatch.checkpoint.store import Applied, AppliedWeight, Store
-from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.checkpoint.store import Store
+from kpatch.checkpoint.workplace import name_it, workplace
+from kpatch.errors import BadInput, KpatchError
 from kpatch.outputs import check_new_directory
 from kpatch.patch.container import ITEM_SIZE
-from kpatch.patch.format import verify
 from kpatch.patch.manifest import FLOAT_DTYPES
 from kpatch.reporter import Reporter
 from kpatch.text import printable
@@ -50,83 +43,6 @@ def require_space(folder: Path, copied: int, cloned: int, sample: Path | None) -
         )
 
 
-def partial(target: Path) -> Path:
-    """Where a copy is built that will be `target`: one fixed name, so that leftovers of a killed run are found."""
-    return target.with_name(f".{target.name[:200]}.kpatch-partial")
-
-
-@contextmanager
-def workplace(target: Path) -> Iterator[Path]:
-    """An empty folder to build `target` in. It goes when the block fails; the block may rename it.
-
-    What a killed run left there is removed first. Raises Refused when another kpatch builds there, or when the folder
-    is none of kpatch's.
-    """
-    folder = partial(target)
-    _require_ours(folder)
-    store = Store(folder)
-    try:
-        files.mkdir(folder)
-        with writing(store, tidy=False):
-            try:
-                _clear(store)
-                yield folder
-            except BaseException:
-                with suppress(OSError):
-                    _clear(store)
-                    store.remove_if_empty()
-                raise
-    except BaseException:
-        with suppress(OSError):  # goes only when it is empty: another kpatch may be building there
-            files.rmdir(folder)
-        raise
-
-
-def _clear(store: Store) -> None:
-    """Remove all but .kpatch with its lock, which this process holds and which says whose the folder is."""
-    files.set_mode(store.model, 0o700)
-    inside = [store.root / name for name in files.names(store.root) if not name.startswith(store.lock.name)]
-    for path in [*(store.model / name for name in files.names(store.model)), *inside]:
-        if path == store.root:
-            continue
-        if path.is_dir() and not path.is_symlink():
-            files.remove_tree(path)
-        else:
-            files.unlink(path)
-    files.fsync_dir(store.model)  # .kpatch is lasting before anything else is: it tells that the folder may go
-
-
-def name_it(folder: Path, target: Path) -> None:
-    """Let the copy appear: one rename of the whole folder."""
-    store = Store(folder)
-    files.unlink(holder(store.lock))
-    files.fsync_dir(store.root)
-    files.rename_dir(folder, target)
-    files.fsync_dir(target.parent)
-
-
-def remove_leftovers(target: Path) -> bool:
-    """Remove what a killed `apply -o` left beside `target`. Raises Refused while one is still building."""
-    folder = partial(target)
-    if not folder.is_dir():
-        return False
-    _require_ours(folder)
-    store = Store(folder)
-    with writing(store, tidy=False):
-        _clear(store)
-        store.remove_if_empty()
-    files.rmdir(folder)
-    files.fsync_dir(target.parent)
-    return True
-
-
-def _require_ours(folder: Path) -> None:
-    if not os.path.lexists(folder):
-        return
-    if folder.is_symlink() or not folder.is_dir() or (files.names(folder) and not Store(folder).root.is_dir()):
-        raise Refused(f"{folder} is in the way", hint="kpatch did not make it; move it elsewhere")
-
-
 def write_copy(
     plan: Plan, weights: Weights, source: Store, out: Path, whole: bool, dtype: str | None, report: Reporter
 ) -> tuple[str, dict[str, Outcome]]:
@@ -141,7 +57,8 @@ def write_copy(
         store = Store(folder)
         for inner in (store.bases, store.copies):
             files.mkdir(inner)
-        _keep_patches(plan, store)
+        plan = keep_copies(plan, store, plan.stack, report)
+        warn_of_interference(plan, report)
         if whole:
             skip = {*plan.checkpoint.files, shards.INDEX, pickled.INDEX, source.root.name}
             _copy_tree(plan.checkpoint.path, folder, skip, report)
@@ -173,13 +90,6 @@ def _needs(plan: Plan, dtype: str | None) -> tuple[int, int]:
     weights = sum(size // item * ITEM_SIZE[dtype] if dtype and is_float else size for size, item, is_float in sizes)
     rest = plan.bytes_written - sum(weight.ref.end - weight.ref.begin for weight in plan.weights)
     return weights + rest, weights + rest if dtype else plan.bytes_written
-
-
-def _keep_patches(plan: Plan, store: Store) -> None:
-    for patch in plan.stack:
-        files.copy_file(plan.patches[patch.id].path, store.copy(patch.id), keep_mode=False)
-        if verify(store.copy(patch.id)).id != patch.id:
-            raise Damaged(f"{patch.name} changed while it was being read")
 
 
 def place_for(out: Path, model: Path) -> Path:

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import os
-import re
-import stat
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kpatch.checkpoint import parallel
-from kpatch.checkpoint.base_weights import Stamp, Weights, read_base, require_base, require_intact, stamp
+from kpatch.checkpoint.base_weights import Stamp, Weights, require_intact, stamp
+from kpatch.checkpoint.checks import require_kept, require_no_child, require_own_files, require_parents
 from kpatch.checkpoint.fit import fit
 from kpatch.checkpoint.quantized import refuse_quantized
+from kpatch.checkpoint.records import Applied, AppliedPatch
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
-from kpatch.checkpoint.store import Applied, AppliedPatch, Store
-from kpatch.errors import BadInput, KpatchError, Refused
-from kpatch.patch.combine import refuse_contradictions, refuse_twice
+from kpatch.checkpoint.store import Store
+from kpatch.errors import BadInput, Refused
+from kpatch.patch.combine import called, refuse_contradictions, refuse_twice
 from kpatch.patch.format import verify
-from kpatch.patch.header import PatchInfo
+from kpatch.patch.header import PatchInfo, read_header
+from kpatch.patch.interference import strong_pairs, warning
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
-
-_HUB_CACHE = re.compile(r"[/\\](models|datasets|spaces)--[^/\\]+[/\\]snapshots([/\\]|$)")
 
 
 @dataclass(frozen=True)
@@ -64,15 +61,15 @@ class Plan:
         return next((self.checkpoint.path / file for file in self.files), None)
 
     @property
-    def new_patches(self) -> tuple[PatchInfo, ...]:
+    def new_patches(self) -> tuple[AppliedPatch, ...]:
         """Patches whose copies are still to be kept."""
-        return tuple(self.patches[patch.id] for patch in self.stack if patch.id not in self.before.ids)
+        return tuple(patch for patch in self.stack if patch.id not in self.before.ids)
 
     @property
     def bytes_written(self) -> int:
         """Of the disk space wanted while it runs, what is surely new: weights, newly kept bytes, copies of patches."""
         sizes = [(weight.ref.end - weight.ref.begin) * (1 if weight.kept else 2) for weight in self.weights]
-        return sum(sizes) + sum(info.bytes for info in self.new_patches)
+        return sum(sizes) + sum(self.patches[patch.id].bytes for patch in self.new_patches)
 
     @property
     def bytes_needed(self) -> int:
@@ -104,26 +101,28 @@ def plan_apply(
     store: Store,
     *,
     copy: bool,
+    check: bool,
     force: bool,
     whole: bool = False,
     report: Reporter,
 ) -> Plan:
-    """Check patches against a checkpoint and each other. `copy`: for `-o`, where the checkpoint is not written to;
+    """Check patches against a checkpoint and each other. `copy`: for `out`, where the checkpoint is not written to;
     `whole`: the weights of the patches applied before are planned too, not only those the new ones change.
 
-    Raises BadInput, Refused or Damaged; nothing is written.
+    The tensors of the patches are checked here only for a `check`; else in the copies that are kept of them, before
+    a weight is written. Raises BadInput, Refused or Damaged; nothing is written.
     """
     if not paths:
         raise BadInput("No patch given")
     checkpoint, applied = weights.checkpoint, store.applied()
-    new = [verify(path, report) for path in paths]
+    new = [verify(path, report) if check else read_header(path) for path in paths]
     patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
     named = [(patch.name, patches[patch.id]) for patch in applied.patches] + [(info.name, info) for info in new]
     refuse_twice(named, len(applied.patches), checkpoint.given)
     refuse_contradictions(named, "take that fact out of one of them; to replace a patch, revert it first")
     refuse_quantized(checkpoint)
     require_intact(checkpoint, applied, report)
-    _require_parents(new, [*patches.values(), *new], checkpoint)
+    require_parents(new, [*patches.values(), *new], checkpoint)
     fits = [fit(info, weights, report) for info in new]
     for one in fits:
         if not one.ok:
@@ -138,9 +137,10 @@ def plan_apply(
     stack = (*applied.patches, *moved)
     planned = _weights(checkpoint, applied, stack, touched, patches)
     checked = {weight.stored for one in fits for weight in one.weights}
-    _require_kept(store, (weight for weight in planned if weight.name not in checked), True, report)
+    kept = [(weight.base, weight.ref) for weight in planned if weight.kept and weight.name not in checked]
+    require_kept(store, kept, True, report)
     if not copy:
-        _require_own_files(checkpoint, planned, force)
+        require_own_files(checkpoint, (weight.ref.file for weight in planned), force)
     stamps = _stamps(checkpoint, planned)
     return Plan("apply", checkpoint, applied, moved, stack, base, planned, patches, stamps, notes)
 
@@ -162,14 +162,7 @@ def plan_revert(
     applied = store.applied()
     moved = tuple(patch for patch in applied.patches if patch.id in chosen)
     stack = tuple(patch for patch in applied.patches if patch.id not in chosen)
-    for patch in moved:
-        held = _held_by(patch, store)
-        for child in stack:
-            if held & set(child.parents):
-                raise Refused(
-                    f"{_named(patch)} cannot be reverted: {_named(child)} was made on top of it",
-                    hint=f"revert {child.id[:12]} first, or both in one command",
-                )
+    require_no_child(moved, stack, store)
     require_intact(checkpoint, applied, report)
     # Only the patches that stay are read: one that goes can be taken off even when its copy is lost.
     patches = {patch.id: store.patch(patch.id) for patch in stack}
@@ -177,9 +170,18 @@ def plan_revert(
     touched = {name: weight.base for name, weight in applied.weights.items() if gone & set(weight.patches)}
     base = applied.base if stack else None
     weights = _weights(checkpoint, applied, stack, touched, patches)
-    _require_kept(store, weights, check, report)
-    _require_own_files(checkpoint, weights, force)
+    require_kept(store, ((weight.base, weight.ref) for weight in weights if weight.kept), check, report)
+    require_own_files(checkpoint, (weight.ref.file for weight in weights), force)
     return Plan("revert", checkpoint, applied, moved, stack, base, weights, patches, _stamps(checkpoint, weights))
+
+
+def warn_of_interference(plan: Plan, report: Reporter) -> None:
+    """Warn where a patch that is put on moves the keys of another one, or the other way round, as `stack` does."""
+    numbers = {patch.id: number for number, patch in enumerate(plan.stack)}
+    infos = [plan.patches[patch.id] for patch in plan.stack]
+    weights = [{numbers[identity]: name for identity, name in weight.deltas} for weight in plan.weights]
+    for by, on in strong_pairs(infos, weights, len(plan.moved)):
+        report.warn(warning(*(called(infos[number], plan.stack[number].name) for number in (by, on))))
 
 
 def _weights(
@@ -202,61 +204,5 @@ def _weights(
     )
 
 
-def _require_kept(store: Store, weights: Iterable[WeightPlan], whole: bool, report: Reporter) -> None:
-    """The kept bytes of weights must be there; as a `whole`, by their hash, or else of the right size."""
-    sizes = {weight.base: weight.ref.end - weight.ref.begin for weight in weights if weight.kept}
-    for base, size in sizes.items():
-        require_base(store, base, size)
-    if whole:
-        with report.task("Checking kept bytes", sum(sizes.values()), "B") as advance:
-            parallel.each(lambda base, go_on: read_base(store, base, go_on), sorted(sizes), advance)
-
-
 def _stamps(checkpoint: Checkpoint, weights: Sequence[WeightPlan]) -> dict[str, Stamp]:
     return {weight.ref.file: stamp(checkpoint.path / weight.ref.file) for weight in weights}
-
-
-def _named(patch: AppliedPatch) -> str:
-    return f"{printable(patch.name, 80)} ({patch.id[:12]})"
-
-
-def _held(info: PatchInfo) -> set[str]:
-    """A patch, and those that a stack adds up as they are; one at another scale is not what a patch was made on."""
-    return {info.id, *(str(part["id"]) for part in info.manifest.stack if part["scale"] == 1)}
-
-
-def _held_by(patch: AppliedPatch, store: Store) -> set[str]:
-    try:
-        return _held(store.patch(patch.id))
-    except KpatchError:  # its copy is lost
-        return {patch.id}
-
-
-def _require_parents(new: Sequence[PatchInfo], there_then: Sequence[PatchInfo], checkpoint: Checkpoint) -> None:
-    there = {identity for info in there_then for identity in _held(info)}
-    for info in new:
-        missing = [parent for parent in info.manifest.parents if parent not in there]
-        if missing:
-            raise Refused(
-                f"{info.path} was made on top of a patch that is not applied to {checkpoint.given}",
-                details=[f"missing patch {parent[:12]}" for parent in missing],
-                hint="apply that patch first, or in the same command",
-            )
-
-
-def _require_own_files(checkpoint: Checkpoint, weights: Sequence[WeightPlan], force: bool) -> None:
-    """Only files of the directory's own are replaced: no link, no shared inode, nothing write-protected."""
-    aside = "leave it alone and write a patched copy: `kpatch apply … -o NEW_DIR`"
-    for file in sorted({weight.ref.file for weight in weights}):
-        status = os.lstat(checkpoint.path / file)
-        shown = f"{file} of {checkpoint.given}"
-        if stat.S_ISLNK(status.st_mode):
-            raise Refused(f"{shown} is a symbolic link; other programs use the same file", hint=aside)
-        if _HUB_CACHE.search(str(checkpoint.path)):
-            raise Refused(f"{checkpoint.given} is the shared Hugging Face cache; other programs use it", hint=aside)
-        if status.st_nlink > 1:
-            raise Refused(
-                f"{shown} has {status.st_nlink} hard links; other programs may use the same file", hint=aside
-            )
-        if not status.st_mode & 0o222 and not force:
-            raise Refused(f"{shown} is write-protected", hint=f"give --force to replace it, or {aside}")

@@ -9,9 +9,10 @@ from typing import Any
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.commit import abandoned, roll_forward, system_errors, undo, unfinished, writing
-from kpatch.checkpoint.patched_copy import remove_leftovers
+from kpatch.checkpoint.records import Journal
 from kpatch.checkpoint.shards import MAX_HEADER, real_directory
-from kpatch.checkpoint.store import Journal, Store
+from kpatch.checkpoint.store import Store
+from kpatch.checkpoint.workplace import remove_leftovers
 from kpatch.errors import Damaged
 from kpatch.patch.container import ContainerError, read_container
 from kpatch.reporter import SILENT, Reporter

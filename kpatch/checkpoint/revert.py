@@ -7,12 +7,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kpatch.checkpoint.apply import carry_out, ready, report_of
+from kpatch.checkpoint.apply import ApplyReport, carry_out, ready, report_of
 from kpatch.checkpoint.commit import system_errors, undisturbed
 from kpatch.checkpoint.plan import plan_revert
-from kpatch.checkpoint.report import ApplyReport
+from kpatch.checkpoint.records import Applied, AppliedPatch
 from kpatch.checkpoint.shards import open_checkpoint
-from kpatch.checkpoint.store import Applied, AppliedPatch
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.header import read_header
 from kpatch.reporter import SILENT, Reporter

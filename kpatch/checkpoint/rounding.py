@@ -15,12 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kpatch.checkpoint import files
-from kpatch.patch.container import ITEM_SIZE
 from kpatch.patch.delta import Delta, round_sum, sum_rows
 from kpatch.patch.fingerprint import NAMES, tensor_bytes, tensor_from
 from kpatch.patch.header import PatchInfo
-from kpatch.patch.interference import keys_name
+from kpatch.patch.interference import sampled_keys
 
 # Keys sampled per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
 SAMPLE = 32
@@ -67,24 +65,13 @@ def key_shift(patches: Sequence[tuple[PatchInfo, str]], deltas: Sequence[Delta])
 
     `deltas` are theirs, in the same order. None when no patch has keys for it.
     """
-    named = [(info, weight, keys_name(info, weight)) for info, weight in patches]
-    found = [(info, weight, name) for info, weight, name in named if name is not None and info.entries[name].shape[0]]
+    most = max(1, SAMPLE // len(patches))
+    sampled = [(info, name, sampled_keys(info, name, most)) for info, name in patches]
+    found = [(info, name, keys) for info, name, keys in sampled if keys is not None]
     if not found:
         return None
-    keys = torch.cat([_sample(info, name, max(1, SAMPLE // len(patches))) for info, _, name in found])
-    info, weight, _ = found[0]
-    return KeyShift(keys, deltas, info.manifest.transposed(weight))
-
-
-def _sample(info: PatchInfo, name: str, most: int) -> Tensor:
-    """At most so many rows of a patch's tensor, evenly spread. The file was verified as a whole before."""
-    entry = info.entries[name]
-    count, width = entry.shape
-    row = width * ITEM_SIZE[entry.dtype]
-    chosen = sorted({index * count // min(most, count) for index in range(min(most, count))})
-    with files.open_read(info.path) as handle:
-        rows = [files.read_at(handle, entry.begin + index * row, row) for index in chosen]
-    return torch.stack([tensor_from(data, entry.dtype, (width,)).float() for data in rows])
+    info, name, _ = found[0]
+    return KeyShift(torch.cat([keys.T for _, _, keys in found]), deltas, info.manifest.transposed(name))
 
 
 # Entries of a block of rows that are handled at a time: few enough to stay in a processor's cache for all the passes,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,23 +36,60 @@ class TensorRef:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint directory: real path, path as given, tensors by stored name, weight files by name."""
+    """A checkpoint directory: real path, path as given, tensors by stored name, weight files by name.
+
+    `ambiguous` are tensors that two files hold and of which loaders take different ones: the index names one file, but
+    transformers reads all files in the order of their names, so the last one counts there.
+    """
 
     path: Path
     given: str
     tensors: dict[str, TensorRef]
     files: tuple[str, ...]
+    ambiguous: frozenset[str] = frozenset()
 
     def find(self, name: str) -> str | None:
         """The stored name of a weight, or None.
 
-        Checkpoints may leave out the model's prefix ("h.0…" for "transformer.h.0…") or have one more; a name that
-        matches in this way is taken when it is the only one.
+        Another prefix is no obstacle where loaders know both: "h.0…" for "transformer.h.0…", and the text model of a
+        wrapper, "model.language_model.layers.0…" or "language_model.model.layers.0…" for "model.layers.0…".
         """
         if name in self.tensors:
             return name
-        near = [stored for stored in self.tensors if stored.endswith("." + name) or name.endswith("." + stored)]
+        near = self._by_core.get(_core(name), ())
         return near[0] if len(near) == 1 else None
+
+    def why_not(self, name: str) -> str | None:
+        """Why no patch can be made for a weight or put onto it, as far as names and files tell; None where one can."""
+        stored = self.find(name)
+        if stored in self.ambiguous:
+            return "it stands in two files: the index names one of them, but transformers reads the other"
+        if stored is not None:
+            return None
+        near = sorted(other for other in self.tensors if other.endswith("." + _core(name)))
+        if near:
+            listed = ", ".join(printable(other, 120) for other in near[:3])
+            return f"no tensor has that name or one with a prefix that loaders know; found {listed}"
+        return "the checkpoint has no tensor of that name"
+
+    @cached_property
+    def _by_core(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for stored in self.tensors:
+            found.setdefault(_core(stored), []).append(stored)
+        return found
+
+
+# What models put before the names of their text part's modules: the base model's name and that of a wrapper's part.
+_PREFIXES = frozenset({"model", "transformer", "gpt_neox", "language_model", "text_model"})
+
+
+def _core(name: str) -> str:
+    """A weight's name without the prefixes that differ between the forms in which one model is saved."""
+    parts = name.split(".")
+    while len(parts) > 1 and parts[0] in _PREFIXES:
+        del parts[0]
+    return ".".join(parts)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
@@ -73,17 +111,27 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         listed, names = {}, (SINGLE,)
     else:
         raise _no_weights(path, given)
-    tensors: dict[str, TensorRef] = {}
-    for name in names:
-        for tensor, entry in _read_file(path / name).items():
-            if tensor in tensors:
-                raise Damaged(
-                    f"{printable(tensor, 120)} stands in two files of {given}",
-                    details=[f"{tensors[tensor].file} and {name}"],
-                )
-            tensors[tensor] = TensorRef(name, entry.dtype, entry.shape, entry.begin, entry.end)
-    _check_listed(listed, tensors, given)
-    return Checkpoint(path, given, tensors, names)
+    found: dict[str, dict[str, TensorRef]] = {}
+    for file in names:
+        for tensor, entry in _read_file(path / file).items():
+            ref = TensorRef(file, entry.dtype, entry.shape, entry.begin, entry.end)
+            found.setdefault(tensor, {})[file] = ref
+    tensors = {tensor: _chosen(tensor, refs, listed, given) for tensor, refs in found.items()}
+    _check_listed(listed, tensors, path, given)
+    ambiguous = frozenset(tensor for tensor, refs in found.items() if tensors[tensor].file != max(refs))
+    return Checkpoint(path, given, tensors, names, ambiguous)
+
+
+def _chosen(tensor: str, refs: dict[str, TensorRef], listed: dict[str, str], given: str) -> TensorRef:
+    """The one of a tensor's copies that the index names. Raises Damaged where it names none of several."""
+    if len(refs) == 1:
+        return next(iter(refs.values()))
+    if listed.get(tensor) not in refs:
+        raise Damaged(
+            f"{printable(tensor, 120)} stands in two files of {given}, and the index does not say which one counts",
+            details=[" and ".join(refs)],
+        )
+    return refs[listed[tensor]]
 
 
 def real_directory(directory: str | Path) -> tuple[Path, str]:
@@ -199,12 +247,31 @@ def _read_file(path: Path) -> dict[str, Entry]:
         raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
 
 
-def _check_listed(listed: dict[str, str], tensors: dict[str, TensorRef], given: str) -> None:
-    for tensor, name in listed.items():
+def _check_listed(listed: dict[str, str], tensors: dict[str, TensorRef], path: Path, given: str) -> None:
+    for tensor, file in listed.items():
         ref = tensors.get(tensor)
-        if ref is None or ref.file != name:
+        if ref is None and _HEAD.search(tensor) and _ties_its_head(path):
+            continue
+        if ref is None or ref.file != file:
             where = "in no listed file" if ref is None else f"in {ref.file}"
             raise Damaged(
                 f"The index of {given} does not match its files",
-                details=[f"{printable(tensor, 120)}: listed in {name}, found {where}"],
+                details=[f"{printable(tensor, 120)}: listed in {file}, found {where}"],
             )
+
+
+# The head, which a model that ties it to its embeddings need not store.
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
+
+
+def _ties_its_head(path: Path) -> bool:
+    """Whether the head may be the embeddings: config.json does not deny it."""
+    config = path / "config.json"
+    value = read_json(config, str(config)) if config.is_file() else {}
+    parts = [value, value.get("text_config")] if isinstance(value, dict) else []
+    return all(part.get("tie_word_embeddings") is not False for part in parts if isinstance(part, dict))
+
+
+def has_adapter(path: Path) -> bool:
+    """Whether a LoRA adapter lies beside the weights; transformers loads it on top of them where PEFT is installed."""
+    return (path / "adapter_config.json").is_file()

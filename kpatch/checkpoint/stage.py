@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
 from pathlib import Path
@@ -17,11 +17,13 @@ from pathlib import Path
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.base_weights import base_damaged, read_base
 from kpatch.checkpoint.plan import Plan, WeightPlan
+from kpatch.checkpoint.records import AppliedPatch, AppliedWeight
 from kpatch.checkpoint.rounding import Overflow, RoundingStats, key_shift, one_thread_each, patch_rows
-from kpatch.checkpoint.store import AppliedWeight, Store
-from kpatch.errors import Damaged, Refused
+from kpatch.checkpoint.store import Store
+from kpatch.errors import Damaged, KpatchError, Refused
 from kpatch.patch.delta import row_blocks, widened
-from kpatch.patch.format import read_delta
+from kpatch.patch.format import check_data, read_delta
+from kpatch.patch.header import read_header
 from kpatch.patch.manifest import matrix_shape
 from kpatch.reporter import Reporter
 from kpatch.text import printable
@@ -86,6 +88,27 @@ def stage_files(
             files.keep_attributes(pair.new, pair.status, owner=keep_owner)
             files.fsync(pair.new)
     return outcomes
+
+
+def keep_copies(plan: Plan, store: Store, wanted: Sequence[AppliedPatch], report: Reporter) -> Plan:
+    """Copy patches of a plan into a store and check the copies; the plan reads its deltas from them from here on.
+
+    Nobody else writes to a copy, so what was checked is what is applied, whatever becomes of the user's file. Raises
+    Damaged for a patch that is not sound or no longer the one that was planned with.
+    """
+    patches = dict(plan.patches)
+    for patch in wanted:
+        source, copy = patches[patch.id].path, store.copy(patch.id)
+        files.copy_file(source, copy, keep_mode=False)
+        changed = Damaged(f"{source} changed while it was being read", hint="run the command again")
+        try:
+            info = read_header(copy)
+        except KpatchError:
+            raise changed from None
+        if info.id != patch.id:
+            raise changed
+        patches[patch.id] = check_data(info, source, report)
+    return replace(plan, patches=patches)
 
 
 @dataclass(frozen=True)

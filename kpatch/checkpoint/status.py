@@ -13,8 +13,9 @@ from typing import Any
 
 from kpatch.checkpoint.base_weights import changed_weights
 from kpatch.checkpoint.commit import held, unfinished
+from kpatch.checkpoint.records import Applied, AppliedPatch, LogEntry
 from kpatch.checkpoint.shards import open_checkpoint, real_directory
-from kpatch.checkpoint.store import Applied, AppliedPatch, Entry, Store
+from kpatch.checkpoint.store import Store
 from kpatch.errors import KpatchError
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
@@ -28,7 +29,7 @@ class History:
     """The entries of a checkpoint's log, oldest first; the patches on it now are the last word, not their sum."""
 
     model: str
-    entries: tuple[Entry, ...]
+    entries: tuple[LogEntry, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `log`."""
@@ -44,9 +45,9 @@ def history(model_dir: str | Path) -> History:
     return History(given, Store(path).applied().log)
 
 
-def logged(before: Applied, action: str, moved: tuple[AppliedPatch, ...]) -> tuple[Entry, ...]:
+def logged(before: Applied, action: str, moved: tuple[AppliedPatch, ...]) -> tuple[LogEntry, ...]:
     """The log with one more entry."""
-    return (*before.log, Entry(now(), action, tuple((patch.id, patch.name) for patch in moved)))[-_KEPT:]
+    return (*before.log, LogEntry(now(), action, tuple((patch.id, patch.name) for patch in moved)))[-_KEPT:]
 
 
 def now() -> str:
@@ -54,9 +55,9 @@ def now() -> str:
     return datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
-def _shown(entry: Entry) -> Entry:
+def _shown(entry: LogEntry) -> LogEntry:
     patches = tuple((identity, printable(name, 80)) for identity, name in entry.patches)
-    return Entry(printable(entry.time, 40), printable(entry.action, 20), patches)
+    return LogEntry(printable(entry.time, 40), printable(entry.action, 20), patches)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from kpatch.cli.output import Cell, Output, percent, size
 
 if TYPE_CHECKING:
-    from kpatch.checkpoint.report import ApplyReport
+    from kpatch.checkpoint.apply import ApplyReport
     from kpatch.edit.make import MakeResult
     from kpatch.evaluate.retention import Retention
     from kpatch.patch.header import PatchInfo
@@ -21,8 +21,6 @@ RATES = {
     "specificity": "neighbors, which must stay",
 }
 _FACTS_SHOWN = 25
-# Of what a patch wrote: above this share, another patch is likely to change answers of its facts
-_STRONG_INTERFERENCE = 0.5
 
 
 # What a patch does
@@ -121,6 +119,8 @@ def print_interference(
     output: Output, patches: Sequence[PatchInfo], found: Sequence[Interference], warn: bool = False
 ) -> None:
     """Print ‖Δ_a K_b‖ / ‖Δ_b K_b‖; with `warn` also warn of pairs where it is large."""
+    from kpatch.patch.interference import STRONG, warning
+
     if not found:
         output.line("interference: no two patches change a weight for which one of them stores keys")
         return
@@ -136,12 +136,8 @@ def print_interference(
         )
     headers = ("Delta of", "moves keys of", *(f"layer {layer}" for layer in layers), "most")
     output.table(headers, rows, right=tuple(range(2, 2 + len(layers))))
-    strong = {(one.by, one.on) for one in found if warn and one.ratio > _STRONG_INTERFERENCE}
-    for by, on in sorted(strong):
-        output.warn(
-            f"{names[by]} moves keys of {names[on]} by more than {_STRONG_INTERFERENCE:.0%} of what that wrote there; "
-            f"facts of {names[on]} may be lost"
-        )
+    for by, on in sorted({(one.by, one.on) for one in found if warn and one.ratio > STRONG}):
+        output.warn(warning(names[by], names[on]))
 
 
 def _names(patches: Sequence[PatchInfo]) -> list[str]:

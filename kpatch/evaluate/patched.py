@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.wrapped import active_adapter, network, parameter
 from kpatch.models.model import Model, tokenizer_hash
-from kpatch.patch.delta import Delta, Dense, LowRank
-from kpatch.patch.fingerprint import NAMES, same_weights, sha256_of
+from kpatch.patch.combine import counted_twice
+from kpatch.patch.delta import Delta, patched_weight
+from kpatch.patch.fingerprint import NAMES, match, sha256_of
 from kpatch.patch.format import Patch, read_patch
 from kpatch.patch.manifest import BaseWeight, matrix_shape
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
-
-_BLOCK = 1 << 22  # numbers of a weight summed in float64 at a time: 32 MiB
 
 AnyModel = TypeVar("AnyModel")
 Deltas = Mapping[str, Delta]
@@ -113,22 +112,9 @@ class _State:
 
     @torch.no_grad()
     def _summed(self, weight: _Weight, live: Iterable[_Live]) -> Tensor:
-        """round(base + Σ Δ) for one weight. The sum goes by patch id, so that it is the same whatever came first."""
-        base = weight.base
-        wide = torch.device("cpu") if base.device.type == "mps" else base.device  # no float64 there
+        """What `apply` would make of one weight. The sum goes by patch id, so it does not matter what came first."""
         by_id = sorted(live, key=lambda one: one.id)
-        deltas = [_on(one.deltas[weight], wide) for one in by_id if weight in one.deltas]
-        result = torch.empty_like(base, memory_format=torch.contiguous_format)
-        rows, cols = matrix_shape(base.shape)
-        before, after = base.reshape(rows, cols), result.view(rows, cols)
-        step = max(1, _BLOCK // cols)
-        for begin in range(0, rows, step):
-            end = min(begin + step, rows)
-            total = before[begin:end].to(wide).double()
-            for delta in deltas:
-                total += delta.rows(begin, end)
-            after[begin:end] = total.to(base.dtype)
-        return result
+        return patched_weight(weight.base, [one.deltas[weight] for one in by_id if weight in one.deltas])
 
 
 _states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
@@ -192,12 +178,6 @@ def _read(patch: PatchSource | Deltas) -> Patch | Deltas:
     return read_patch(patch)
 
 
-def _on(delta: Delta, device: torch.device) -> Delta:
-    if isinstance(delta, LowRank):
-        return LowRank(delta.left.to(device), delta.right.to(device))
-    return Dense(delta.delta.to(device), delta.known_rank)
-
-
 def _fitting(net: nn.Module, state: _State, patch: Patch | Deltas) -> _Live:
     """A patch on the weights that it is for. Raises Refused with everything that does not fit."""
     name_of = patch.id if isinstance(patch, Patch) else ""
@@ -229,7 +209,7 @@ def _fitting(net: nn.Module, state: _State, patch: Patch | Deltas) -> _Live:
 
 
 def _check_once(state: _State, new: _Live) -> None:
-    if any(one.id == new.id or one.holds & new.holds for one in state.live):
+    if counted_twice([*(one.holds for one in state.live), new.holds]) is not None:
         raise Refused(f"{_called(new.id)} is on this model already, itself or in a stack")
 
 
@@ -259,12 +239,13 @@ def _misfit(name: str, expected: BaseWeight | None, tensor: Tensor) -> list[str]
     if expected is None:
         return [f"{shown}: the patch does not say which weight it was made for"]
     found = NAMES[tensor.dtype]
-    if found == expected.dtype:
-        sha256 = sha256_of(tensor)
-        same = sha256 == expected.sha256
-        return [] if same else [f"{shown}: expected sha256 {expected.sha256[:12]}…, found {sha256[:12]}…"]
-    if same_weights(expected.sketch, tensor, expected.dtype):
+    how = match(expected, tensor.shape, found, lambda: sha256_of(tensor), lambda: tensor)
+    if how in ("same bytes", "other dtype"):
         return []
+    if how == "other shape":
+        return [f"{shown}: expected shape {list(expected.shape)}, found {list(tensor.shape)}"]
+    if found == expected.dtype:
+        return [f"{shown}: expected sha256 {expected.sha256[:12]}…, found {sha256_of(tensor)[:12]}…"]
     return [f"{shown}: other weights, not the same ones in {found} instead of {expected.dtype}"]
 
 

@@ -34,13 +34,17 @@ __all__ = ["KEYS", "MAX_HEADER", "MAX_TENSORS", "METADATA_KEY", "VALUES", "Patch
 
 @dataclass(frozen=True)
 class PatchInfo:
-    """A patch file whose header was read and checked: manifest, id, size in bytes, where its tensors lie."""
+    """A patch file whose header was read and checked: manifest, id, size in bytes, where its tensors lie.
+
+    `verified` once the tensors' bytes were checked as well: they are then read without being hashed again.
+    """
 
     manifest: Manifest
     id: str
     bytes: int
     path: Path
     entries: Mapping[str, Entry]
+    verified: bool = False
 
     @property
     def name(self) -> str:

@@ -14,10 +14,15 @@ import torch
 from torch import Tensor
 
 from kpatch.patch.combine import text_of
+from kpatch.patch.container import ITEM_SIZE, open_regular, read_exactly
 from kpatch.patch.delta import Delta, LowRank
-from kpatch.patch.format import read_tensor
+from kpatch.patch.fingerprint import tensor_from
+from kpatch.patch.format import read_delta, read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
 from kpatch.patch.manifest import Manifest
+
+# From this ratio on a user is warned: so large a part of what a patch wrote at its own keys is written over.
+STRONG = 0.5
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,23 @@ def stored_keys(info: PatchInfo, weight: str) -> Tensor | None:
     return None if name is None else read_tensor(info, name).double().T
 
 
+def sampled_keys(info: PatchInfo, weight: str, most: int) -> Tensor | None:
+    """At most `most` of those keys [f, n], evenly spread, in float32; None where there are none.
+
+    Only their bytes are read, and not hashed: for rates that a user is told.
+    """
+    name = keys_name(info, weight)
+    if name is None or not info.entries[name].shape[0]:
+        return None
+    entry = info.entries[name]
+    count, width = entry.shape
+    row = width * ITEM_SIZE[entry.dtype]
+    chosen = sorted({index * count // min(most, count) for index in range(min(most, count))})
+    with open_regular(info.path) as handle:
+        rows = [read_exactly(handle, entry.begin + index * row, row) for index in chosen]
+    return torch.stack([tensor_from(data, entry.dtype, (width,)).float() for data in rows]).T
+
+
 def keys_name(info: PatchInfo, weight: str) -> str | None:
     """The tensor that holds the keys of a weight; None where the patch has none, or none as long as W's input."""
     manifest, shape = info.manifest, info.manifest.base.weights[weight].shape
@@ -94,6 +116,40 @@ def interference(
                 )
             )
     return found
+
+
+def strong_pairs(
+    patches: Sequence[PatchInfo], weights: Sequence[Mapping[int, str]], new: int, most: int = 64
+) -> list[tuple[int, int]]:
+    """The pairs (by, on) of patches, by position, where `by` moves a weight's keys of `on` by more than STRONG.
+
+    `weights` has for each weight its name in every patch that changes it. Only pairs with one of the last `new`
+    patches are looked at, and at most `most` of a patch's keys. The keys of a patch made on top of `by` are what `by`
+    makes them, so that pair is left out. Raises Damaged for a patch that is not sound.
+    """
+    first = len(patches) - new
+    found: set[tuple[int, int]] = set()
+    for names in weights:
+        if len(names) < 2 or max(names) < first:
+            continue
+        keys = {on: k for on, name in names.items() if (k := sampled_keys(patches[on], name, most)) is not None}
+        deltas = {number: read_delta(patches[number], name) for number, name in names.items()} if keys else {}
+        for on, k in keys.items():
+            manifest = patches[on].manifest
+            transposed = manifest.transposed(names[on])
+            own = float(apply_to(deltas[on], k.double(), transposed).norm())
+            for by, delta in deltas.items():
+                under = {patches[by].id, *patches[by].manifest.holds(patches[by].id)}
+                if by == on or max(by, on) < first or under & set(manifest.parents):
+                    continue
+                if _ratio(float(apply_to(delta, k.double(), transposed).norm()), own) > STRONG:
+                    found.add((by, on))
+    return sorted(found)
+
+
+def warning(by: str, on: str) -> str:
+    """What a user is told of such a pair; the patches' names."""
+    return f"{by} moves keys of {on} by more than {STRONG:.0%} of what that wrote there; facts of {on} may be lost"
 
 
 def apply_to(delta: Delta, keys: Tensor, transposed: bool) -> Tensor:

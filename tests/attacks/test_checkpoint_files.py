@@ -23,6 +23,7 @@ from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.status import status
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
+from tests.support.reports import Recorder
 
 INDEX = "model.safetensors.index.json"
 FIRST = "model-00001-of-00003.safetensors"
@@ -95,12 +96,38 @@ def test_an_index_that_does_not_match_its_files_is_refused(model: Path) -> None:
     refused(model, BadInput)
 
 
-def test_a_tensor_in_two_shards_is_refused(model: Path) -> None:
+def test_a_tensor_in_two_shards_counts_where_the_index_and_transformers_agree(model: Path) -> None:
+    """transformers reads the shards in the order of their names, so the last one wins whatever the index says."""
+    second = "model-00002-of-00003.safetensors"
     tensors = load_file(model / FIRST)
     save_file({**tensors, WEIGHTS[1]: torch.zeros(8, 12)}, model / FIRST)
+    apply([model.parent / "a.patch"], model)  # the index names the second, as it should
+    revert(model)
+    change_index(model, lambda index: index["weight_map"].pop(WEIGHTS[1]))
     error = refused(model, Damaged)
     assert "stands in two files" in error.message
-    assert FIRST in error.details[0]
+    assert error.details == (f"{FIRST} and {second}",)
+    change_index(model, lambda index: index["weight_map"].update({WEIGHTS[1]: FIRST}))
+    error = refused(model, Refused)
+    assert "does not fit" in error.message
+    assert "stands in two files" in error.details[0]
+    make_patch(model.parent / "other.patch", model, weights=WEIGHTS[:1], seed=9)
+    heard = Recorder()
+    apply([model.parent / "other.patch"], model, report=heard)
+    assert "1 tensors" in heard.warnings[0]
+
+
+@pytest.mark.parametrize("tied", [True, None, False])
+def test_a_listed_head_that_no_shard_holds_is_the_embeddings_where_they_are_tied(
+    model: Path, tied: bool | None
+) -> None:
+    change_index(model, lambda index: index["weight_map"].update({"lm_head.weight": FIRST}))
+    config = {"model_type": "llama", **({} if tied is None else {"tie_word_embeddings": tied})}
+    (model / "config.json").write_text(json.dumps(config))
+    if tied is False:
+        assert "found in no listed file" in refused(model, Damaged).details[0]
+    else:
+        apply([model.parent / "a.patch"], model)
 
 
 def test_what_is_no_checkpoint_is_named(model: Path) -> None:

@@ -101,7 +101,7 @@ def test_blocks_of_rows_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny("llama")
     with patched(model, deltas(model)):
         whole = model.weight(0).clone()
-    monkeypatch.setattr("kpatch.evaluate.patched._BLOCK", 5 * model.weight(0).shape[1])
+    monkeypatch.setattr("kpatch.patch.delta.BLOCK", 5 * model.weight(0).shape[1])
     with patched(model, deltas(model)):
         assert torch.equal(model.weight(0), whole)
 

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from kpatch.checkpoint.apply import apply
-from kpatch.edit.memit import add, restored
 from kpatch.edit.rome import Edited, Running
+from kpatch.edit.weights import add, restored
+from kpatch.evaluate.patched import patched
 from kpatch.patch.delta import Dense, LowRank, patched_weight
 from kpatch.patch.format import read_patch
 from tests.support.checkpoints import make_patch, random
@@ -52,8 +53,10 @@ def test_a_model_in_memory_gets_the_bits_that_apply_writes(tmp_path: Path, famil
     apply([path], tmp_path / "model")
     written = load_file(tmp_path / "model" / "model.safetensors")
     prefix = "" if names[0] in written else "transformer."
-    with restored(model, [0, 1]):
-        add(model, 0, deltas[names[0]])
+    with patched(model, path):
+        assert torch.equal(model.weight(0), written[names[0].removeprefix(prefix)])
+    with restored(model, names):
+        add(model, names[0], deltas[names[0]])
         found = model.weight(0).detach()
         assert torch.equal(found, written[names[0].removeprefix(prefix)])
         running, second = Running(model, 1), deltas[names[1]]

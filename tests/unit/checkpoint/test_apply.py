@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kpatch.checkpoint.apply import apply
+from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import BadInput, Refused
@@ -25,6 +27,7 @@ from tests.support.checkpoints import (
     times,
     weights,
 )
+from tests.support.reports import Recorder
 
 LAYOUTS = [(dtype, sharded) for dtype in DTYPES for sharded in (False, True)]
 
@@ -124,6 +127,33 @@ def test_facts_that_contradict_are_refused_with_both_names(model: Path, tmp_path
     apply([tmp_path / "same.patch"], model)
 
 
+@pytest.mark.parametrize("how", ["in place", "check", "out"])
+def test_interference_with_what_is_applied_is_warned_of_before_a_weight_is_written(
+    model: Path, tmp_path: Path, how: str
+) -> None:
+    first = make_patch(tmp_path / "first.patch", model, scale=1e-2)
+    make_patch(tmp_path / "loud.patch", model, seed=2, scale=1.0)
+    make_patch(tmp_path / "quiet.patch", model, seed=3, scale=1e-4)
+    make_patch(tmp_path / "on_top.patch", model, seed=4, scale=1e-4, parents=[first])
+    make_patch(tmp_path / "no_keys.patch", model, seed=5, scale=1e-4, keys=False)
+    apply([tmp_path / "first.patch"], model)
+
+    def warnings(*names: str) -> list[str]:
+        heard = Recorder()
+        options = {"check": how == "check", "out": tmp_path / "-".join(names) if how == "out" else None}
+        apply([tmp_path / f"{name}.patch" for name in names], model, report=heard, **options)
+        if how == "in place":
+            revert(model, list(names))
+        found = [re.match(r"(\w+) \(\w+\) moves keys of (\w+) ", line) for line in heard.warnings]
+        return [f"{pair[1]} {pair[2]}" for pair in found if pair]
+
+    assert warnings("loud") == ["loud first"]
+    assert warnings("quiet") == ["first quiet"]
+    assert warnings("on_top") == []  # its keys are what the first patch makes them
+    assert warnings("no_keys") == []
+    assert warnings("loud", "quiet") == ["first quiet", "loud first", "loud quiet"]
+
+
 def test_other_weights_are_refused_and_another_dtype_is_said(tmp_path: Path) -> None:
     made_for = make_checkpoint(tmp_path / "made_for")
     other = make_checkpoint(tmp_path / "other", seed=50)
@@ -155,8 +185,6 @@ def test_a_patch_made_for_the_patched_weights_is_told_so(model: Path, tmp_path: 
 
 
 def test_a_prefix_in_the_names_is_no_obstacle(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     model = make_checkpoint(tmp_path / "model")
     make_patch(tmp_path / "a.patch", model)
     tensors = load_file(model / "model.safetensors")
@@ -165,12 +193,63 @@ def test_a_prefix_in_the_names_is_no_obstacle(tmp_path: Path) -> None:
     assert apply([tmp_path / "a.patch"], model).weights[0].name == WEIGHTS[0].removeprefix("model.")
     revert(model)
     assert snapshot(model) == before
-    (tmp_path / "nest").mkdir()
-    save_file({f"language_model.{name}": t for name, t in tensors.items()}, tmp_path / "nest" / "model.safetensors")
-    apply([tmp_path / "a.patch"], tmp_path / "nest")
-    doubled = {f"{which}.{name}": t.clone() for name, t in tensors.items() for which in ("left", "right")}
+
+
+FORMS = ("model.", "model.language_model.", "language_model.model.", "")
+
+
+def under(prefix: str, model: Path, directory: Path) -> Path:
+    """A copy of a checkpoint with other names: `prefix` in place of "model."."""
+    directory.mkdir()
+    tensors = {
+        f"{prefix}{name.removeprefix('model.')}": t for name, t in load_file(model / "model.safetensors").items()
+    }
+    tensors["model.vision_tower.layers.0.mlp.down_proj.weight"] = torch.zeros(8, 12)
+    save_file(tensors, directory / "model.safetensors")
+    return directory
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_patch_fits_the_same_text_model_in_any_wrapper(tmp_path: Path, form: str) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    made_for = under(form, model, tmp_path / "made_for")
+    names = [f"{form}{name.removeprefix('model.')}" for name in WEIGHTS]
+    make_patch(tmp_path / "a.patch", made_for, weights=names)
+    expected = {name.removeprefix(form) for name in names}
+    for number, other in enumerate(FORMS):
+        found = apply([tmp_path / "a.patch"], under(other, model, tmp_path / str(number))).weights
+        assert {weight.name.removeprefix(other) for weight in found} == expected
+
+
+@pytest.mark.parametrize("check", [True, False])
+def test_a_prefix_that_no_loader_knows_is_refused(tmp_path: Path, check: bool) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    make_patch(tmp_path / "a.patch", model)
+    odd = under("wrapped.net.", model, tmp_path / "odd")
+    error = refused(lambda: apply([tmp_path / "a.patch"], odd, check=check), Refused, "nor are 2 other weights", odd)
+    assert "a prefix that loaders know; found" in error.details[0]
+    assert "wrapped.net.layers.0" in error.details[0]
+    with pytest.raises(BadInput) as caught:
+        base_weights(odd, WEIGHTS)
+    assert "wrapped.net.layers.0" in caught.value.details[0]
+    names = [name.replace("model.", "wrapped.net.") for name in WEIGHTS]  # its own names are no question
+    make_patch(tmp_path / "own.patch", odd, weights=names)
+    apply([tmp_path / "own.patch"], odd, check=check)
+    tensors = load_file(model / "model.safetensors")
+    doubled = {f"{which}.{name}": t.clone() for name, t in tensors.items() for which in ("model", "language_model")}
     save_file(doubled, model / "model.safetensors")
-    refused(lambda: apply([tmp_path / "a.patch"], model), Refused, "is not there", model)
+    refused(lambda: apply([tmp_path / "a.patch"], model, check=check), Refused, "is not there", model)
+
+
+def test_an_adapter_beside_the_weights_is_noted(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    make_patch(tmp_path / "a.patch", model)
+    heard = Recorder()
+    apply([tmp_path / "a.patch"], model, check=True, report=heard)
+    assert heard.notes == []
+    (model / "adapter_config.json").write_text("{}")
+    apply([tmp_path / "a.patch"], model, report=heard)
+    assert "LoRA adapter" in heard.notes[0]
 
 
 def test_a_value_beyond_the_dtype_is_refused(tmp_path: Path) -> None:

@@ -257,7 +257,7 @@ def test_weight_files_that_stay_behind_are_warned_of(model: Path, tmp_path: Path
 def test_a_full_disk_is_foreseen_for_a_copy_too(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, _, _ = three(model)
     usage = type("Usage", (), {"free": 4000})
-    monkeypatch.setattr("kpatch.checkpoint.patched_copy.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     refused(lambda: apply([a], model, out=tmp_path / "x"), KpatchError, "Not enough", tmp_path)
     refused(lambda: apply([a], model, out=tmp_path / "x", dtype="bfloat16"), KpatchError, "Not enough", tmp_path)
 
@@ -269,7 +269,7 @@ def test_where_copies_share_blocks_less_space_is_wanted(
     plan = apply([a], model, check=True).plan
     usage = type("Usage", (), {"free": (plan.bytes_written + plan.bytes_needed) // 2})
     assert plan.bytes_written * 21 // 20 < usage.free < plan.bytes_needed  # type: ignore[attr-defined]
-    monkeypatch.setattr("kpatch.checkpoint.patched_copy.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     refused(lambda: apply([a], model), KpatchError, "Not enough", tmp_path)
 
     def clone(source: FileIO, target: FileIO) -> bool:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.apply import apply
@@ -25,7 +26,8 @@ from kpatch.checkpoint.recover import recover
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
-from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
+from kpatch.patch.header import read_header
+from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, refused, snapshot, three, weights
 from tests.support.faults import OPERATIONS, one_by_one
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -132,7 +134,7 @@ def test_a_full_disk_is_foreseen(tmp_path: Path, scenario: Scenario, monkeypatch
     model, run = scenario(tmp_path, "first apply")
     before = snapshot(model)
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr("kpatch.checkpoint.patched_copy.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(KpatchError, match="Not enough space"):
         run()
     assert snapshot(model) == before
@@ -238,6 +240,76 @@ def test_a_checkpoint_that_changes_meanwhile_is_left_alone(
     with pytest.raises(Refused, match="changed while it was being checked"):
         run()
     assert snapshot(model) == before
+
+
+def test_a_checkpoint_that_changes_while_new_files_are_staged_is_left_alone(
+    tmp_path: Path, scenario: Scenario, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kpatch.checkpoint import apply as module
+
+    model, run = scenario(tmp_path, "first apply")
+    file = model / "model-00001-of-00003.safetensors"
+    staged = module.stage_files
+    written: list[dict[str, Any]] = []
+
+    def meddle(*args: Any) -> Any:
+        outcomes = staged(*args)
+        with file.open("r+b") as handle:  # another program writes to the checkpoint in these minutes
+            handle.seek(-1, os.SEEK_END)
+            handle.write(b"x")
+        written.append(snapshot(model))
+        return outcomes
+
+    monkeypatch.setattr(module, "stage_files", meddle)
+    with pytest.raises(Refused, match="changed while it was being checked"):
+        run()
+    left = snapshot(model)
+    assert left == {name: state for name, state in written[0].items() if not name.startswith(".kpatch")}
+    assert file.read_bytes().endswith(b"x")
+
+
+def test_a_patch_that_changes_after_it_was_copied_is_applied_as_it_was(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is checked, and the deltas are read from it, each tensor hashed once."""
+    a, b, _ = three(model)
+    apply([a], model)
+    expected, identity = weights(model), read_header(a).id
+    revert(model)
+    copied, hashed = files.copy_file, list[str]()
+
+    def meddle(source: Path, target: Path, *args: Any, **options: Any) -> None:
+        copied(source, target, *args, **options)
+        if source == a:
+            source.write_bytes(b.read_bytes())
+
+    monkeypatch.setattr(files, "copy_file", meddle)
+    monkeypatch.setattr("kpatch.patch.format.sha256_of", lambda data: hashed.append("again"))
+    apply([a], model)
+    assert read_header(a).id != identity
+    assert [patch["id"] for patch in status(model).patches] == [identity]
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(model).items())
+    assert hashed == []
+
+
+@pytest.mark.parametrize("out", [False, True])
+@pytest.mark.parametrize(("size", "words"), [(None, "changed while it was being read"), (-1, "is damaged: tensor")])
+def test_a_patch_is_checked_in_the_copy_before_a_weight_is_written(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: bool, size: int | None, words: str
+) -> None:
+    a, b, _ = three(model)
+    copied = files.copy_file
+
+    def meddle(source: Path, target: Path, *args: Any, **options: Any) -> None:
+        if source == a:
+            source.write_bytes(b.read_bytes() if size is None else a.read_bytes()[:size] + b"\x01")
+        copied(source, target, *args, **options)
+
+    monkeypatch.setattr(files, "copy_file", meddle)
+    place = {"out": tmp_path / "copy"} if out else {}
+    error = refused(lambda: apply([a], model, **place), Damaged, words, model)
+    assert str(a) in error.message
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_staged_file_that_was_tampered_with_is_not_put_in_place(tmp_path: Path, scenario: Scenario) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import os
 import re
+import subprocess
+import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -16,6 +18,11 @@ from tests.support.checkpoints import (
     three,
     times,
 )
+
+
+def test_status_and_recover_do_without_torch() -> None:
+    code = "import sys, kpatch.checkpoint.status, kpatch.checkpoint.recover; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_status_tells_what_is_there(model: Path) -> None:

@@ -1,0 +1,95 @@
+"""What must hold before a weight is written, each with its refusal: parents, kept bytes, files that are our own."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Sequence
+
+from kpatch.checkpoint import parallel
+from kpatch.checkpoint.base_weights import read_base, require_base
+from kpatch.checkpoint.records import AppliedPatch
+from kpatch.checkpoint.shards import Checkpoint, TensorRef
+from kpatch.checkpoint.store import Store
+from kpatch.errors import KpatchError, Refused
+from kpatch.patch.header import PatchInfo
+from kpatch.reporter import Reporter
+from kpatch.text import printable
+
+_HUB_CACHE = re.compile(r"[/\\](models|datasets|spaces)--[^/\\]+[/\\]snapshots([/\\]|$)")
+
+
+def require_parents(new: Sequence[PatchInfo], there_then: Sequence[PatchInfo], checkpoint: Checkpoint) -> None:
+    """Raise Refused where a patch was made on top of one that is not among `there_then`."""
+    there = {identity for info in there_then for identity in _held(info)}
+    for info in new:
+        missing = [parent for parent in info.manifest.parents if parent not in there]
+        if missing:
+            raise Refused(
+                f"{info.path} was made on top of a patch that is not applied to {checkpoint.given}",
+                details=[f"missing patch {parent[:12]}" for parent in missing],
+                hint="apply that patch first, or in the same command",
+            )
+
+
+def require_no_child(moved: Sequence[AppliedPatch], stack: Sequence[AppliedPatch], store: Store) -> None:
+    """Raise Refused where a patch to be taken off has one on top of it that stays."""
+    for patch in moved:
+        held = _held_by(patch, store)
+        for child in stack:
+            if held & set(child.parents):
+                raise Refused(
+                    f"{_named(patch)} cannot be reverted: {_named(child)} was made on top of it",
+                    hint=f"revert {child.id[:12]} first, or both in one command",
+                )
+
+
+def _held(info: PatchInfo) -> set[str]:
+    """A patch, and those that a stack adds up as they are; one at another scale is not what a patch was made on."""
+    return {info.id, *(str(part["id"]) for part in info.manifest.stack if part["scale"] == 1)}
+
+
+def _held_by(patch: AppliedPatch, store: Store) -> set[str]:
+    try:
+        return _held(store.patch(patch.id))
+    except KpatchError:  # its copy is lost
+        return {patch.id}
+
+
+def _named(patch: AppliedPatch) -> str:
+    return f"{printable(patch.name, 80)} ({patch.id[:12]})"
+
+
+def require_own_files(checkpoint: Checkpoint, files: Iterable[str], force: bool) -> None:
+    """Only files of the directory's own are replaced: no link, no shared inode, nothing write-protected.
+
+    Raises Refused.
+    """
+    aside = "leave it alone and write a patched copy: `kpatch apply … -o NEW_DIR`"
+    for file in sorted(set(files)):
+        status = os.lstat(checkpoint.path / file)
+        shown = f"{file} of {checkpoint.given}"
+        if stat.S_ISLNK(status.st_mode):
+            raise Refused(f"{shown} is a symbolic link; other programs use the same file", hint=aside)
+        if _HUB_CACHE.search(str(checkpoint.path)):
+            raise Refused(f"{checkpoint.given} is the shared Hugging Face cache; other programs use it", hint=aside)
+        if status.st_nlink > 1:
+            raise Refused(
+                f"{shown} has {status.st_nlink} hard links; other programs may use the same file", hint=aside
+            )
+        if not status.st_mode & 0o222 and not force:
+            raise Refused(f"{shown} is write-protected", hint=f"give --force to replace it, or {aside}")
+
+
+def require_kept(store: Store, kept: Iterable[tuple[str, TensorRef]], whole: bool, report: Reporter) -> None:
+    """The kept bytes of weights, named by their SHA-256, must be there: hashed as a `whole`, else of the right size.
+
+    Raises Damaged.
+    """
+    sizes = {sha256: ref.end - ref.begin for sha256, ref in kept}
+    for sha256, size in sizes.items():
+        require_base(store, sha256, size)
+    if whole:
+        with report.task("Checking kept bytes", sum(sizes.values()), "B") as advance:
+            parallel.each(lambda base, go_on: read_base(store, base, go_on), sorted(sizes), advance)
