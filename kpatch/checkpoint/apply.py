@@ -62,7 +62,7 @@ class ApplyReport:
     checked_only: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """The JSON object of `apply` and `revert`; with --check the plan as well."""
+        """The JSON object of `apply` and `revert`; with `check` the plan as well."""
         value = {
             "model": self.model,
             "patches": list(self.patches),
@@ -140,9 +140,7 @@ def _check_dtype(dtype: str | None, out: str | Path | None) -> None:
             f"There is no dtype {printable(dtype, 40)} for a copy", details=[f"expected {', '.join(NAMES)}"]
         )
     if out is None:
-        raise BadInput(
-            "A checkpoint keeps its dtype; only a copy can have another", hint="give -o NEW_DIR with --dtype"
-        )
+        raise BadInput("A checkpoint keeps its dtype; only a copy can have another", hint="give `out` with `dtype`")
 
 
 def _open(model_dir: str | Path, store: Store, *, pickled: bool) -> Weights:

@@ -113,7 +113,7 @@ def base_damaged(store: Store, sha256: str) -> Damaged:
     """The error for kept original bytes that are not what they were."""
     return Damaged(
         "The kept original bytes of a weight are gone or damaged",
-        where=printable(str(store.base(sha256))),
+        where=str(store.base(sha256)),
         hint="the checkpoint itself was not touched; get the original weights again to be able to revert",
     )
 

@@ -79,7 +79,7 @@ def require_own_files(checkpoint: Checkpoint, files: Iterable[str], force: bool)
                 f"{shown} has {status.st_nlink} hard links; other programs may use the same file", hint=aside
             )
         if not status.st_mode & 0o222 and not force:
-            raise Refused(f"{shown} is write-protected", hint=f"give --force to replace it, or {aside}")
+            raise Refused(f"{shown} is write-protected", hint=f"`force` replaces it; or {aside}")
 
 
 def require_kept(store: Store, kept: Iterable[tuple[str, TensorRef]], whole: bool, report: Reporter) -> None:

@@ -1,14 +1,12 @@
-"""The closed sign: while several weight files are exchanged, nothing that loads may see old ones beside new ones.
-
-First config.json gets another name, so that a loader which starts now stops at once. Then every old file goes aside,
-and only after a pause do the new ones take their names: a loader that had read config.json before finds a file
-missing. Old and new never stand side by side, also not after a crash. One file alone is exchanged by one rename, and
-no sign is needed. No torch.
-
-From staged files to a changed checkpoint: one decision, written down first, then carried out to the end. No torch.
+"""From staged files to a changed checkpoint: one decision, written down first, then carried out to the end. No torch.
 
 The appearance of journal.json is the commit. Before it, nothing but .kpatch/ has changed and cleaning up gives the old
-state; after it, every step can be repeated, so the next kpatch carries on where this one stopped.
+state; after it, every step can be repeated, so the next kpatch resumes where this one stopped.
+
+One weight file is exchanged by one rename. While several are exchanged, the checkpoint is closed, so that nothing that
+loads can see old ones beside new ones: first config.json gets another name, so that a loader which starts now stops at
+once. Then every old file is moved aside, and only after a pause do the new ones take their names: a loader that had
+read config.json before finds a file missing. Old and new never stand side by side, also not after a crash.
 """
 
 from __future__ import annotations
@@ -29,48 +27,6 @@ from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused
 from kpatch.patch.container import ContainerError
 from kpatch.reporter import SILENT, Reporter
-from kpatch.text import printable
-
-CONFIG = "config.json"
-SIGN = "config.json.kpatch-interrupted"
-_OLD = ".kpatch-old"
-
-# Seconds between the last old file's going and the first new one's coming. Whoever opens all weight files within that
-# time cannot get some of each.
-PAUSE = 0.1
-
-
-def close(model: Path, names: Sequence[str]) -> None:
-    """Hang the sign, move the old files aside, make that lasting, remove them, and wait; again: do what is left of it.
-
-    The new files must be lasting by now: from here on there is nothing else.
-    """
-    if (model / CONFIG).exists() and not (model / SIGN).exists():
-        files.replace(model / CONFIG, model / SIGN)
-        files.fsync_dir(model)
-    for name in names:
-        if (model / name).exists():
-            files.replace(model / name, model / (name + _OLD))
-    files.fsync_dir(model)
-    begin = time.monotonic()
-    with suppress(OSError):  # tried again when the new ones have their names
-        _remove_old(model, names)
-    time.sleep(max(0.0, PAUSE - (time.monotonic() - begin)))
-
-
-def _remove_old(model: Path, names: Sequence[str]) -> None:
-    # Large files take a while to go: the wait is a good time for it.
-    parallel.each(lambda name, advance: files.unlink(model / (name + _OLD)), names, files.nothing)
-
-
-def reopen(model: Path, names: Sequence[str]) -> None:
-    """Take the sign down, and remove what a run that broke off had left aside. The new files must have their names."""
-    _remove_old(model, names)
-    # A config.json that somebody wrote meanwhile stays, and so does the earlier one beside it.
-    if (model / SIGN).exists() and not (model / CONFIG).exists():
-        files.replace(model / SIGN, model / CONFIG)
-    files.fsync_dir(model)
-
 
 if sys.platform != "win32":
     import fcntl
@@ -106,7 +62,7 @@ def writing(store: Store, *, tidy: bool = True) -> Iterator[None]:
 
 
 def _busy(store: Store, error: Refused) -> Refused:
-    shown = printable(str(store.model))
+    shown = str(store.model)
     return Refused(f"Another kpatch is working on {shown}", details=error.details, hint=error.hint)
 
 
@@ -121,17 +77,17 @@ def system_errors(path: Path) -> Iterator[None]:
             error = OSError(error.errno, "The file would be larger than the system allows")
         raise write_error(error, named) from error
     except ContainerError as error:
-        raise Damaged(f"{path} changed while it was being read", details=[printable(str(error))]) from error
+        raise Damaged(f"{path} changed while it was being read", details=[str(error)]) from error
 
 
 @contextmanager
 def undisturbed(store: Store) -> Iterator[None]:
-    """For work on a checkpoint without the lock: a failure that another kpatch caused is told as such (Refused)."""
+    """For work without the lock: a failure that another kpatch caused is reported as such (Refused)."""
     before = _record(store)
     try:
         yield
     except KpatchError as error:
-        shown = printable(str(store.model))
+        shown = str(store.model)
         if held(store.lock):
             raise Refused(f"Another kpatch is working on {shown}", hint="wait for it to end") from error
         if _record(store) != before:
@@ -158,6 +114,47 @@ def held(lock: Path) -> bool:
     except OSError:
         return False
     return False
+
+
+CONFIG = "config.json"
+SIGN = "config.json.kpatch-interrupted"
+_OLD = ".kpatch-old"
+
+# Seconds between the last old file's going and the first new one's coming. Whoever opens all weight files within that
+# time cannot get some of each.
+PAUSE = 0.1
+
+
+def close(model: Path, names: Sequence[str]) -> None:
+    """Close the checkpoint, move the old files aside, sync, remove them and wait; called again, do what is left of it.
+
+    The new files must be synced by now: from here on there are no others.
+    """
+    if (model / CONFIG).exists() and not (model / SIGN).exists():
+        files.replace(model / CONFIG, model / SIGN)
+        files.fsync_dir(model)
+    for name in names:
+        if (model / name).exists():
+            files.replace(model / name, model / (name + _OLD))
+    files.fsync_dir(model)
+    begin = time.monotonic()
+    with suppress(OSError):  # tried again when the new ones have their names
+        _remove_old(model, names)
+    time.sleep(max(0.0, PAUSE - (time.monotonic() - begin)))
+
+
+def _remove_old(model: Path, names: Sequence[str]) -> None:
+    # Large files take a while to go: the wait is a good time for it.
+    parallel.each(lambda name, advance: files.unlink(model / (name + _OLD)), names, files.nothing)
+
+
+def reopen(model: Path, names: Sequence[str]) -> None:
+    """Open the checkpoint again and remove what an interrupted run left aside. The new files must be in place."""
+    _remove_old(model, names)
+    # A config.json that somebody wrote meanwhile stays, and so does the earlier one beside it.
+    if (model / SIGN).exists() and not (model / CONFIG).exists():
+        files.replace(model / SIGN, model / CONFIG)
+    files.fsync_dir(model)
 
 
 def begin(store: Store) -> None:
@@ -191,7 +188,7 @@ def commit(store: Store, journal: Journal, report: Reporter = SILENT) -> None:
 
 
 def _stopped(store: Store, journal: Journal, error: OSError) -> Damaged:
-    shown = printable(str(store.model))
+    shown = str(store.model)
     return Damaged(
         f"The {journal.action} was decided, but {shown} could not be changed in full",
         details=[error.strerror or str(error)],
@@ -229,7 +226,7 @@ def _is_staged(store: Store, journal: Journal, name: str) -> bool:
     found = staged if waiting else placed
     if found.is_symlink() or not found.is_file() or found.stat().st_size != journal.files[name].size:
         what = "staged" if waiting else "new"
-        raise Damaged(f"The {what} {name} is not what was staged", where=printable(str(found)))
+        raise Damaged(f"The {what} {name} is not what was staged", where=str(found))
     return waiting
 
 

@@ -1,4 +1,4 @@
-"""`apply -o` into another dtype or from PyTorch files: every weight file written anew as safetensors, block by block.
+"""A patched copy in another dtype or of PyTorch files: all weight files written anew as safetensors, block by block.
 
 In the copy, the kept original bytes are those of the copy's own dtype: taking its patches off gives the plain
 conversion of the checkpoint.
@@ -151,13 +151,13 @@ def _converted(weights: Weights, name: str, dtype: str) -> Iterator[memoryview]:
 
 def _too_large(name: str, dtype: str) -> Refused:
     return Refused(
-        f"{printable(name, 120)} has values that {dtype} cannot hold", hint="give --dtype bfloat16 or float32"
+        f"{printable(name, 120)} has values that {dtype} cannot hold", hint="give `dtype=bfloat16` or `dtype=float32`"
     )
 
 
 def _name_dtype(source: Path, target: Path, dtype: str) -> None:
-    """Say the dtype in the copy's config, wherever it is said already, and at the top."""
-    value = read_json(source, printable(str(source))) if source.exists() else None
+    """Write the dtype into the copy's config: at the top, and wherever else it is given already."""
+    value = read_json(source, str(source)) if source.exists() else None
     if not isinstance(value, dict):
         return
     name = next(name for name, stored in NAMES.items() if stored == dtype)

@@ -158,7 +158,7 @@ def hash_range(handle: FileIO, begin: int, end: int, advance: Advance = nothing)
 
 
 def keep_attributes(handle: FileIO, old: os.stat_result, *, owner: bool = True) -> None:
-    """Give a new file the mode of the one it will replace, and its owner and group unless told otherwise.
+    """Give a new file the mode of the one it will replace, and its owner and group unless `owner` is false.
 
     Raises OSError when it may not.
     """

@@ -139,7 +139,7 @@ def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights
 def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter = SILENT) -> dict[str, BaseWeight]:
     """What a manifest says of the weights it is made for, from the checkpoint's bytes as they are without patches.
 
-    For `make`, also with --on, and `diff`. Raises BadInput for a weight that is not there or holds no float numbers.
+    For `make`, also with `on`, and `diff`. Raises BadInput for a weight that is not there or holds no float numbers.
     """
     checkpoint = open_checkpoint(model_dir)
     store = settled_store(checkpoint)

@@ -31,7 +31,7 @@ def processors() -> int:
 
 
 def in_parallel(tasks: Sequence[Callable[[Advance], None]], advance: Advance, workers: int) -> None:
-    """Do tasks, begun in their order, in so many threads; each is called with the `advance` to report to.
+    """Do tasks, begun in their order, in `workers` threads; each is called with the `advance` to report to.
 
     The error that came first is raised, when every thread has ended. After an error or Ctrl-C no task is begun any
     more, and those at work end at their next call of `advance`, which raises Stopped.

@@ -38,7 +38,7 @@ def require_space(folder: Path, copied: int, cloned: int, sample: Path | None) -
     if wanted > free:
         raise KpatchError(
             "Not enough space on the disk; nothing was changed",
-            where=printable(str(folder)),
+            where=str(folder),
             details=[f"wanted {wanted:,} bytes   free {free:,}"],
         )
 

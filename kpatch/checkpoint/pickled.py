@@ -72,7 +72,7 @@ def open_pickled(directory: str | Path) -> PickledWeights:
     for file in names:
         for name, tensor in _load(path / file).items():
             if name in tensors:
-                raise Damaged(f"{printable(name, 120)} stands in two files of {given}", details=[printable(file)])
+                raise Damaged(f"{printable(name, 120)} stands in two files of {given}", details=[file])
             tensors[name] = tensor
             refs[name] = TensorRef(file, _dtype(name, tensor, file), tuple(tensor.shape), 0, tensor.nbytes)
     for name, file in listed.items():
@@ -85,7 +85,7 @@ def open_pickled(directory: str | Path) -> PickledWeights:
 
 
 def _load(path: Path) -> dict[str, Tensor]:
-    shown = printable(str(path))
+    shown = str(path)
     try:
         with files.open_read(path):  # nothing but a regular file
             pass
@@ -95,7 +95,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     except ContainerError as error:
         raise BadInput(f"{shown} {error}") from None
     except OSError as error:
-        raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
+        raise BadInput(f"{shown} cannot be read", details=[str(error)]) from None
     except KpatchError:
         raise
     except Exception as error:  # torch and zip say in many ways that a file is broken

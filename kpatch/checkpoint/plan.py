@@ -78,7 +78,7 @@ class Plan:
         return self.bytes_written + rest - sum(weight.ref.end - weight.ref.begin for weight in self.weights)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `--check` prints."""
+        """The JSON object of a plan, for `check`."""
         return {
             "action": self.action,
             "patches": [{"id": patch.id, "name": patch.name} for patch in self.moved],

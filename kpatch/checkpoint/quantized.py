@@ -38,7 +38,7 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
 
 def _by_config(checkpoint: Checkpoint) -> str | None:
     config = checkpoint.path / "config.json"
-    value = read_json(config, printable(str(config))) if config.exists() else {}
+    value = read_json(config, str(config)) if config.exists() else {}
     for part in (value, value.get("text_config")) if isinstance(value, dict) else ():
         about = part.get("quantization_config") if isinstance(part, dict) else None
         if about:

@@ -77,7 +77,7 @@ def _require_sound(store: Store, journal: Journal) -> None:
             if found != sha256:
                 raise Damaged(
                     f"{printable(weight, 120)} in {name} is neither the new one nor waiting to be replaced",
-                    where=printable(str(path)),
+                    where=str(path),
                     details=[
                         f"expected sha256 {sha256[:8]}…   found {found[:8] + '…' if found else 'no such weight'}"
                     ],

@@ -54,7 +54,7 @@ def revert(
 def _choose(applied: Applied, patches: Sequence[str | Path] | None, all: bool, given: str) -> list[str]:
     if all:
         if patches:
-            raise BadInput("Give patches to revert or --all, not both")
+            raise BadInput("Give the patches to revert or `all`, not both")
         return list(applied.ids)
     if not patches:
         return [applied.patches[-1].id]

@@ -144,7 +144,7 @@ def real_directory(directory: str | Path) -> tuple[Path, str]:
         path = Path(os.path.realpath(directory))
         is_dir, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
-        raise BadInput(f"{given} cannot be read", details=[printable(str(error))]) from None
+        raise BadInput(f"{given} cannot be read", details=[str(error)]) from None
     if is_dir:
         return path, given
     if not exists:
@@ -218,7 +218,7 @@ def read_index(path: Path, index: str = INDEX, suffix: str = ".safetensors") -> 
 
     Raises BadInput, Refused or Damaged as `open_checkpoint`.
     """
-    shown = printable(str(path / index))
+    shown = str(path / index)
     value = read_json(path / index, shown)
     listed = value.get("weight_map") if isinstance(value, dict) else None
     if not isinstance(listed, dict) or not listed or not all(isinstance(name, str) for name in listed.values()):
@@ -226,16 +226,14 @@ def read_index(path: Path, index: str = INDEX, suffix: str = ".safetensors") -> 
     for name in sorted(set(listed.values())):
         # A plain name only: anything else could lead the writer out of the directory.
         if not _BASENAME.fullmatch(name) or name in (".", "..") or not name.endswith(suffix):
-            raise Refused(
-                f"{shown} points outside its directory or to a file of another kind", details=[printable(name, 200)]
-            )
+            raise Refused(f"{shown} points outside its directory or to a file of another kind", details=[name])
         if not os.path.lexists(path / name):
             raise BadInput(f"{shown} lists {name}, which is not there", hint="complete the download")
     return listed
 
 
 def _read_file(path: Path) -> dict[str, Entry]:
-    shown = printable(str(path))
+    shown = str(path)
     try:
         with files.open_read(path) as handle:
             return read_container(handle, max_header=MAX_HEADER).entries
@@ -244,7 +242,7 @@ def _read_file(path: Path) -> dict[str, Entry]:
     except ContainerError as error:
         raise Damaged(f"{shown} is not a sound safetensors file", details=[printable(str(error), 300)]) from None
     except OSError as error:
-        raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
+        raise BadInput(f"{shown} cannot be read", details=[str(error)]) from None
 
 
 def _check_listed(listed: dict[str, str], tensors: dict[str, TensorRef], path: Path, given: str) -> None:

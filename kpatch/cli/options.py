@@ -79,7 +79,7 @@ def examples(*commands: str) -> str:
 
 
 # The Python parameter and its option have the same name, but for these
-_OTHER_NAMES = {"set": "settings"}
+_OTHER_NAMES = {"set": "settings", "scale": "scales"}
 _PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 
 

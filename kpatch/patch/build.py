@@ -1,4 +1,4 @@
-"""The one place that puts a manifest together: `make`, `stack`, `stack --resolve` and `diff` all call it."""
+"""The one place that puts a manifest together: `make`, `stack` and `diff` all call it."""
 
 from __future__ import annotations
 

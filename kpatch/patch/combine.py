@@ -165,7 +165,7 @@ def common_base(patches: Sequence[PatchInfo], report: Reporter = SILENT) -> Base
     """The base that all patches were made for, with every weight that one of them changes.
 
     Weights that several change must be the same by SHA-256, or by sketch where one patch was made for a copy in
-    another dtype (which is said). A patch that shares no weight with those before it must name the same model.
+    another dtype (which a note reports). A patch that shares no weight with those before it must name the same model.
     Raises Refused with the two patches that do not go together.
     """
     weights: dict[str, tuple[BaseWeight, PatchInfo]] = {}
@@ -255,7 +255,7 @@ def gather(
 ) -> tuple[tuple[Mapping[str, Any], ...], Tensor | None, dict[int, Tensor]]:
     """Groups, values [n, d] and keys by layer [n, f] of all patches, one after the other.
 
-    Patches that store no values, or no keys, have no rows in them, which is said.
+    Patches without stored values or keys contribute no rows; a note names them.
     """
     groups: list[Mapping[str, Any]] = []
     values: list[Tensor] = []

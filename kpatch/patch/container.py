@@ -154,7 +154,7 @@ def _metadata(value: Any) -> dict[str, str]:
 def _entry(name: str, value: Any, data_start: int) -> Entry:
     shown = printable(name, 80)
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise ContainerError(f"tensor {shown}: wants exactly dtype, shape and data_offsets")
+        raise ContainerError(f"tensor {shown}: must have exactly dtype, shape and data_offsets")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str):
         raise ContainerError(f"tensor {shown}: its dtype is not text")

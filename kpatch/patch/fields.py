@@ -33,7 +33,7 @@ class Fields:
 
     def __init__(self, value: Any, where: str) -> None:
         if not isinstance(value, dict):
-            raise ManifestError(f"{where}: wants an object")
+            raise ManifestError(f"{where}: must be an object")
         self.value, self.where, self.seen = value, where, set[str]()
 
     def error(self, key: str, rule: str) -> ManifestError:
@@ -48,7 +48,7 @@ class Fields:
     def text(self, key: str) -> str:
         value = self.any(key)
         if not isinstance(value, str) or not value:
-            raise self.error(key, "wants text")
+            raise self.error(key, "must be text")
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -57,51 +57,51 @@ class Fields:
     def integer(self, key: str, minimum: int = 0) -> int:
         value = self.any(key)
         if type(value) is not int or value < minimum:
-            raise self.error(key, f"wants a whole number of at least {minimum}")
+            raise self.error(key, f"must be a whole number of at least {minimum}")
         return value
 
     def amount(self, key: str) -> float:
         value = self.any(key)
         if type(value) not in (int, float) or value < 0:
-            raise self.error(key, "wants a number of at least 0")
+            raise self.error(key, "must be a number of at least 0")
         return value  # type: ignore[no-any-return]  # as written: 1 must not come back as 1.0
 
     def flag(self, key: str) -> bool:
         value = self.any(key)
         if not isinstance(value, bool):
-            raise self.error(key, "wants true or false")
+            raise self.error(key, "must be true or false")
         return value
 
     def sha256(self, key: str) -> str:
         value = self.any(key)
         if not is_sha256(value):
-            raise self.error(key, "wants 64 lower-case hex digits")
+            raise self.error(key, "must be 64 lower-case hex digits")
         return str(value)
 
     def dtype(self, key: str) -> str:
         value = self.any(key)
         if value not in FLOAT_DTYPES:
-            raise self.error(key, f"wants one of {', '.join(FLOAT_DTYPES)}")
+            raise self.error(key, f"must be one of {', '.join(FLOAT_DTYPES)}")
         return str(value)
 
     def shape(self, key: str) -> tuple[int, int]:
         value = self.any(key)
         if not isinstance(value, list) or len(value) != 2 or not all(type(n) is int and n >= 1 for n in value):
-            raise self.error(key, "wants two sizes of at least 1")
+            raise self.error(key, "must be two sizes of at least 1")
         return value[0], value[1]
 
     def sizes(self, key: str) -> tuple[int, ...]:
         value = self.any(key)
         if not isinstance(value, list) or not 1 <= len(value) <= MAX_DIMENSIONS:
-            raise self.error(key, f"wants 1 to {MAX_DIMENSIONS} sizes")
+            raise self.error(key, f"must be 1 to {MAX_DIMENSIONS} sizes")
         if not all(type(n) is int and n >= 1 for n in value):
-            raise self.error(key, "wants sizes of at least 1")
+            raise self.error(key, "must be sizes of at least 1")
         return tuple(value)
 
     def object(self, key: str) -> dict[str, Any]:
         value = self.any(key)
         if not isinstance(value, dict):
-            raise self.error(key, "wants an object")
+            raise self.error(key, "must be an object")
         return value
 
     def optional_object(self, key: str) -> dict[str, Any] | None:
@@ -110,7 +110,7 @@ class Fields:
     def array(self, key: str) -> list[Any]:
         value = self.any(key)
         if not isinstance(value, list):
-            raise self.error(key, "wants a list")
+            raise self.error(key, "must be a list")
         return value
 
     def each(self, key: str) -> list[tuple[str, Fields]]:

@@ -151,7 +151,7 @@ def read_tensor(info: PatchInfo, name: str) -> Tensor:
         with open_regular(info.path) as handle:
             data = read_exactly(handle, entry.begin, entry.end - entry.begin)
     except (OSError, ContainerError) as error:
-        raise Damaged(f"{info.path} cannot be read", details=[printable(str(error))]) from None
+        raise Damaged(f"{info.path} cannot be read", details=[str(error)]) from None
     if not info.verified and sha256_of(data) != info.manifest.tensors[name].sha256:
         raise _wrong_hash(info.path, name)
     tensor = tensor_from(data, entry.dtype, entry.shape)

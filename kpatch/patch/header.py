@@ -84,7 +84,7 @@ def read_header(patch: PatchSource) -> PatchInfo:
 
 
 def _read(path: Path) -> PatchInfo:
-    shown = printable(str(path))
+    shown = str(path)
     try:
         handle = open_regular(path)
     except FileNotFoundError:
@@ -92,14 +92,14 @@ def _read(path: Path) -> PatchInfo:
     except NotAFile as error:
         raise BadInput(f"{shown} {error}", hint="give a .patch file made by `kpatch make`") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
+        raise BadInput(f"{shown} cannot be read", details=[str(error)]) from None
     with handle:
         try:
             container = read_container(handle, max_header=MAX_HEADER, max_tensors=MAX_TENSORS)
         except ContainerError as error:
             raise _explain(handle, shown, error) from None
         except OSError as error:
-            raise BadInput(f"{shown} cannot be read", details=[printable(str(error))]) from None
+            raise BadInput(f"{shown} cannot be read", details=[str(error)]) from None
     return _info(path, shown, container)
 
 

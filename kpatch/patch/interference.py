@@ -21,7 +21,7 @@ from kpatch.patch.format import read_delta, read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
 from kpatch.patch.manifest import Manifest
 
-# From this ratio on a user is warned: so large a part of what a patch wrote at its own keys is written over.
+# Above this ratio kpatch warns: so large a part of what a patch wrote at its own keys is written over.
 STRONG = 0.5
 
 
@@ -70,7 +70,7 @@ def stored_keys(info: PatchInfo, weight: str) -> Tensor | None:
 def sampled_keys(info: PatchInfo, weight: str, most: int) -> Tensor | None:
     """At most `most` of those keys [f, n], evenly spread, in float32; None where there are none.
 
-    Only their bytes are read, and not hashed: for rates that a user is told.
+    Only their bytes are read, and not hashed: enough for rates that are reported.
     """
     name = keys_name(info, weight)
     if name is None or not info.entries[name].shape[0]:
@@ -148,7 +148,7 @@ def strong_pairs(
 
 
 def warning(by: str, on: str) -> str:
-    """What a user is told of such a pair; the patches' names."""
+    """The warning for such a pair, given the patches' names."""
     return f"{by} moves keys of {on} by more than {STRONG:.0%} of what that wrote there; facts of {on} may be lost"
 
 

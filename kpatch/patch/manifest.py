@@ -229,14 +229,14 @@ def _manifest(top: Fields, version: int) -> Manifest:
         fields.integer("tokens")
     layers = top.array("layers")
     if not all(type(layer) is int and layer >= 0 for layer in layers) or sorted(set(layers)) != layers:
-        raise top.error("layers", "wants rising layer numbers")
+        raise top.error("layers", "must be rising layer numbers")
     parents = top.array("parents")
     if not all(is_sha256(parent) for parent in parents) or len(set(parents)) != len(parents):
-        raise top.error("parents", "wants distinct patch ids of 64 hex digits")
+        raise top.error("parents", "must be distinct patch ids of 64 hex digits")
     facts = tuple(_fact(fact, number) for number, fact in enumerate(top.array("facts")))
     stack = tuple(_stacked(part, number) for number, part in enumerate(_optional_list(top, "stack")))
     if len({part["id"] for part in stack}) != len(stack):
-        raise top.error("stack", "wants distinct patches")
+        raise top.error("stack", "must be distinct patches")
     return Manifest(
         format=version,
         tool=top.text("tool"),
@@ -259,12 +259,12 @@ def _manifest(top: Fields, version: int) -> Manifest:
 def _base(base: Fields) -> Base:
     name = base.text("name")
     if os.path.isabs(name) or "\\" in name:
-        raise base.error("name", "wants a model's name, not a path on one machine")
+        raise base.error("name", "must be a model's name, not a path on one machine")
     weights = {}
     for key, weight in base.each("weights"):
         sketch = weight.array("sketch")
         if not all(type(number) in (int, float) for number in sketch):
-            raise weight.error("sketch", "wants numbers")
+            raise weight.error("sketch", "must be numbers")
         weights[key] = BaseWeight(
             weight.sizes("shape"),
             weight.dtype("dtype"),
@@ -301,7 +301,7 @@ def _stacked(value: Any, number: int) -> Mapping[str, Any]:
     part.integer("facts")
     part.object("hyperparameters")
     if part.amount("scale") == 0:
-        raise part.error("scale", "wants a number above 0")
+        raise part.error("scale", "must be a number above 0")
     return part.value
 
 
@@ -309,16 +309,16 @@ def _group(value: Any, number: int, facts: int) -> Mapping[str, Any]:
     group = Fields(value, f"manifest.groups[{number}]")
     for key in ("facts", "layers"):
         if not group.array(key) or not all(type(index) is int and index >= 0 for index in group.array(key)):
-            raise group.error(key, "wants numbers from 0")
+            raise group.error(key, "must be numbers from 0")
     if max(group.array("facts")) >= facts:
-        raise group.error("facts", f"wants positions among the {facts} facts")
+        raise group.error("facts", f"must be positions among the {facts} facts")
     return group.value
 
 
 def _delta(delta: Fields) -> DeltaInfo:
     form = delta.text("form")
     if form not in FORMS:
-        raise delta.error("form", f"wants one of {', '.join(FORMS)}")
+        raise delta.error("form", f"must be one of {', '.join(FORMS)}")
     rank = None if delta.any("rank") is None else delta.integer("rank", minimum=1)
     return DeltaInfo(form, rank, delta.amount("norm"), delta.amount("relative_norm"), delta.rest())
 

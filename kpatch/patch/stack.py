@@ -35,7 +35,7 @@ from kpatch.text import printable
 
 @dataclass(frozen=True)
 class StackResult:
-    """What `stack` has to tell; `id`, `path` and `bytes` are None when nothing was written.
+    """The outcome of `stack`; `id`, `path` and `bytes` are None when nothing was written.
 
     `weights` are {name, ranks (of each patch that changes it, None for a dense delta without), rank, form}; of the
     result only when it was written.
@@ -107,7 +107,7 @@ def stack(
     refuse_twice([(info.name, info) for info in infos])
     union = unite(infos)
     base = common_base(infos, report)
-    _say(infos, factors, union, report)
+    _warn(infos, factors, union, report)
     deltas: dict[str, Delta] = {}
     weights: list[dict[str, Any]] = []
     found: list[Interference] = []
@@ -179,18 +179,18 @@ def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple
         return (1.0,) * len(infos)
     if len(scales) != len(infos):
         raise BadInput(
-            "There is not one --scale for each patch",
+            "`scales` does not have one factor for each patch",
             details=[f"expected {len(infos)}, in the order of the patches   found {len(scales)}"],
-            hint="give --scale 1 for a patch that shall stay as it is",
+            hint="give `scales=1` for a patch that is to stay as it is",
         )
     wrong = [scale for scale in scales if not (scale > 0 and math.isfinite(scale))]
     if wrong:
-        raise BadInput(f"--scale {wrong[0]:g} is not a number above 0", hint="leave out a patch that shall not count")
+        raise BadInput(f"`scales={wrong[0]:g}` is not above 0", hint="leave out a patch that is not to count")
     return tuple(float(scale) for scale in scales)
 
 
-def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, report: Reporter) -> None:
-    """What a sum does that one may not expect."""
+def _warn(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, report: Reporter) -> None:
+    """Note and warn of what a sum does that one may not expect."""
     for parent in outer_parents(infos):
         report.note(f"the result still needs patch {parent[:12]}, which one of them was made on top of")
     scale = {info.id: factor for info, factor in zip(infos, scales, strict=True)}
@@ -207,7 +207,7 @@ def _say(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, 
         others = "" if len(twice) == 1 else f" (and {len(twice) - 1} more such facts)"
         report.warn(
             f"{printable(first.text, 80)!r} is edited by {names}{others}: listed once, but its edit lands "
-            f"{_lands(first, infos, scales):g} times; --resolve or --scale mends that"
+            f"{_lands(first, infos, scales):g} times; `resolve` and `scales` avoid that"
         )
 
 

@@ -356,8 +356,8 @@ def test_a_base_that_carries_patches(old: Path, tmp_path: Path) -> None:
 def test_options_are_checked(old: Path) -> None:
     new = edited(old, lambda tensors: tensors[EMBED].add_(1))
     for tolerance in (0.0, 1.0, -1.0, float("nan")):
-        refused(old, new, BadInput, "--tolerance", tolerance=tolerance)
-    refused(old, new, BadInput, "--max-rank", max_rank=0)
+        refused(old, new, BadInput, "tolerance=", tolerance=tolerance)
+    refused(old, new, BadInput, "max_rank=0", max_rank=0)
     (old.parent / "there.patch").write_text("x")
     with pytest.raises(Refused, match="exists"):
         diff_checkpoints(old, new, old.parent / "there.patch")

@@ -134,7 +134,7 @@ def test_scales_are_checked(model: Path, tmp_path: Path, scales: list[float]) ->
     refused(
         lambda: stack(paths, tmp_path / "ab.patch", scales=scales),
         BadInput,
-        "one --scale" if len(scales) != 2 else "above 0",
+        "one factor" if len(scales) != 2 else "above 0",
     )
     assert not (tmp_path / "ab.patch").exists()
 

@@ -61,7 +61,7 @@ class TensorDiff:
 
 @dataclass(frozen=True)
 class CheckpointDiff:
-    """What `diff` tells of two checkpoints; `id`, `path` and `bytes` are None when no patch was written."""
+    """The outcome of `diff` for two checkpoints; `id`, `path` and `bytes` are None when no patch was written."""
 
     a: str
     b: str
@@ -111,9 +111,9 @@ def diff_checkpoints(
     """
     start = time.monotonic()
     if tolerance is not None and not 0 < tolerance < 1:
-        raise BadInput(f"--tolerance {tolerance:g} is not a share between 0 and 1", hint="1e-6 is float32's own")
+        raise BadInput(f"`tolerance={tolerance:g}` is not a share between 0 and 1", hint="1e-6 is float32's own")
     if max_rank is not None and max_rank < 1:
-        raise BadInput(f"--max-rank {max_rank} is not a rank")
+        raise BadInput(f"`max_rank={max_rank}` is not a rank")
     with system_errors(Path(a)):
         found = compare(a, b, report)
         sizes = _measure(found, report)

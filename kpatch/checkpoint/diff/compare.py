@@ -88,7 +88,7 @@ def _same_architecture(a: Checkpoint, b: Checkpoint) -> None:
 def model_type(checkpoint: Checkpoint) -> str | None:
     """What config.json calls the architecture, None where it does not say."""
     path = checkpoint.path / "config.json"
-    value = read_json(path, printable(str(path))) if path.is_file() else {}
+    value = read_json(path, str(path)) if path.is_file() else {}
     found = value.get("model_type") if isinstance(value, dict) else None
     return found if isinstance(found, str) and found else None
 
