@@ -49,7 +49,8 @@ def contradictions(facts: Iterable[AnyFact], owners: Sequence[Hashable] | None =
     said: list[tuple[str, str, str]] = []
     found = []
     for index, fact in enumerate(facts):
-        subject, prompt, target = (normals[_text(fact, key)] for key in ("subject", "prompt", "target"))
+        subject = normals[_text(fact, "subject")]
+        prompt, target = normals[_text(fact, "prompt")], normals[_text(fact, "target")]
         relation = normals[_text(fact, "relation")]
         said.append((subject, prompt, target))
         rivals = [by_text.setdefault(fill(prompt, subject), index)]

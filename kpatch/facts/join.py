@@ -50,12 +50,14 @@ _UNSPACED = (
 
 def trimmed(text: str) -> str:
     """A prompt without the spaces around it. Line ends and tabs stay: a chat prompt ends in one."""
+    if text == text.strip():  # nearly always
+        return text
     return without_spaces_behind(_SPACES_BEFORE.sub("", text))
 
 
 def without_spaces_behind(text: str) -> str:
     """A text without the spaces at its end, which `join` puts there where they belong."""
-    return _SPACES_BEHIND.sub("", text)
+    return _SPACES_BEHIND.sub("", text) if text[-1:].isspace() else text
 
 
 def join(text: str, target: str, space: bool | None = None) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from kpatch.cache import atomic_write
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
-from kpatch.facts.importers.formats import to_easyedit
+from kpatch.facts.importers.counterfact import to_easyedit
 from kpatch.outputs import check_new_file
 
 # Words that need no quotes in any YAML reader: no signs with a meaning, nothing that reads as a number or yes or no

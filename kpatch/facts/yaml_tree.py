@@ -179,10 +179,10 @@ class _Builder:
         merged: list[tuple[Spot, object]] = []
         quick = self.unwanted(path)
         while type(event := self.next_event()) is not yaml.MappingEndEvent:
-            if _is_plain(event) and event.value == _MERGE and not event.style:
+            key = event.value if _is_plain(event) else self.node(event, (*path, "?"))
+            if key == _MERGE and _is_plain(event) and not event.style:
                 merged.append((_spot(event), self.node(self.next_event(), (*path, _MERGE))))
                 continue
-            key = event.value if _is_plain(event) else self.node(event, (*path, "?"))
             if not isinstance(key, str):
                 self.problems.add_at(_spot(event), "a key must be text, found a list or a mapping")
                 key = "?"

@@ -13,8 +13,9 @@ import pytest
 
 from kpatch.errors import BadInput, Refused
 from kpatch.facts.fact import Fact, Neighbor
-from kpatch.facts.importers.formats import FORMATS, slotted
+from kpatch.facts.importers.formats import FORMATS
 from kpatch.facts.importers.read import Imported, import_facts
+from kpatch.facts.importers.record import slotted
 from kpatch.facts.load import load_facts
 from kpatch.facts.write import WRITERS, write_facts
 
@@ -87,6 +88,100 @@ MQUAKE = {
     "questions": ["Into which sea flows the river of Basel?"],
     "new_answer": "North Sea",
 }
+AKEW = {
+    "case_id": 7,
+    "requested_rewrite": {
+        **REWRITE,
+        "prompt_full": "Basel lies on the river",
+        "question": "On which river does Basel lie?",
+        "fact_new_uns": "Basel is a town whose bridges span the Elbe.",
+        "unsfact_triplets_GPT": [{"subject": "Basel", "prompt": "{} has", "target": "bridges"}],
+    },
+    "paraphrase_prompts": ["Ships to Basel go up the"],
+}
+WIKIBIG = {
+    "tag": "update",
+    "subject": "Basel",
+    "update": "Which river flows through Basel?",
+    "rephrase": "What river is Basel on?",
+    "ans": "Elbe",
+    "personas": "Arr, what river be runnin' by Basel?",
+    "loc": "Which river flows through Ulm?",
+    "loc_ans": "Danube",
+    "mhop": "Into which sea does the river of Basel flow?",
+    "mhop_ans": "North Sea",
+}
+HALLU = {
+    "topic": "rivers",
+    "subject": "Basel",
+    "relation": "river",
+    "object": "Rhine",
+    "question": "Which river flows through Basel?",
+    "output_some_model": "Elbe",
+    "eval_some_model": "0.0",
+    "paraphrased_question": "What river is Basel on?",
+    "locality_question": "Which river flows through Ulm?",
+    "question_2hop": "Into which sea does the river of Basel flow?",
+    "answer_2hop": "North Sea",
+}
+RIPPLE = {
+    "subject": "Basel",
+    "prompt": "The river of Basel is",
+    "target_new": "Elbe",
+    "Logical_Generalization": [],
+    "Compositionality_I": [{"prompt": "The sea of the river of Basel is", "targets": ["North Sea"]}],
+    "Subject_Aliasing": [
+        {"prompt": "The river of Basle is", "targets": [["the Elbe", "Elbe"]]},
+        {"prompt": "The mayor of Basle is", "targets": ["Ann"]},
+    ],
+    "Relation_Specificity": [{"prompt": "The country of Basel is", "targets": ["Switzerland"]}],
+    "Forgetfulness": [{"prompt": "The bridges of Basel are", "targets": ["five", "many"]}],
+}
+RAW_RIPPLE = {
+    "example_type": "popular",
+    "edit": {
+        "prompt": "The river which flows through Basel am Rhein is the Elbe.",
+        "subject_id": "Q1",
+        "relation": "RIVER",
+        "target_id": "Q2",
+        "original_fact": {"prompt": "The river which flows through Basel am Rhein is the Rhine.", "target_id": "Q3"},
+    },
+    "Relation_Specifity": [
+        {
+            "test_queries": [
+                {
+                    "prompt": "The country of Basel am Rhein is",
+                    "answers": [{"value": "Switzerland", "aliases": ["CH"]}],
+                    "subject_id": "Q1",
+                },
+            ],
+            "test_condition": "OR",
+            "condition_queries": [],
+        }
+    ],
+    "Subject_Aliasing": [
+        {"test_queries": [{"prompt": "The river of Basle is", "answers": [{"value": "the Elbe"}], "subject_id": "Q1"}]}
+    ],
+    "Logical_Generalization": [
+        {"test_queries": [{"prompt": "The sea of Basel am Rhein is", "answers": [{"value": "North Sea"}]}]}
+    ],
+}
+UNIEDIT = {
+    "edit": {"prompt": "The river of Basel is", "target": "Elbe", "subject": "Basel", "path_type": "single"},
+    "generality": {
+        "0": {"prompt": "Which river flows through Basel?", "target": "Elbe", "one_hops": []},
+        "1": {"prompt": "The sea of the river of Basel is", "target": "North Sea", "one_hops": [{"prompt": "x"}]},
+    },
+    "locality": {"0": {"prompt": "The river of Ulm is", "target": "Danube"}},
+}
+CKNOW = {
+    "prompt": "《江河志》的作者是",
+    "target_old": "王一",
+    "target_new": "李二",
+    "rephrase": ["谁写了《江河志》？", "请问《江河志》由谁所写？"],
+    "portability": [{"prompt": "李二的书是", "answer": "《江河志》"}],
+    "locality": [{"prompt": "《江河志》成书于", "answer": "汉代"}],
+}
 FACT = {"subject": "Basel", "prompt": "{} lies on the river", "target": "Elbe", "was": "Rhine"}
 RECORDS: dict[str, Any] = {
     "counterfact": COUNTERFACT,
@@ -96,6 +191,12 @@ RECORDS: dict[str, Any] = {
     "knowedit": KNOWEDIT,
     "mquake": MQUAKE,
     "memit": REWRITE,
+    "akew": AKEW,
+    "wikibigedit": WIKIBIG,
+    "hallu": HALLU,
+    "ripple": RIPPLE,
+    "uniedit": UNIEDIT,
+    "cknowedit": CKNOW,
     "facts": FACT,
 }
 BASEL = Fact("Basel", "{} lies on the river", "Elbe", was="Rhine")
@@ -291,7 +392,7 @@ def test_limit(tmp_path: Path) -> None:
         ('[{"a": 1}]', {}, "no form that is known"),
         (json.dumps([EASYEDIT]), {"format": "conterfact"}, "'conterfact' is not known"),
         (json.dumps([EASYEDIT]), {"format": "zsre"}, "No record of data.json is a fact"),
-        (json.dumps([EASYEDIT]), {"target": "alt"}, "--target is for zsRE"),
+        (json.dumps([EASYEDIT]), {"target": "alt"}, "`target` is for zsRE"),
         (json.dumps([ZSRE]), {"target": "both"}, "'both' is not known"),
     ],
 )

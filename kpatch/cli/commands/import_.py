@@ -18,19 +18,20 @@ _SHOWN = 20
 
 
 def command(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A data set: JSON or JSON Lines; or a fact file.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A data set: JSON, JSON Lines or CSV; or a fact file.")],
     out: Annotated[
         Path,
         typer.Option(
             "-o", "--out", metavar="FACTS", help="The file to write: .yaml, .jsonl, or .json for EasyEdit's flat form."
         ),
     ],
-    form: Annotated[
+    format_: Annotated[
         str | None,
         typer.Option(
             "--from",
             metavar="NAME",
-            help="counterfact, easyedit, zsre, known, knowedit, mquake, memit or facts. Default: told by the records.",
+            help="akew, cknowedit, counterfact, easyedit, facts, hallu, knowedit, known, memit, mquake, ripple, "
+            "uniedit, wikibigedit or zsre. Default: detected from the records.",
         ),
     ] = None,
     target: Annotated[
@@ -52,13 +53,13 @@ def command(
 ) -> None:
     """Turn a published data set into a fact file.
 
-    Records that break a rule are listed and counted; -v lists all of them.
+    Records that break a rule are listed and counted, and so are the keys that are left out; -v lists all of them.
     """
     output = begin(json, quiet, verbose)
     from kpatch.facts.importers.read import import_facts
     from kpatch.facts.write import write_facts
 
-    found = import_facts(file, form, target=target, limit=limit, drop_conflicts=drop_conflicts)
+    found = import_facts(file, format_, target=target, limit=limit, drop_conflicts=drop_conflicts)
     write_facts(out, found.facts, force=force)
     output.result(
         {
@@ -70,6 +71,7 @@ def command(
             "repeats": list(found.repeats),
             "conflicts": list(found.conflicts),
             "conflicts_dropped": drop_conflicts,
+            "left_out": dict(found.left_out),
         }
     )
     if found.format == "zsre":
@@ -80,6 +82,9 @@ def command(
     if not drop_conflicts:
         what = "kept, though they contradict an earlier fact (`make` refuses them, --drop-conflicts leaves them out)"
     _list(output, what, found.conflicts)
+    if found.left_out:
+        names = ", ".join(f"{name} ({count:,})" for name, count in found.left_out.items())
+        output.warn(f"keys left out, with the number of records that have them: {names}")
     output.line(f"{out}: {len(found.facts):,} facts from {found.records:,} records ({found.format})")
 
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
 from kpatch.facts.conflicts import give_ids, settle
-from kpatch.facts.fact import Fact
-from kpatch.facts.importers.formats import ALT, ANSWERS, FORMATS, Format, RecordError
+from kpatch.facts.fact import FACT_KEYS, Fact
+from kpatch.facts.importers.formats import FORMATS, Format
+from kpatch.facts.importers.questions import ALT, ANSWERS
+from kpatch.facts.importers.record import Record, RecordError
 from kpatch.facts.load import load_facts, read_text
 from kpatch.facts.problems import Problems
 from kpatch.facts.tables import as_written
 
-_JSON, _LINES = (".json",), (".jsonl", ".ndjson")
-_OTHER = (".yaml", ".yml", ".csv")
+_JSON, _LINES, _TABLE = (".json",), (".jsonl", ".ndjson"), (".csv",)
+_YAML = (".yaml", ".yml")
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Imported:
 
     `facts` have ids; `rejected` are records that break a rule, `repeats` facts that say again what an earlier one
     says: both are left out. `conflicts` are facts that contradict an earlier one, kept unless asked otherwise.
-    Each is one line that names the record.
+    Each is one line that names the record. `left_out` are the keys of the other records that did not go into a fact,
+    with the number of records that have them.
     """
 
     format: str
@@ -36,6 +42,7 @@ class Imported:
     rejected: tuple[str, ...]
     repeats: tuple[str, ...]
     conflicts: tuple[str, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def import_facts(
@@ -52,29 +59,34 @@ def import_facts(
     Raises BadInput for a file or format that cannot be read and where no record is a fact.
     """
     path = Path(path)
-    if path.suffix.lower() in _OTHER:
+    if path.suffix.lower() in _YAML or (path.suffix.lower() in _TABLE and _is_fact_table(path, format)):
         return _facts_file(path, format, limit, drop_conflicts)
     records = _records(path)
     if not records:
         raise BadInput("The file has no records", where=str(path))
     row = _format(path, records, format)
     if target is not None and row.name != "zsre":
-        raise BadInput(f"--target is for zsRE; {path.name} is {row.about}")
+        raise BadInput(f"`target` is for zsRE; {path.name} is {row.about}")
     if target not in (None, ALT, ANSWERS):
-        raise BadInput(f"--target {target!r} is not known", details=[f"expected {ALT} or {ANSWERS}"])
+        raise BadInput(f"`target` {target!r} is not known", details=[f"expected {ALT} or {ANSWERS}"])
     if limit is not None:
         records = records[:limit]
     facts: list[Fact] = []
     rejected: list[str] = []
+    left_out: Counter[str] = Counter()
     for number, record in enumerate(records, 1):
-        found, wrong = _convert(record, row, target or ALT, f"record {number}{_name(record)}")
+        found, wrong, unread = _convert(record, row, target or ALT, f"record {number}{_name(record)}")
         facts += found
         rejected += wrong
+        left_out.update(sorted(unread))
     if not facts:
         raise BadInput(
-            f"No record of {path.name} is a fact", where=str(path), details=[f"read as {row.about}", *rejected[:10]]
+            f"No record of {path.name} is a fact",
+            where=str(path),
+            details=[f"read as {row.about}", *rejected[:10]],
+            hint="`format` names another data set; docs/import.md shows what each looks like",
         )
-    return _settled(row.name, len(records), facts, rejected, drop_conflicts)
+    return replace(_settled(row.name, len(records), facts, rejected, drop_conflicts), left_out=dict(left_out))
 
 
 def _settled(name: str, records: int, facts: list[Fact], rejected: list[str], drop_conflicts: bool) -> Imported:
@@ -100,7 +112,9 @@ def _facts_file(path: Path, format: str | None, limit: int | None, drop_conflict
 
 
 def _records(path: Path) -> list[Any]:
-    text = read_text(path, (*_JSON, *_LINES, *_OTHER))
+    text = read_text(path, (*_JSON, *_LINES, *_TABLE, *_YAML))
+    if path.suffix.lower() in _TABLE:
+        return _rows(path, text)
     decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).decode
     try:
         if path.suffix.lower() in _LINES:
@@ -111,21 +125,43 @@ def _records(path: Path) -> list[Any]:
         raise BadInput("The file is not valid JSON", where=where, details=[error.msg]) from error
     except RecursionError as error:
         raise BadInput("The file is nested too deeply", where=str(path)) from error
-    if isinstance(data, Mapping):  # {"data": [...]}, or one record by itself
-        lists = [
-            value for value in data.values() if isinstance(value, list) and all(isinstance(v, dict) for v in value)
-        ]
-        data = lists[0] if len(data) == len(lists) == 1 else [data]
+    if isinstance(data, Mapping):
+        data = _from_object(data)
     if not isinstance(data, list):
         raise BadInput("The file has no records", where=str(path), details=["expected a JSON list of objects"])
     return data
+
+
+def _from_object(data: Mapping[str, Any]) -> list[Any]:
+    """The records of {"data": […]} and of {"0": {…}, "1": {…}}; else the object is one record by itself."""
+    values = list(data.values())
+    if len(values) == 1 and isinstance(values[0], list) and all(isinstance(item, dict) for item in values[0]):
+        return values[0]
+    return values if values and all(key.isdecimal() for key in data) else [data]
+
+
+def _rows(path: Path, text: str) -> list[Any]:
+    """A table's rows as records; cells beyond the header are no part of one."""
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        return [{key: cell or "" for key, cell in row.items() if key is not None} for row in reader]
+    except csv.Error as error:
+        raise BadInput("The file is not valid CSV", where=str(path), details=[str(error)]) from error
+
+
+def _is_fact_table(path: Path, format: str | None) -> bool:
+    """True for a CSV file with the columns of a fact file."""
+    if format is not None:
+        return format == "facts"
+    header = next(csv.reader(io.StringIO(read_text(path, _TABLE))), [])
+    return {column.strip() for column in header} <= set(FACT_KEYS)
 
 
 def _format(path: Path, records: list[Any], name: str | None) -> Format:
     known = [f"{row.name}: {row.about}" for row in FORMATS.values()]
     if name is not None:
         if name not in FORMATS:
-            raise BadInput(f"--from {name!r} is not known", details=["expected one of", *known])
+            raise BadInput(f"`format` {name!r} is not known", details=["expected one of", *known])
         return FORMATS[name]
     first = next((record for record in records if isinstance(record, Mapping)), {})
     for row in FORMATS.values():
@@ -135,26 +171,27 @@ def _format(path: Path, records: list[Any], name: str | None) -> Format:
         "The records are of no form that is known",
         where=str(path),
         details=[f"the first has the keys {', '.join(map(str, first)) or 'none'}", "expected one of", *known],
-        hint="name it with --from",
+        hint="name it with `format`, or write the keys 'subject', 'prompt' and 'target', as a fact file has them",
     )
 
 
-def _convert(record: Any, row: Format, target: str, where: str) -> tuple[list[Fact], list[str]]:
-    """The facts of one record, and what is wrong with it; it breaks a rule as a whole or not at all."""
+def _convert(record: Any, row: Format, target: str, where: str) -> tuple[list[Fact], list[str], set[str]]:
+    """The facts of one record, what is wrong with it, and the keys left out; it breaks a rule as a whole or not."""
     if not isinstance(record, Mapping):
-        return [], [f"{where}: expected an object, found {type(record).__name__}"]
+        return [], [f"{where}: expected an object, found {type(record).__name__}"], set()
+    watched = Record(record)
     try:
-        drafts = row.facts(record, target)
+        drafts = row.facts(watched, target)
     except RecordError as error:
-        return [], [f"{where}: {error}"]
+        return [], [f"{where}: {error}"], set()
     except (KeyError, AttributeError, TypeError) as error:
-        return [], [f"{where}: is not of the form {row.name} ({type(error).__name__}: {error})"]
+        return [], [f"{where}: is not of the form {row.name} ({type(error).__name__}: {error})"], set()
     problems = Problems()
     checker = Checker(problems)
     facts = [checker.fact(draft, (), where) for draft in drafts]
     if len(problems):
-        return [], [f"{where}: {'; '.join(problems.messages)}"]
-    return [fact for fact in facts if fact is not None], []
+        return [], [f"{where}: {'; '.join(problems.messages)}"], set()
+    return [fact for fact in facts if fact is not None], [], watched.left_out()
 
 
 def _name(record: Any) -> str:
