@@ -104,9 +104,16 @@ def test_what_is_no_table_of_tensors_is_named(pickled: Path, name: str) -> None:
     assert words in refused(pickled, BadInput).message
 
 
-def test_an_ordered_table_is_fine(pickled: Path, tmp_path: Path) -> None:
-    torch.save(OrderedDict(torch.load(pickled / BIN, weights_only=True)), pickled / BIN)
+def test_an_ordered_table_gives_the_copy_of_a_plain_one(pickled: Path, tmp_path: Path) -> None:
+    tensors = torch.load(pickled / BIN, weights_only=True)
+    apply([tmp_path / "a.patch"], pickled, out=tmp_path / "plain")
+    torch.save(OrderedDict(tensors), pickled / BIN)
     apply([tmp_path / "a.patch"], pickled, out=tmp_path / "copy")
+    copy = tmp_path / "copy" / "model.safetensors"
+    assert copy.read_bytes() == (tmp_path / "plain" / "model.safetensors").read_bytes()
+    written = load_file(copy)
+    assert written.keys() == tensors.keys()
+    assert {name for name in tensors if not torch.equal(written[name], tensors[name])} == set(WEIGHTS)
 
 
 def test_quantized_and_other_weights_are_refused(pickled: Path) -> None:

@@ -188,22 +188,19 @@ def solve(k: Tensor, r: Tensor, c: Tensor) -> Tensor:
 def nearest_on_norm(target: Tensor, gain: Tensor) -> Tensor:
     """u [d] with ‖u‖² = d for which γ ⊙ u, what an RMS norm with gain γ can put out, is nearest to `target`.
 
-    The Lagrangian of min ‖γ ⊙ u − t‖² gives u_i = γ_i t_i / (γ_i² + μ); at the global minimum μ ≥ −min γ²,
-    and there ‖u‖ falls as μ grows: bisection on the distance of μ from that pole.
+    With D = diag(γ) and g = D t, the stationary points are (D² + μ I) u = g with ‖u‖² = d, and the minimum is the one
+    with the largest μ. w = (D² + μ I)^{-1} u turns that into the quadratic eigenvalue problem
+    (D² + μ I)² w = g g^T w / d, so μ is the largest real eigenvalue of a matrix of twice the size.
+    Source: Gander, Golub and von Matt 1989, "A constrained eigenvalue problem".
     """
     t, g = target.double(), gain.double()
     width = len(t)
-    above_pole = g**2 - (g**2).min()
-    low, high = 0.0, float((g * t).norm()) + 1e-30  # at `high`, ‖u‖ ≤ 1
-    for _ in range(2000):
-        middle = (low + high) / 2
-        if middle in (low, high):
-            break
-        if float(((g * t) / (above_pole + middle)).square().sum()) > width:
-            low = middle
-        else:
-            high = middle
-    return g * t / (above_pole + high)
+    squares, one = torch.diag(g**2), torch.eye(width, dtype=torch.float64)
+    outer = torch.outer(g * t, g * t) / width
+    eigenvalues = torch.linalg.eigvals(torch.cat([torch.cat([-squares, one], 1), torch.cat([outer, -squares], 1)]))
+    real = eigenvalues.real[eigenvalues.imag.abs() < 1e-9 * (1 + eigenvalues.abs())]
+    u = g * t / (g**2 + real.max())
+    return u * (width**0.5 / u.norm())
 
 
 def norm_parts(norm: nn.Module) -> tuple[Tensor, float]:
