@@ -153,7 +153,7 @@ def scored_as(model: Model, target: Ids, logprobs: Sequence[float], best: Sequen
     if math.isnan(total):
         raise CheckFailed(
             f"{model.name} gives NaN instead of probabilities",
-            hint="a smaller patch, or --dtype float32, keeps the numbers in range",
+            hint="a smaller patch, or `dtype` float32, keeps the numbers in range",
         )
     return Scored(total, total / len(target), list(best) == list(target), best[0])
 

@@ -47,7 +47,7 @@ def names(found: Adapter) -> dict[str, Module]:
         raise BadInput(
             f"Only the MLP's output projection ({down}) is known to be stored in llama.cpp as it is here",
             details=[printable(name, 120) for name in wrong[:10]],
-            hint="--to peft, and llama.cpp's convert_lora_to_gguf.py",
+            hint="export it for PEFT, and convert that with llama.cpp's convert_lora_to_gguf.py",
         )
     count = 1 + max(layer for layer in layers.values() if layer is not None)
     table = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture], count)

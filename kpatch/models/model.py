@@ -294,7 +294,7 @@ def load_model(
             f"{resolved.name} is larger than the memory of {where}",
             where=path,
             details=["a model is held by one device as a whole: spreading it over several is not supported"],
-            hint="--dtype bfloat16 takes half of float32; --device cpu takes the machine's memory",
+            hint="`dtype` bfloat16 takes half of float32; `device` cpu takes the machine's memory",
         ) from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -377,7 +377,7 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(
-            f"Device {name!r} cannot be used", details=[reason], hint="--device cpu always works"
+            f"Device {name!r} cannot be used", details=[reason], hint="`device` cpu always works"
         ) from error
     return device
 

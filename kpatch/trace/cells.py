@@ -10,16 +10,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from kpatch.trace.clean_corrupted import Traced
-
-
 Site = Literal["state", "mlp", "attn"]
+
+
+@dataclass(frozen=True)
+class Traced:
+    """One fact as it is traced: its prompt's ids, the subject's tokens first..last, the id of the answer."""
+
+    ids: tuple[int, ...]
+    first: int
+    last: int
+    answer: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,17 +17,7 @@ from transformers import DynamicCache
 
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Batch, Calls, align, record, record_after
-from kpatch.trace.cells import Site
-
-
-@dataclass(frozen=True)
-class Traced:
-    """One fact as it is traced: its prompt's ids, the subject's tokens first..last, the id of the answer."""
-
-    ids: tuple[int, ...]
-    first: int
-    last: int
-    answer: int
+from kpatch.trace.cells import Site, Traced
 
 
 @dataclass

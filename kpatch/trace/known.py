@@ -15,7 +15,7 @@ from kpatch.facts.tokens import encode_spans, encode_target, name_of
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, record
 from kpatch.reporter import SILENT, Reporter
-from kpatch.trace.clean_corrupted import Traced
+from kpatch.trace.cells import Traced
 from kpatch.trace.fact_lists import slotted
 
 _BATCH = 128  # prompts asked at once

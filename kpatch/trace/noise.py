@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kpatch.errors import CheckFailed
 from kpatch.models.model import Model
-from kpatch.trace.clean_corrupted import Traced
+from kpatch.trace.cells import Traced
 
 
 @torch.no_grad()

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from kpatch.models.families import FAMILIES
-from kpatch.trace.clean_corrupted import Traced, run_clean_and_corrupted
+from kpatch.trace.cells import Traced
+from kpatch.trace.clean_corrupted import run_clean_and_corrupted
 from kpatch.trace.noise import draw, spread_of_embeddings
 from tests.support.models import WIDTH, tiny
 

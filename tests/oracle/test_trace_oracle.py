@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kpatch.models.model import Model
-from kpatch.trace.cells import Cell, Point, everything, severed, state, window
-from kpatch.trace.clean_corrupted import Runs, Traced, run_clean_and_corrupted
+from kpatch.trace.cells import Cell, Point, Traced, everything, severed, state, window
+from kpatch.trace.clean_corrupted import Runs, run_clean_and_corrupted
 from kpatch.trace.engine import trace_cells
 from kpatch.trace.memory import MemoryBudget
 from kpatch.trace.noise import draw

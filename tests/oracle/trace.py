@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.models.model import Model
-from kpatch.trace.clean_corrupted import Traced
+from kpatch.trace.cells import Traced
 
 Spot = tuple[str, int, int]  # "state", "mlp" or "attn"; layer; token
 

@@ -9,7 +9,7 @@ import torch
 
 from kpatch.errors import BadInput, CheckFailed
 from kpatch.facts.fact import Fact
-from kpatch.trace.clean_corrupted import Traced
+from kpatch.trace.cells import Traced
 from kpatch.trace.known import ask_one, find_known, subject_items, tokens_of
 from kpatch.trace.noise import draw, spread_of_embeddings
 from tests.support.models import tiny
