@@ -22,6 +22,7 @@ from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Damaged
+from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -75,7 +76,7 @@ class ApplyReport:
 
 
 def apply(
-    patches: Sequence[str | Path],
+    patches: PatchSource | Sequence[PatchSource],
     model_dir: str | Path,
     *,
     check: bool = False,
@@ -84,7 +85,7 @@ def apply(
     force: bool = False,
     report: Reporter = SILENT,
 ) -> ApplyReport:
-    """Apply patches to a checkpoint directory: weights become round(base + Σ Δ_i), all patches or none.
+    """Apply one patch or several to a checkpoint directory: weights become round(base + Σ Δ_i), all or none.
 
     `check` stops after the plan and writes nothing. `out` leaves the checkpoint alone and writes a patched copy to a
     new directory, optionally in another `dtype` (float32, bfloat16 or float16), and as safetensors where the
@@ -104,7 +105,14 @@ def apply(
         checkpoint = weights.checkpoint
         whole = dtype is not None or isinstance(weights, PickledWeights)
         plan = plan_apply(
-            patches, weights, store, copy=out is not None, check=check, force=force, whole=whole, report=report
+            patch_list(patches),
+            weights,
+            store,
+            copy=out is not None,
+            check=check,
+            force=force,
+            whole=whole,
+            report=report,
         )
     for note in plan.notes:
         report.note(note)

@@ -19,6 +19,7 @@ from kpatch.patch.combine import called, refuse_contradictions, refuse_twice
 from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import strong_pairs, warning
+from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -96,7 +97,7 @@ class Plan:
 
 
 def plan_apply(
-    paths: Sequence[str | Path],
+    paths: Sequence[PatchSource],
     weights: Weights,
     store: Store,
     *,

@@ -14,6 +14,7 @@ from kpatch.checkpoint.records import Applied, AppliedPatch
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.header import read_header
+from kpatch.patch.sources import PatchSource, ReadPatch, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -22,7 +23,7 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 def revert(
     model_dir: str | Path,
-    patches: Sequence[str | Path] | None = None,
+    patches: PatchSource | Sequence[PatchSource] | None = None,
     all: bool = False,
     *,
     check: bool = False,
@@ -51,14 +52,15 @@ def revert(
     return report_of(plan, outcomes, start, checkpoint.given)
 
 
-def _choose(applied: Applied, patches: Sequence[str | Path] | None, all: bool, given: str) -> list[str]:
+def _choose(applied: Applied, patches: PatchSource | Sequence[PatchSource] | None, all: bool, given: str) -> list[str]:
     if all:
         if patches:
             raise BadInput("Give the patches to revert or `all`, not both")
         return list(applied.ids)
-    if not patches:
+    if patches is None or patches == []:
         return [applied.patches[-1].id]
-    return [_find(applied, str(patch), given).id for patch in patches]
+    names = [patch.id if isinstance(patch, ReadPatch) else str(patch) for patch in patch_list(patches)]
+    return [_find(applied, name, given).id for name in names]
 
 
 def _find(applied: Applied, asked: str, given: str) -> AppliedPatch:

@@ -31,6 +31,7 @@ from kpatch.patch.combine import FactUnion, called, common_base, outer_parents, 
 from kpatch.patch.format import read_tensor
 from kpatch.patch.header import VALUES, PatchInfo, read_header
 from kpatch.patch.manifest import Base
+from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
 from kpatch.text import printable
@@ -139,7 +140,7 @@ Rows = dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
 
 
 def solve_again(
-    patches: Sequence[str | Path],
+    patches: PatchSource | Sequence[PatchSource],
     out: str | Path,
     *,
     model: str | Model | None = None,
@@ -158,7 +159,7 @@ def solve_again(
     them, or were made with other settings; BadInput where the model or the corpus cannot be had.
     """
     started = time.monotonic()
-    infos = tuple(read_header(path) for path in patches)
+    infos = tuple(read_header(patch) for patch in patch_list(patches))
     if not infos:
         raise BadInput("No patch given")
     refuse_twice([(info.name, info) for info in infos])

@@ -33,7 +33,7 @@ def network(model: object) -> nn.Module:
             return net
     raise BadInput(
         f"Expected a model in memory, found {_described(model)}",
-        hint="load it first: AutoModelForCausalLM.from_pretrained(…), or kpatch.load_model(…)",
+        hint="load it first: AutoModelForCausalLM.from_pretrained(…), or kpatch.models.model.open_model(…)",
     )
 
 
