@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kpatch.checkpoint.apply import ApplyReport, carry_out, ready, report_of
@@ -14,6 +14,7 @@ from kpatch.checkpoint.records import Applied, AppliedPatch
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.header import read_header
+from kpatch.patch.sources import PatchSource, ReadPatch, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -22,7 +23,7 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 def revert(
     model_dir: str | Path,
-    patches: Sequence[str | Path] | None = None,
+    patches: PatchSource | Iterable[PatchSource] | None = None,
     all: bool = False,
     *,
     check: bool = False,
@@ -43,7 +44,8 @@ def revert(
         applied = store.applied()
         if not applied.patches:
             raise Refused(f"No patch is applied to {checkpoint.given}", hint="`kpatch status` lists what is applied")
-        chosen = _choose(applied, patches, all, checkpoint.given)
+        named = [] if patches is None else patch_list(patches)
+        chosen = _choose(applied, named, all, checkpoint.given)
         plan = plan_revert(chosen, checkpoint, store, force=force, check=check, report=report)
     if check:
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
@@ -51,14 +53,15 @@ def revert(
     return report_of(plan, outcomes, start, checkpoint.given)
 
 
-def _choose(applied: Applied, patches: Sequence[str | Path] | None, all: bool, given: str) -> list[str]:
+def _choose(applied: Applied, patches: Sequence[PatchSource], all: bool, given: str) -> list[str]:
     if all:
         if patches:
             raise BadInput("Give the patches to revert or `all`, not both")
         return list(applied.ids)
     if not patches:
         return [applied.patches[-1].id]
-    return [_find(applied, str(patch), given).id for patch in patches]
+    ids = [patch.id if isinstance(patch, ReadPatch) else str(patch) for patch in patches]
+    return [_find(applied, asked, given).id for asked in ids]
 
 
 def _find(applied: Applied, asked: str, given: str) -> AppliedPatch:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
 from kpatch.patch.format import pack, read_delta, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, stored_keys
+from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -83,7 +84,7 @@ def about_patches(
 
 
 def stack(
-    patches: Sequence[str | Path],
+    patches: PatchSource | Iterable[PatchSource],
     out: str | Path | None = None,
     *,
     scales: Sequence[float] | None = None,
@@ -100,7 +101,7 @@ def stack(
     that exists, Damaged for a patch that is not sound.
     """
     start = time.monotonic()
-    infos = tuple(read_header(path) for path in patches)
+    infos = tuple(read_header(patch) for patch in patch_list(patches))
     if not infos:
         raise BadInput("No patch given")
     factors = _scales(scales, infos)
