@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,7 @@ class ApplyReport:
 
 
 def apply(
-    patches: PatchSource | Sequence[PatchSource],
+    patches: PatchSource | Iterable[PatchSource],
     model_dir: str | Path,
     *,
     check: bool = False,
@@ -87,6 +87,7 @@ def apply(
 ) -> ApplyReport:
     """Apply one patch or several to a checkpoint directory: weights become round(base + Σ Δ_i), all or none.
 
+    `patches` are files, or what was read from them; one alone counts as a list of one.
     `check` stops after the plan and writes nothing. `out` leaves the checkpoint alone and writes a patched copy to a
     new directory, optionally in another `dtype` (float32, bfloat16 or float16), and as safetensors where the
     checkpoint is a PyTorch one. `force` replaces write-protected weight files. Ctrl-C and errors before the renames
@@ -95,7 +96,7 @@ def apply(
     Raises BadInput, Refused (wrong base, conflict, applied already, links, locked), Damaged (a patch or checkpoint
     that is not sound), KpatchError (disk full, no permission).
     """
-    start = time.monotonic()
+    start, given = time.monotonic(), patch_list(patches)
     _check_dtype(dtype, out)
     store = ready(model_dir, write=not check and out is None, report=report)
     if out is not None:
@@ -105,14 +106,7 @@ def apply(
         checkpoint = weights.checkpoint
         whole = dtype is not None or isinstance(weights, PickledWeights)
         plan = plan_apply(
-            patch_list(patches),
-            weights,
-            store,
-            copy=out is not None,
-            check=check,
-            force=force,
-            whole=whole,
-            report=report,
+            given, weights, store, copy=out is not None, check=check, force=force, whole=whole, report=report
         )
     for note in plan.notes:
         report.note(note)

@@ -27,8 +27,8 @@ from kpatch.checkpoint.store import Store
 from kpatch.errors import Refused
 from kpatch.patch.container import ITEM_SIZE, layout, read_container
 from kpatch.patch.delta import rounded
+from kpatch.patch.fields import FLOAT_DTYPES
 from kpatch.patch.fingerprint import DTYPES, tensor_bytes
-from kpatch.patch.manifest import FLOAT_DTYPES
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 

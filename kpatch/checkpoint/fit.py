@@ -14,9 +14,11 @@ from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.shards import Checkpoint, open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
+from kpatch.patch.fields import FLOAT_DTYPES
 from kpatch.patch.fingerprint import match, sketch
 from kpatch.patch.header import PatchInfo, read_header
-from kpatch.patch.manifest import FLOAT_DTYPES, BaseWeight
+from kpatch.patch.manifest import BaseWeight
+from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -72,7 +74,7 @@ class Fit:
         )
 
 
-def verify_fit(patch: str | Path, model_dir: str | Path, report: Reporter = SILENT) -> Fit:
+def verify_fit(patch: PatchSource, model_dir: str | Path, report: Reporter = SILENT) -> Fit:
     """Whether a patch was made for this checkpoint (as it is without patches). Nothing is written.
 
     Raises BadInput, Damaged or Refused when the patch or the checkpoint cannot be read.

@@ -20,7 +20,7 @@ from kpatch.checkpoint.workplace import name_it, workplace
 from kpatch.errors import BadInput, KpatchError
 from kpatch.outputs import check_new_directory
 from kpatch.patch.container import ITEM_SIZE
-from kpatch.patch.manifest import FLOAT_DTYPES
+from kpatch.patch.fields import FLOAT_DTYPES
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 

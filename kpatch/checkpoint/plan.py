@@ -97,7 +97,7 @@ class Plan:
 
 
 def plan_apply(
-    paths: Sequence[PatchSource],
+    given: Sequence[PatchSource],
     weights: Weights,
     store: Store,
     *,
@@ -113,10 +113,10 @@ def plan_apply(
     The tensors of the patches are checked here only for a `check`; else in the copies that are kept of them, before
     a weight is written. Raises BadInput, Refused or Damaged; nothing is written.
     """
-    if not paths:
+    if not given:
         raise BadInput("No patch given")
     checkpoint, applied = weights.checkpoint, store.applied()
-    new = [verify(path, report) if check else read_header(path) for path in paths]
+    new = [verify(patch, report) if check else read_header(patch) for patch in given]
     patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
     named = [(patch.name, patches[patch.id]) for patch in applied.patches] + [(info.name, info) for info in new]
     refuse_twice(named, len(applied.patches), checkpoint.given)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from kpatch.patch.manifest import FLOAT_DTYPES, is_sha256
+from kpatch.patch.fields import FLOAT_DTYPES, is_sha256
 
 VERSION = 1
 

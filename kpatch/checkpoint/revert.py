@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from kpatch.checkpoint.apply import ApplyReport, carry_out, ready, report_of
@@ -23,7 +23,7 @@ _PREFIX = re.compile(r"[0-9a-f]{4,64}")
 
 def revert(
     model_dir: str | Path,
-    patches: PatchSource | Sequence[PatchSource] | None = None,
+    patches: PatchSource | Iterable[PatchSource] | None = None,
     all: bool = False,
     *,
     check: bool = False,
@@ -44,7 +44,8 @@ def revert(
         applied = store.applied()
         if not applied.patches:
             raise Refused(f"No patch is applied to {checkpoint.given}", hint="`kpatch status` lists what is applied")
-        chosen = _choose(applied, patches, all, checkpoint.given)
+        named = [] if patches is None else patch_list(patches)
+        chosen = _choose(applied, named, all, checkpoint.given)
         plan = plan_revert(chosen, checkpoint, store, force=force, check=check, report=report)
     if check:
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
@@ -52,15 +53,15 @@ def revert(
     return report_of(plan, outcomes, start, checkpoint.given)
 
 
-def _choose(applied: Applied, patches: PatchSource | Sequence[PatchSource] | None, all: bool, given: str) -> list[str]:
+def _choose(applied: Applied, patches: Sequence[PatchSource], all: bool, given: str) -> list[str]:
     if all:
         if patches:
             raise BadInput("Give the patches to revert or `all`, not both")
         return list(applied.ids)
     if patches is None or patches == []:
         return [applied.patches[-1].id]
-    names = [patch.id if isinstance(patch, ReadPatch) else str(patch) for patch in patch_list(patches)]
-    return [_find(applied, name, given).id for name in names]
+    ids = [patch.id if isinstance(patch, ReadPatch) else str(patch) for patch in patches]
+    return [_find(applied, asked, given).id for asked in ids]
 
 
 def _find(applied: Applied, asked: str, given: str) -> AppliedPatch:

@@ -6,7 +6,7 @@ Here are also the two rules for what goes together: no fact may contradict anoth
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -182,7 +182,9 @@ def common_base(patches: Sequence[PatchInfo], report: Reporter = SILENT) -> Base
             if tokenizer != base.tokenizer:
                 report.warn(f"{called(info)} was made with another tokenizer than the patches before it")
         for name, weight in base.weights.items():
-            weights.setdefault(name, (weight, info))
+            known = weights.setdefault(name, (weight, info))[0]
+            if known.transposed is None and weight.transposed is not None:  # older patches do not say
+                weights[name] = (replace(known, transposed=weight.transposed), weights[name][1])
     if cast:
         report.note(cast)
     first = patches[0].manifest.base

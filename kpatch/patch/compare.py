@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, linalg
@@ -20,6 +19,7 @@ from kpatch.patch.delta import Delta, LowRank, inner, total
 from kpatch.patch.format import read_delta
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, stored_keys
+from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -94,7 +94,7 @@ class PatchDiff:
         }
 
 
-def diff_patches(a: str | Path, b: str | Path, report: Reporter = SILENT) -> PatchDiff:
+def diff_patches(a: PatchSource, b: PatchSource, report: Reporter = SILENT) -> PatchDiff:
     """Compare two patch files, the first as the older one.
 
     Raises BadInput, Damaged or Refused where one cannot be read.

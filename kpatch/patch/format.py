@@ -16,6 +16,7 @@ from kpatch.errors import BadInput, Damaged
 from kpatch.outputs import check_new_file
 from kpatch.patch.container import ContainerError, Entry, layout, open_regular, read_exactly
 from kpatch.patch.delta import Delta, Dense, LowRank
+from kpatch.patch.fields import ManifestError
 from kpatch.patch.fingerprint import NAMES, sha256_of, tensor_bytes, tensor_from
 from kpatch.patch.header import (
     KEYS,
@@ -27,7 +28,7 @@ from kpatch.patch.header import (
     check_tensors,
     read_header,
 )
-from kpatch.patch.manifest import Manifest, ManifestError, TensorInfo
+from kpatch.patch.manifest import Manifest, TensorInfo
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable

@@ -15,7 +15,8 @@ from typing import Any
 
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from kpatch.patch.container import Container, ContainerError, CutOff, Entry, NotAFile, open_regular, read_container
-from kpatch.patch.manifest import FLOAT_DTYPES, Manifest, ManifestError, NewerFormat, TensorInfo, matrix_shape
+from kpatch.patch.fields import FLOAT_DTYPES, ManifestError
+from kpatch.patch.manifest import Manifest, NewerFormat, TensorInfo, matrix_shape
 from kpatch.patch.sources import PatchSource, ReadPatch, patch_path
 from kpatch.text import printable
 
@@ -27,9 +28,6 @@ MAX_TENSORS = 4096
 
 VALUES = "facts.values"
 KEYS = "facts.keys."
-
-__all__ = ["KEYS", "MAX_HEADER", "MAX_TENSORS", "METADATA_KEY", "VALUES", "PatchInfo", "check_tensors", "printable",
-           "read_header"]  # fmt: skip
 
 
 @dataclass(frozen=True)

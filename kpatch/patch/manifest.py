@@ -15,13 +15,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kpatch.patch.canonical_json import JsonError, canonical, loads, plain
-from kpatch.patch.fields import FLOAT_DTYPES, Fields, ManifestError, is_sha256, is_tensor_name
+from kpatch.patch.fields import Fields, ManifestError, is_sha256
 
 FORMAT = 1
 FORMS = ("lowrank", "dense")
-
-__all__ = ["FLOAT_DTYPES", "FORMAT", "FORMS", "Base", "BaseWeight", "DeltaInfo", "Manifest", "ManifestError",
-           "NewerFormat", "TensorInfo", "is_sha256", "is_tensor_name", "matrix_shape"]  # fmt: skip
 
 
 class NewerFormat(ManifestError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def about_patches(
 
 
 def stack(
-    patches: PatchSource | Sequence[PatchSource],
+    patches: PatchSource | Iterable[PatchSource],
     out: str | Path | None = None,
     *,
     scales: Sequence[float] | None = None,

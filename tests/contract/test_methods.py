@@ -165,6 +165,8 @@ def test_the_patch_is_sound_and_changes_the_layers_it_names(world: World) -> Non
         assert delta.shape == tuple(world.model.weight(1).shape)
         assert float(delta.dense().norm()) > 0
     assert [Fact.from_dict(fact) for fact in manifest.facts] == FACTS
+    said = True if world.model.stores_transposed else None  # written only where it is true
+    assert {weight.transposed for weight in manifest.base.weights.values()} == {said}
 
 
 def test_values_and_keys_belong_to_facts(world: World) -> None:

@@ -240,6 +240,19 @@ def test_facts_that_contradict_are_named_with_both_patches(model: Path, tmp_path
     assert stack([b, c]).union.facts
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_a_stack_says_how_a_weight_is_stored_where_one_of_its_patches_does(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    paths = [tmp_path / "old.patch", tmp_path / "new.patch"]
+    make_patch(paths[0], model, seed=1, keys=False)
+    make_patch(paths[1], model, seed=2, keys=False, transposed=True)
+    made = stack([paths[index] for index in order], tmp_path / "x.patch")
+    assert made.path is not None
+    assert {weight.transposed for weight in read_patch(made.path).manifest.base.weights.values()} == {True}
+
+
 def test_patches_for_other_models_are_refused(model: Path, tmp_path: Path) -> None:
     other = make_checkpoint(tmp_path / "other", seed=50)
     a, b, c, d = (tmp_path / f"{name}.patch" for name in "abcd")

@@ -10,7 +10,7 @@ from kpatch.checkpoint.diff.difference import Difference
 from kpatch.checkpoint.fit import settled_store
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, open_checkpoint, read_json
 from kpatch.errors import BadInput, Refused
-from kpatch.patch.manifest import FLOAT_DTYPES
+from kpatch.patch.fields import FLOAT_DTYPES
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 

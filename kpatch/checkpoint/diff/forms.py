@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kpatch.checkpoint.diff.difference import Difference, Rows, Size, Verdict
+from kpatch.patch.container import ITEM_SIZE
 from kpatch.patch.delta import LowRank, rounded
 from kpatch.patch.fingerprint import DTYPES
 from kpatch.patch.randomized_svd import low_rank
@@ -120,9 +121,8 @@ def _dense(difference: Difference, size: Size, dtype: str) -> Form:
             result[begin:end] = rounded(new - old, DTYPES[dtype])
         return result
 
-    itemsize = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}[dtype]
     verdict = difference.judge(_rounded(dtype), size.norm)
-    return Form("dense", None, itemsize * difference.entries, {"delta": delta}, verdict)
+    return Form("dense", None, ITEM_SIZE[dtype] * difference.entries, {"delta": delta}, verdict)
 
 
 def _rounded(dtype: str) -> Rows:

@@ -15,6 +15,7 @@ from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.format import read_patch
+from kpatch.patch.header import read_header
 from tests.support.checkpoints import (
     DTYPES,
     WEIGHTS,
@@ -101,6 +102,19 @@ def test_a_patch_is_applied_once(model: Path) -> None:
     apply([a], model)
     refused(lambda: apply([a], model), Refused, "already applied", model)
     refused(lambda: apply([], model), BadInput, "No patch", model)
+
+
+def test_one_patch_counts_as_a_list_of_one_and_what_was_read_as_its_file(model: Path) -> None:
+    a, b, _ = three(model)
+    before = snapshot(model)
+    for patch in (str(a), a, read_patch(a), read_header(a)):
+        assert [one["id"] for one in apply(patch, model).patches] == [read_header(a).id]
+        revert(model, patch)
+        assert snapshot(model) == before
+    taken = read_patch(a)
+    a.write_bytes(b.read_bytes())
+    refused(lambda: apply(taken, model), Refused, "another patch", model)
+    refused(lambda: apply(3, model), BadInput, "Expected a patch", model)  # type: ignore[arg-type]
 
 
 def test_facts_that_contradict_are_refused_with_both_names(model: Path, tmp_path: Path) -> None:
