@@ -58,7 +58,7 @@ def _choose(applied: Applied, patches: Sequence[PatchSource], all: bool, given: 
         if patches:
             raise BadInput("Give the patches to revert or `all`, not both")
         return list(applied.ids)
-    if patches is None or patches == []:
+    if not patches:
         return [applied.patches[-1].id]
     ids = [patch.id if isinstance(patch, ReadPatch) else str(patch) for patch in patches]
     return [_find(applied, asked, given).id for asked in ids]

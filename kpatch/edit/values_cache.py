@@ -120,7 +120,7 @@ def _within_memory(
                 hint="shorten its prompts, or take another `device`: the CPU",
             ) from error
         torch.cuda.empty_cache()
-        report.warn(f"out of memory with {len(groups)} facts together: going on with half of them")
+        report.warn(f"out of memory with {len(groups)} facts together: continuing with half of them")
     half = len(groups) // 2
     parts = [_within_memory(model, part, goal, advance, report) for part in (groups[:half], groups[half:])]
     return Values(

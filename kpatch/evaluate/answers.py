@@ -185,7 +185,7 @@ def _complete_batch(
         cache, ids, positions = out.past_key_values, best[:, None].to(model.device), positions[:, -1:] + 1
         if len(going) <= _LEAVE * len(held):
             stay = torch.tensor([held.index(number) for number in going], device=model.device)
-            cache.batch_select_indices(stay)
+            cache.reorder_cache(stay)  # takes rows, whatever a layer keeps
             ids, positions, mask, held = ids[stay], positions[stay], mask[stay], going
         mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
     return [

@@ -97,5 +97,8 @@ def _rows_of(cache: Any, rows: Tensor) -> Any:
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in chosen.layers:
-        layer.batch_select_indices(rows)
+        for name in ("conv_states", "recurrent_states"):  # a linear attention's, in dicts
+            if hasattr(layer, name):
+                setattr(layer, name, dict(getattr(layer, name)))
+        layer.reorder_cache(rows)
     return chosen

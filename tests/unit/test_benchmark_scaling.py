@@ -11,6 +11,7 @@ from types import ModuleType
 import pytest
 import torch
 
+from kpatch.edit.presets import RomeHyper
 from tests.support.models import tiny
 
 pytest.importorskip("matplotlib")
@@ -50,7 +51,7 @@ def test_a_study_goes_on_where_it_was_stopped(
     made.net.save_pretrained(tmp_path / "model")
     made.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "data.json").write_text(json.dumps(RECORDS), encoding="utf-8")
-    monkeypatch.setattr(scaling, "one_layer_hyper", lambda *_: scaling.RomeHyper((1,), steps=2, prefixes=2))
+    monkeypatch.setattr(scaling, "hyper_for", lambda *_: RomeHyper((1,), steps=2, prefixes=2))
     monkeypatch.setattr(scaling, "make", _quick(scaling.make))
     out = tmp_path / "out"
     given = [str(tmp_path / "model"), str(tmp_path / "data.json"), "-o", str(out)]
