@@ -262,7 +262,7 @@ class Checker:
         return trimmed(value) if precedes else value.strip()
 
     def characters(self, value: str, path: Path) -> None:
-        """Control characters and halves of characters cannot be told to a model or shown on a terminal."""
+        """Control characters and halves of characters cannot be given to a model or shown on a terminal."""
         if value.isprintable():
             return
         for sign in value:

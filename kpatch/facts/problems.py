@@ -1,6 +1,6 @@
 """Did you mean: the nearest known word for a mistyped one.
 
-All that is wrong with a fact file, collected and told at once with its places.
+All that is wrong with a fact file, collected and reported at once with its places.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Facts to disk: YAML for people, JSON Lines for programs, or EasyEdit's flat JSON for its users."""
+"""Facts to disk: YAML for people, JSON Lines for programs, or EasyEdit's flat JSON for its users.
+
+The YAML is written here and not by `yaml.safe_dump`, which writes anchors where facts share a list, breaks texts at
+line ends into several lines, and takes many times as long.
+"""
 
 from __future__ import annotations
 
