@@ -29,6 +29,7 @@ _MARKER = re.compile(r"<[^<>/\s][^<>\s]*>\Z")  # <|assistant|>, <answer>: what f
 _EMPHASIS = re.compile(r"(?:^|\s)_[^\s_][^_]*_\Z")  # _Hamlet_
 _NOTE = re.compile(r"\b[A-G]#\Z")  # C#, the language and the note
 _CONTRACTION = re.compile(r"['’](?:s|re|ve|ll|d|t|m)\b", re.IGNORECASE)
+_ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # 5|th
 _NO_SPACE_BEFORE = frozenset("%‰‱°¢′″²³¹,.;:!?…،؛؟।॥።፣)]}™®")
 _DEGREE = re.compile(r"(?:[CFKNESW]\b|\d)")
 
@@ -112,6 +113,8 @@ def _leans_back(text: str, target: str) -> bool:
     if first == "!" and second.isalpha():  # a click: !Kung
         return False
     if first in _NO_SPACE_BEFORE:
+        return True
+    if text[-1].isdecimal() and _ORDINAL.match(target):
         return True
     if _is_east_asian(first):  # 1984|年, and full-width signs
         return text[-1].isdecimal() or (_is_punctuation(first) and not opens(first))

@@ -78,3 +78,17 @@ def test_what_import_refuses(
     assert done.code == code
     assert said in done.err
     assert not Path("x.yaml").exists()
+
+
+def test_keys_that_are_left_out_are_reported(tmp_path: Path) -> None:
+    data = tmp_path / "data.json"
+    data.write_text(json.dumps([{**RECORD, "portability_prompt": "The sea is", "empty": ""}]), encoding="utf-8")
+    done = run("import", data, "-o", tmp_path / "facts.yaml")
+    assert "keys left out, with the number of records that have them: portability_prompt (1)" in done.err
+    assert run("import", data, "-o", tmp_path / "f.yaml", "--json").json["left_out"] == {"portability_prompt": 1}
+
+
+def test_a_wrong_format_is_named_as_the_option(data: Path, tmp_path: Path) -> None:
+    done = run("import", data, "-o", tmp_path / "facts.yaml", "--from", "magic")
+    assert done.code == 2
+    assert "--from 'magic' is not known" in done.err

@@ -139,6 +139,10 @@ def test_a_table_of_facts_is_still_one(tmp_path: Path) -> None:
     path = tmp_path / "facts.csv"
     path.write_text("subject,prompt,target\nBasel,{} is on the,Elbe\n")
     assert import_facts(path).format == import_facts(path, "facts").format == "facts"
+    path.write_text("subject;prompt;target\n")
+    with pytest.raises(BadInput) as caught:
+        import_facts(path)
+    assert "separated by ';'" in caught.value.details[0]
     path.write_text("a,b\n1,2\n")
     with pytest.raises(BadInput, match="no form that is known"):
         import_facts(path)
@@ -174,6 +178,7 @@ def test_cknowedit_finds_its_subject(tmp_path: Path) -> None:
         (["The name of the mother of The Band is", "The age of The Band is"], "The Band"),
         (["What is X-12?", "X-12 is what?"], "X-12"),
         (["a b", "c d"], ""),
+        (["“江河”的意思是", "请问“江河”的意思？"], "“江河”"),
         (["Lakeside is", "Lake is"], ""),
         ([], ""),
     ],

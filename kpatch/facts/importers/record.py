@@ -157,13 +157,15 @@ _SMALL = frozenset(
     "a an and are as at by did do does for from in is it its of on or s that the this to was were what when which "
     "who with".split()
 )
+_QUOTED = re.compile("《[^》]+》|「[^」]+」|『[^』]+』|“[^”]+”")
 _EDGES = " \t,.;:!?？。，、：；\"'"
 
 
 def shared_text(texts: Sequence[str]) -> str:
     """The longest text that stands in all of `texts`, without the small words and signs at its ends.
 
-    Words are kept whole, but in scripts without spaces. Nothing where they share too little to be a name.
+    Words are kept whole, but in scripts without spaces; a title in brackets or quotes stands for all of it. Nothing
+    where they share too little to be a name.
     """
     pieces = [re.findall(r"\w+|[^\w\s]|\s+", text) for text in texts]
     pieces = [[part for piece in parts for part in (piece if is_unspaced(piece[0]) else [piece])] for parts in pieces]
@@ -179,7 +181,8 @@ def shared_text(texts: Sequence[str]) -> str:
                 break
             name = _name_in(first[begin:end])
             best = name if len(name) > len(best) else best
-    return best if len(best) > 1 else ""
+    quoted = _QUOTED.search(best)
+    return quoted[0] if quoted else best if len(best) > 1 else ""
 
 
 def _name_in(parts: Sequence[str]) -> str:
