@@ -274,7 +274,7 @@ def test_out_of_memory_halves_the_batch_and_says_so_once(
     report = Recorder()
     same(trace(model_of(), facts, settings=FULL, resume=False, report=report), want, exact=False)
     assert len(report.warnings) == 1
-    assert "going on with half of them" in report.warnings[0]
+    assert "continuing with half of them" in report.warnings[0]
     assert report.tasks["Tracing"][0] == report.tasks["Tracing"][1], "nothing is counted twice"
     failures = [rows for rows in tried if rows > 13]
     assert len(failures) <= 8, "what did not fit is not tried again and again"
