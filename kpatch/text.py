@@ -1,4 +1,4 @@
-"""Text from files made safe to show. Errors, notes and output pass through here; callers need not think of it."""
+"""Text for people: what comes from files made safe to show (errors, notes and output do that), and sizes in words."""
 
 from __future__ import annotations
 
@@ -25,3 +25,13 @@ def _escape(code: int) -> str:
     if code <= 0xFF:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def format_size(count: int | None) -> str:
+    """A number of bytes as people read it: 1.2 MB."""
+    number = float(count or 0)
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000 or unit == "GB":
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    raise AssertionError

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kpatch.reporter import Advance
-from kpatch.text import printable
+from kpatch.text import format_size, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -127,7 +127,7 @@ class Output:
                 yield advance
         seconds = time.monotonic() - start
         if self.verbose or seconds >= _WORTH_TELLING:
-            amount = f": {size(total) if unit == 'B' else f'{total:,} {unit}'.strip()}" if total else ""
+            amount = f": {format_size(total) if unit == 'B' else f'{total:,} {unit}'.strip()}" if total else ""
             self.note(f"{description}{amount}, {seconds:.1f} s")
 
     @contextmanager
@@ -194,16 +194,6 @@ def plain(value: Any) -> Any:
     return value
 
 
-def size(count: int | None) -> str:
-    """A number of bytes as people read it: 1.2 MB."""
-    number = float(count or 0)
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000 or unit == "GB":
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    raise AssertionError
-
-
 def percent(fraction: float | None) -> str:
     """A rate or probability, 0 to 1, as people read it: 93.3 %."""
     return "–" if fraction is None else f"{100 * fraction:.1f} %"
@@ -220,7 +210,9 @@ def _new_progress() -> Progress:
             if task.total is None:
                 return Text("")
             done, total = int(task.completed), int(task.total)
-            return Text(f"{size(done)} of {size(total)}" if unit == "B" else f"{done:,} of {total:,} {unit}")
+            return Text(
+                f"{format_size(done)} of {format_size(total)}" if unit == "B" else f"{done:,} of {total:,} {unit}"
+            )
 
     console = Console(file=sys.stderr, highlight=False, emoji=False)
     description = TextColumn("{task.description}", markup=False)

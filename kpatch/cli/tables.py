@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kpatch.cli.output import Cell, Output, percent, size
+from kpatch.cli.output import Cell, Output, percent
+from kpatch.text import format_size
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.apply import ApplyReport
@@ -83,8 +84,8 @@ def print_made(output: Output, result: MakeResult) -> None:
     if result.retention is not None:
         print_retention(output, result.retention)
     total = result.seconds.get("total", 0.0)
-    peak = "" if not result.peak_memory_bytes else f", {size(result.peak_memory_bytes)} of memory at most"
-    output.line(f"{result.path}  {result.patch_id[:12]}  {size(result.bytes)}, made in {total:.1f} s{peak}")
+    peak = "" if not result.peak_memory_bytes else f", {format_size(result.peak_memory_bytes)} of memory at most"
+    output.line(f"{result.path}  {result.patch_id[:12]}  {format_size(result.bytes)}, made in {total:.1f} s{peak}")
     output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
 
 

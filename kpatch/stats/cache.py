@@ -21,16 +21,17 @@ from kpatch.cache import atomic_write, cache_dir, is_full, lock
 from kpatch.errors import BadInput, KpatchError
 from kpatch.reporter import Reporter
 from kpatch.stats.moment import SecondMoment
+from kpatch.text import format_size
 
 FORMAT = 1
 _Value = TypeVar("_Value")
 
 
 @dataclass
-class State:
-    """How far one layer has come: `sums` over its first `rows` rows, taken in batches of `batch_rows`.
+class LayerSums:
+    """The sums of one layer so far: `sums` over its first `rows` rows, taken in batches of `batch_rows`.
 
-    `tail` is what a finished count of tokens has beyond whole batches. It is kept apart, since going on to more tokens
+    `tail` is what a finished count of tokens has beyond whole batches. It is kept apart, since growing to more tokens
     takes those rows again in a whole batch: only so does growing give the same bits as starting with more.
     """
 
@@ -49,11 +50,11 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-class Store:
+class CovarianceCache:
     """The folder for one set of settings: all that decides keys but the layer and how many tokens.
 
-    Every file is written whole or not at all and carries the SHA-256 of its content; one that does not match is
-    told of, removed, and its content computed anew. With `keep` false nothing is read or written.
+    Every file is written whole or not at all and carries the SHA-256 of its content. One that does not match is
+    removed with a warning, and its content computed again. With `keep` false nothing is read or written.
     """
 
     def __init__(self, settings: Mapping[str, Any], about: Mapping[str, Any], *, keep: bool, report: Reporter) -> None:
@@ -71,15 +72,15 @@ class Store:
         with lock(self.folder / "lock", report=self.report):
             yield
 
-    def finished(self, layer: int, tokens: int, width: int) -> State | None:
+    def finished(self, layer: int, tokens: int, width: int) -> LayerSums | None:
         """The state kept for exactly `tokens` tokens."""
         return self._state(_finished(layer, tokens), layer, width)
 
-    def furthest(self, layer: int, width: int, batch_rows: int, most: int) -> State | None:
-        """The state to go on from: the most rows, up to `most`, taken in the same batches; its tail is dropped."""
+    def furthest(self, layer: int, width: int, batch_rows: int, most: int) -> LayerSums | None:
+        """The state to resume from: the most rows, up to `most`, taken in the same batches; its tail is dropped."""
         if self.folder is None:
             return None
-        best: State | None = None
+        best: LayerSums | None = None
         for path in sorted(self.folder.glob(f"layer-{layer}-*.safetensors")):
             rows, taken_in = self._read(path, _progress) or (0, 0)
             if taken_in == batch_rows and (best.rows if best else 0) < rows <= most:
@@ -88,7 +89,7 @@ class Store:
             best.tail = None
         return best
 
-    def write(self, state: State, tokens: int | None = None) -> None:
+    def write(self, state: LayerSums, tokens: int | None = None) -> None:
         """Keep a state: as finished for `tokens` tokens, or as far as it got. Raises BadInput for a full disk."""
         if self.folder is None:
             return
@@ -100,6 +101,16 @@ class Store:
         self._write(self.folder / name, tensors, about)
         if tokens is not None:
             (self.folder / _partial(state.layer)).unlink(missing_ok=True)
+
+    def save_progress(self, states: list[LayerSums]) -> float:
+        """Keep unfinished states; the seconds it took. A full disk gives only a warning: it may have room later."""
+        begin = time.monotonic()
+        try:
+            for state in states:
+                self.write(state)
+        except KpatchError as error:
+            self.report.warn(f"The work so far could not be kept: {error.message}")
+        return time.monotonic() - begin
 
     def group(self, number: int, make: Callable[[], Tensor]) -> Tensor:
         """Sampled group `number`, [G, T] int32: kept, or made by `make` and kept."""
@@ -127,25 +138,28 @@ class Store:
             raise BadInput(
                 "No space left on the disk for the covariance",
                 where=str(self.folder),
-                details=[f"expected {_size(needed)} for sums over {width} units", f"found {_size(free)} free"],
+                details=[
+                    f"expected {format_size(needed)} for sums over {width} units",
+                    f"found {format_size(free)} free",
+                ],
                 hint="free some space, or set KPATCH_CACHE to a folder on another disk",
             )
 
-    def _state(self, name: str, layer: int, width: int) -> State | None:
+    def _state(self, name: str, layer: int, width: int) -> LayerSums | None:
         if self.folder is None or not (self.folder / name).exists():
             return None
 
-        def build(about: dict[str, Any], tensors: dict[str, Tensor]) -> State:
+        def build(about: dict[str, Any], tensors: dict[str, Tensor]) -> LayerSums:
             sums = SecondMoment.from_tensors(tensors)
             tail = SecondMoment.from_tensors(tensors, "tail.") if "tail.total" in tensors else None
             if about["layer"] != layer or any(part.width != width for part in (sums, tail) if part is not None):
                 raise ValueError("it holds another layer")
-            return State(layer, sums, int(about["batch_rows"]), int(about["rows"]), tail)
+            return LayerSums(layer, sums, int(about["batch_rows"]), int(about["rows"]), tail)
 
         return self._read(self.folder / name, build)
 
     def _read(self, path: Path, build: Callable[[dict[str, Any], dict[str, Tensor]], _Value]) -> _Value | None:
-        """What `build` makes of a file's notes and tensors; None, said and removed, where the file is damaged."""
+        """What `build` makes of a file; None for a damaged one, which is removed with a warning."""
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["kpatch"])
@@ -157,7 +171,7 @@ class Store:
             return build(about, tensors)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            self.report.warn(f"{path.name} in the covariance cache is damaged ({reason}): collecting it anew")
+            self.report.warn(f"{path.name} in the covariance cache is damaged ({reason}): collecting it again")
             with suppress(OSError):
                 path.unlink()
             return None
@@ -175,19 +189,8 @@ class Store:
             raise
 
 
-def remember(store: Store, states: list[State]) -> float:
-    """Keep states on their way; a disk that is full now may have room at the end, so it is only told. → seconds."""
-    begin = time.monotonic()
-    try:
-        for state in states:
-            store.write(state)
-    except KpatchError as error:
-        store.report.warn(f"The work so far could not be kept: {error.message}")
-    return time.monotonic() - begin
-
-
 def _progress(about: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[int, int]:
-    """Rows, and in what batches: the header says it, without reading the sums."""
+    """Rows, and the batches they were taken in: from the header, without reading the sums."""
     return int(about["rows"]), int(about["batch_rows"])
 
 
@@ -206,7 +209,3 @@ def _sha256(about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

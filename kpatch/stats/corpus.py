@@ -88,7 +88,7 @@ def _text(path: Path) -> Iterator[str]:
 def _decoded(stream: Iterator[str], path: Path) -> Iterator[str]:
     number = 0
     try:
-        for number, line in enumerate(stream, 1):  # noqa: B007 - told in the error
+        for number, line in enumerate(stream, 1):  # noqa: B007 - the error names it
             yield line
     except UnicodeDecodeError as error:
         raise BadInput(

@@ -1,7 +1,4 @@
-"""Ctrl-C that waits for the end of a short step that must not be cut in two.
-
-E[k k^T] of any layers in one pass over one text: cached, resumed after an interruption, grown to more tokens.
-"""
+"""E[k k^T] of any layers in one pass over one text: cached, resumed after an interruption, grown to more tokens."""
 
 from __future__ import annotations
 
@@ -26,62 +23,18 @@ from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model, tokenizer_hash
 from kpatch.models.partial_forward import Batch, run_to
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.stats.cache import State, Store, canonical, remember
+from kpatch.stats.cache import CovarianceCache, LayerSums, canonical
 from kpatch.stats.corpus import SELF, Corpus, open_corpus, pack
 from kpatch.stats.moment import SecondMoment, check
 from kpatch.stats.self_text import group_rows, sample_group
-
-
-@contextmanager
-def whole_steps() -> Iterator[Steps]:
-    """While open, Ctrl-C inside `with steps.step():` takes effect at the step's end; elsewhere at once.
-
-    Outside the main thread, which alone is interrupted, and where somebody ignores Ctrl-C, nothing changes.
-    """
-    steps = Steps()
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
-        yield steps
-        return
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if steps.inside:
-            steps.pending = True
-        else:
-            before(number, frame)
-
-    signal.signal(signal.SIGINT, handle)
-    try:
-        yield steps
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-class Steps:
-    """Whether a step is being taken, and whether Ctrl-C came meanwhile."""
-
-    def __init__(self) -> None:
-        self.inside = False
-        self.pending = False
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        self.inside = True
-        try:
-            yield
-        finally:
-            self.inside = False
-            if self.pending:
-                self.pending = False
-                signal.raise_signal(signal.SIGINT)
-
+from kpatch.text import format_size
 
 # Anything that changes keys, sums or the text they are taken on changes this number.
 VERSION = 2
 ROW = 256
 # Sampling goes one token at a time through all rows at once: half as long is a third faster, and was as good for edits
 SELF_ROW = 128
-# Ten rows of 256: what two CPU cores like, and a whole number of them in 10 f tokens wherever 256 divides f
+# Ten rows of 256: measured fastest on two CPU cores, and a whole number of them in 10 f tokens wherever 256 divides f
 BATCH_TOKENS = 2560
 # Seconds between saves of the work so far, and how many times longer than a save they must be apart
 _SAVE_EVERY, _SAVE_SHARE = 60.0, 20.0
@@ -137,20 +90,21 @@ def collect(
         raise BadInput("The covariance needs tokens", details=[f"found `tokens={tokens}`"])
     row = row or (SELF_ROW if corpus == SELF else ROW)
     row = max(2, min(row, int(getattr(model.net.config, "max_position_embeddings", None) or row)))
-    text = None if corpus == SELF else open_corpus(corpus)
-    name = text.name if text is not None else SELF
-    settings = _settings(model, text, row, seed, report)
+    source = None if corpus == SELF else open_corpus(corpus)
+    name = source.name if source is not None else SELF
+    settings = _settings(model, source, row, seed, report)
     about = {"model": model.name, "corpus": name}
-    store = Store(settings, about, keep=use_cache and distributed.is_main(), report=report)
-    with store.locked():
-        states = _collect(model, wanted, text, tokens, seed, row, max(1, batch_tokens // row), store, report)
-        moments = {layer: states[layer].moment() for layer in wanted if layer in states}
+    cache = CovarianceCache(settings, about, keep=use_cache and distributed.is_main(), report=report)
+    text = _Text(model, source, tokens, row, seed, cache, report)
+    with cache.locked():
+        found = _Pass(model, text, max(1, batch_tokens // row), cache, report).run(wanted)
+        moments = {layer: found[layer].moment() for layer in wanted if layer in found}
     for layer, moment in moments.items():
         check(moment, f"layer {layer} of {model.name}")
     return Covariance(_sha256({**settings, "tokens": tokens}), name, tokens, moments)
 
 
-def _settings(model: Model, text: Corpus | None, row: int, seed: int, report: Reporter) -> dict[str, Any]:
+def _settings(model: Model, source: Corpus | None, row: int, seed: int, report: Reporter) -> dict[str, Any]:
     """All that decides the text and its keys."""
     config = json.loads(model.net.config.to_json_string(use_diff=True))
     for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
@@ -161,159 +115,167 @@ def _settings(model: Model, text: Corpus | None, row: int, seed: int, report: Re
         "config": hashlib.sha256(canonical(config).encode()).hexdigest(),
         "tokenizer": tokenizer_hash(model.tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "corpus": text.identity if text is not None else SELF,
+        "corpus": source.identity if source is not None else SELF,
         "row": row,
     }
-    return settings if text is not None else {**settings, "seed": seed, "group": group_rows(model, row)}
+    return settings if source is not None else {**settings, "seed": seed, "group": group_rows(model, row)}
 
 
-def _collect(
-    model: Model,
-    wanted: Sequence[int],
-    text: Corpus | None,
-    tokens: int,
-    seed: int,
-    row: int,
-    batch_rows: int,
-    store: Store,
-    report: Reporter,
-) -> dict[int, State]:
-    width = model.mlp_width
-    states = {layer: state for layer in wanted if (state := store.finished(layer, tokens, width)) is not None}
-    missing = distributed.main_does(lambda: [layer for layer in wanted if layer not in states])
-    name = text.name if text is not None else SELF
-    if not missing:
-        report.note(f"Covariance of {_layers(wanted)} from the cache: {name}, {tokens:,} tokens")
-        return states
-    if not distributed.is_main():  # its order decides the last bits, so the sum is one rank's
-        if text is None:
-            _sample(model, tokens, seed, row, store, report)
-        return {}
-    whole = row * batch_rows
-    store.require_space(width, len(missing) * (1 if tokens % whole == 0 else 2))
-    size = len(missing) * width * (width + 1) // 2 * 8
-    if size > _LARGE:
-        report.note(f"The covariance of {len(missing)} layers takes {size / 1e9:.1f} GB of memory and of the cache")
-    most = tokens // whole * batch_rows  # rows in whole batches
-    device = _sums_on(model, size)
-    going: list[State] = []
-    for layer in missing:
-        kept = store.furthest(layer, width, batch_rows, most)
-        going.append(kept or State(layer, SecondMoment(width), batch_rows))
-        going[-1].sums.to(device)
-    ids = _ids(model, text, tokens, seed, row, store, report)
-    pass_ = _Pass(model, ids, tokens, row, batch_rows, most, store)
-    begun = min(state.rows for state in going)
-    if begun:
-        report.note(f"Going on from {begun * row:,} tokens kept in the cache")
-    try:
-        with whole_steps() as steps, report.task(f"Covariance of {_layers(missing)}", tokens, "tokens") as advance:
-            advance(begun * row)
-            pass_.batches(going, steps, advance)
-            pass_.tails(going, advance)
-        for state in going:
-            state.sums.to("cpu")
-            check(state.moment(), f"layer {state.layer} of {model.name}")
-            store.write(state, tokens)
-            states[state.layer] = state
-    except KeyboardInterrupt:
-        remember(store, [state for state in going if state.rows and state.layer not in states])
-        raise
-    return states
-
-
-@dataclass
-class _Pass:
-    """One run over the rows of `ids` for all layers that still need them."""
+@dataclass(frozen=True)
+class _Text:
+    """The first `tokens` tokens of a corpus, or of what the model itself writes (no `source`), in rows of `row`."""
 
     model: Model
-    ids: Tensor  # (tokens,)
+    source: Corpus | None
     tokens: int
     row: int
-    batch_rows: int
-    most: int
-    store: Store
+    seed: int
+    cache: CovarianceCache
+    report: Reporter
 
-    def batches(self, states: list[State], steps: Steps, advance: Advance) -> None:
+    @property
+    def name(self) -> str:
+        return SELF if self.source is None else self.source.name
+
+    def ids(self) -> Tensor:
+        """The rows, end to end: [tokens] int32."""
+        if self.source is not None:
+            documents = self.source.documents()
+            return pack(self.model, documents, self.tokens, self.row, self.source.name, self.report)
+        sampled = self.sample()
+        groups = [
+            self.cache.group(number, partial(sampled.__getitem__, number))  # what other ranks have sampled is kept
+            if number in sampled
+            else self._group(number)
+            for number in self._numbers()
+        ]
+        return torch.cat(groups).flatten()[: self.tokens]
+
+    def sample(self) -> dict[int, Tensor]:
+        """The groups of text that rank 0's cache lacks, each [G, row], sampled by all ranks."""
+        numbers = self._numbers()
+        new = distributed.main_does(lambda: [number for number in numbers if not self.cache.has_group(number)])
+        if not new:
+            return {}
+        own = sum(distributed.mine(place) for place in range(len(new))) * group_rows(self.model, self.row) * self.row
+        with self.report.task("Sampling text from the model", own, "tokens") as advance:
+            made = distributed.share(new, lambda number: self._group(number, advance))
+        return dict(zip(new, made, strict=True))
+
+    def _numbers(self) -> range:
+        return range(-(-self.tokens // (group_rows(self.model, self.row) * self.row)))
+
+    def _group(self, number: int, advance: Advance = lambda amount: None) -> Tensor:
+        return self.cache.group(number, lambda: sample_group(self.model, self.row, self.seed, number, advance))
+
+
+class _Pass:
+    """One run over the text for all layers whose sums are not in the cache, in batches of `batch_rows` rows."""
+
+    def __init__(self, model: Model, text: _Text, batch_rows: int, cache: CovarianceCache, report: Reporter) -> None:
+        self.model, self.text, self.batch_rows, self.cache, self.report = model, text, batch_rows, cache, report
+        self.tokens, self.row = text.tokens, text.row
+        self.whole = self.tokens // (self.row * batch_rows) * batch_rows  # rows in whole batches
+
+    def run(self, wanted: Sequence[int]) -> dict[int, LayerSums]:
+        """The sums of each layer; none on other ranks than 0 where some were missing."""
+        width = self.model.mlp_width
+        done = {layer: kept for layer in wanted if (kept := self.cache.finished(layer, self.tokens, width))}
+        missing = distributed.main_does(lambda: [layer for layer in wanted if layer not in done])
+        if not missing:
+            self.report.note(
+                f"Covariance of {_layers(wanted)} from the cache: {self.text.name}, {self.tokens:,} tokens"
+            )
+            return done
+        if not distributed.is_main():  # the order of a sum decides its last bits, so one rank adds up
+            if self.text.source is None:
+                self.text.sample()
+            return {}
+        sums = self._begin(missing)
+        try:
+            self._add_up(sums)
+            for one in sums:
+                one.sums.to("cpu")
+                check(one.moment(), f"layer {one.layer} of {self.model.name}")
+                self.cache.write(one, self.tokens)
+                done[one.layer] = one
+        except KeyboardInterrupt:
+            self.cache.save_progress([one for one in sums if one.rows and one.layer not in done])
+            raise
+        return done
+
+    def _begin(self, layers: Sequence[int]) -> list[LayerSums]:
+        """The sums of `layers` as far as the cache has them. Raises BadInput where the disk has no room for more."""
+        width = self.model.mlp_width
+        full = self.tokens % (self.row * self.batch_rows) == 0
+        self.cache.require_space(width, len(layers) * (1 if full else 2))
+        size = len(layers) * width * (width + 1) // 2 * 8
+        if size > _LARGE:
+            self.report.note(
+                f"The covariance of {len(layers)} layers takes {format_size(size)} of memory and of the cache"
+            )
+        device = _sums_on(self.model, size)
+        sums = []
+        for layer in layers:
+            kept = self.cache.furthest(layer, width, self.batch_rows, self.whole)
+            sums.append(kept or LayerSums(layer, SecondMoment(width), self.batch_rows))
+            sums[-1].sums.to(device)
+        return sums
+
+    def _add_up(self, sums: list[LayerSums]) -> None:
+        """Run over the text and add its keys to the sums."""
+        self.ids = self.text.ids()
+        begun = min(one.rows for one in sums)
+        if begun:
+            self.report.note(f"Resuming after {begun * self.row:,} tokens kept in the cache")
+        task = f"Covariance of {_layers([one.layer for one in sums])}"
+        with whole_steps() as steps, self.report.task(task, self.tokens, "tokens") as advance:
+            advance(begun * self.row)
+            self._batches(sums, steps, advance)
+            self._tails(sums, advance)
+
+    def _batches(self, sums: list[LayerSums], steps: Steps, advance: Advance) -> None:
         """Whole batches, each for the layers that have not seen it; the sums are kept now and then."""
         saved, pause = time.monotonic(), _SAVE_EVERY
-        for start in range(min(state.rows for state in states), self.most, self.batch_rows):
-            active = [state for state in states if state.rows == start]
+        for start in range(min(one.rows for one in sums), self.whole, self.batch_rows):
+            active = [one for one in sums if one.rows == start]
             keys = self._keys(start, self.batch_rows, active)
-            for state in active:
+            for one in active:
                 with steps.step():  # a sum and its count of rows change together
-                    state.sums.add(keys.pop(state.layer))
-                    state.rows += self.batch_rows
-                _require_finite(state, self.model)
+                    one.sums.add(keys.pop(one.layer))
+                    one.rows += self.batch_rows
+                _require_finite(one, self.model)
             advance(self.batch_rows * self.row)
-            if time.monotonic() - saved > pause and start + self.batch_rows < self.most:
-                pause = max(_SAVE_EVERY, _SAVE_SHARE * remember(self.store, states))
+            if time.monotonic() - saved > pause and start + self.batch_rows < self.whole:
+                pause = max(_SAVE_EVERY, _SAVE_SHARE * self.cache.save_progress(sums))
                 saved = time.monotonic()
 
-    def tails(self, states: list[State], advance: Advance) -> None:
+    def _tails(self, sums: list[LayerSums], advance: Advance) -> None:
         """What is left over: rows that fill no batch, and a row that is not full."""
-        rest = self.tokens // self.row - self.most
+        rest = self.tokens // self.row - self.whole
         for rows, columns in ((rest, self.row), (min(1, self.tokens % self.row), self.tokens % self.row)):
             if not rows:
                 continue
-            first = self.most if columns == self.row else self.most + rest
-            keys = self._keys(first, rows, states, columns)
-            for state in states:
-                state.tail = state.tail or SecondMoment(self.model.mlp_width)
-                state.tail.add(keys.pop(state.layer))
+            first = self.whole if columns == self.row else self.whole + rest
+            keys = self._keys(first, rows, sums, columns)
+            for one in sums:
+                one.tail = one.tail or SecondMoment(self.model.mlp_width)
+                one.tail.add(keys.pop(one.layer))
             advance(rows * columns)
 
-    def _keys(self, first: int, rows: int, states: list[State], columns: int | None = None) -> dict[int, Tensor]:
+    def _keys(self, first: int, rows: int, sums: list[LayerSums], columns: int | None = None) -> dict[int, Tensor]:
         """Keys of `rows` rows from row `first` on, by layer."""
         columns = columns or self.row
         begin = first * self.row
         ids = self.ids[begin : begin + rows * columns].view(rows, columns).to(self.model.device, torch.long)
         positions = torch.arange(columns, device=ids.device).expand(rows, columns)
-        layers = [state.layer for state in states]
+        layers = [one.layer for one in sums]
         return run_to(self.model, max(layers), Batch(ids, torch.ones_like(ids), positions, 0), layers)
 
 
-def _ids(
-    model: Model, text: Corpus | None, tokens: int, seed: int, row: int, store: Store, report: Reporter
-) -> Tensor:
-    """The text as rows of ids, end to end: [tokens] int32."""
-    if text is not None:
-        return pack(model, text.documents(), tokens, row, text.name, report)
-    sampled = _sample(model, tokens, seed, row, store, report)
-    groups = [
-        store.group(number, partial(sampled.__getitem__, number))  # what other ranks have sampled is kept here
-        if number in sampled
-        else _group(model, row, seed, number, store)
-        for number in _numbers(model, tokens, row)
-    ]
-    return torch.cat(groups).flatten()[:tokens]
-
-
-def _sample(model: Model, tokens: int, seed: int, row: int, store: Store, report: Reporter) -> dict[int, Tensor]:
-    """The groups of text that rank 0's cache lacks, each [G, row], sampled by all ranks."""
-    numbers = _numbers(model, tokens, row)
-    new = distributed.main_does(lambda: [number for number in numbers if not store.has_group(number)])
-    if not new:
-        return {}
-    own = sum(distributed.mine(place) for place in range(len(new))) * group_rows(model, row) * row
-    with report.task("Sampling text from the model", own, "tokens") as advance:
-        made = distributed.share(new, lambda number: _group(model, row, seed, number, store, advance))
-    return dict(zip(new, made, strict=True))
-
-
-def _numbers(model: Model, tokens: int, row: int) -> range:
-    return range(-(-tokens // (group_rows(model, row) * row)))
-
-
-def _group(
-    model: Model, row: int, seed: int, number: int, store: Store, advance: Advance = lambda amount: None
-) -> Tensor:
-    return store.group(number, lambda: sample_group(model, row, seed, number, advance))
-
-
-def _require_finite(state: State, model: Model) -> None:
-    if not bool(torch.isfinite(state.sums.diagonal).all()):
-        check(state.sums, f"layer {state.layer} of {model.name}")
+def _require_finite(one: LayerSums, model: Model) -> None:
+    if not bool(torch.isfinite(one.sums.diagonal).all()):
+        check(one.sums, f"layer {one.layer} of {model.name}")
 
 
 def _sums_on(model: Model, size: int) -> torch.device:
@@ -332,3 +294,50 @@ def _layers(layers: Sequence[int]) -> str:
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(canonical(value).encode()).hexdigest()
+
+
+# Ctrl-C between short steps that must not be cut in two
+
+
+@contextmanager
+def whole_steps() -> Iterator[Steps]:
+    """While open, Ctrl-C inside `with steps.step():` takes effect at the step's end; elsewhere at once.
+
+    Outside the main thread, which alone is interrupted, and where Ctrl-C is ignored, nothing changes.
+    """
+    steps = Steps()
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield steps
+        return
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if steps.inside:
+            steps.pending = True
+        else:
+            before(number, frame)
+
+    signal.signal(signal.SIGINT, handle)
+    try:
+        yield steps
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+class Steps:
+    """Whether a step is being taken, and whether Ctrl-C came meanwhile."""
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.pending = False
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+            if self.pending:
+                self.pending = False
+                signal.raise_signal(signal.SIGINT)

@@ -1,8 +1,7 @@
 """The running second moment of one layer's keys: Σ k k^T, exact to float32 products and float64 sums.
 
+Also whether it is fit to be solved with: finite, positive, and far enough from singular.
 Source: Meng et al. 2023 (MEMIT), eq. 15: C = λ E[k k^T], the mean taken over the tokens of a sample of text.
-
-Is a second moment fit to be solved with: finite, positive, and far enough from singular.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ class SecondMoment:
     def __init__(self, width: int, device: torch.device | str = "cpu") -> None:
         self.width = width
         self.count = 0
-        # A sixteenth of a wide layer, or what two levels of CPU cache like
+        # A sixteenth of a wide layer, or what fits two levels of CPU cache
         step = max(256, -(-width // 16 // 64) * 64)
         self._starts = range(0, width, step)
         self._bands = [
@@ -154,7 +153,7 @@ def check(moment: SecondMoment, where: str = "") -> None:
             "The covariance of the keys is no second moment",
             where=place,
             details=["expected squares on its diagonal", f"found {float(diagonal.min()):.3g}"],
-            hint="remove it from the cache to collect it anew",
+            hint="remove it from the cache to collect it again",
         )
     if not bool((diagonal > 0).any()):
         raise BadInput(

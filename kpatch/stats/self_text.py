@@ -66,7 +66,7 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
     advance(size * done)
     forbidden: Tensor | None = None
     kept = (
-        Cache(layers=[_Room(row) for _ in range(model.n_layers)])
+        Cache(layers=[_Preallocated(row) for _ in range(model.n_layers)])
         if model.family.attention_only
         else DynamicCache(config=model.net.config)  # its layers keep more than keys and values
     )
@@ -142,7 +142,7 @@ def _forbidden(model: Model, vocabulary: int) -> Tensor:
     return mask.to(model.device)
 
 
-class _Room(DynamicLayer):  # type: ignore[misc]
+class _Preallocated(DynamicLayer):  # type: ignore[misc]
     """One layer's keys and values in memory set aside for all columns: growing would copy them at every token."""
 
     def __init__(self, columns: int) -> None:

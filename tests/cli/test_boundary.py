@@ -20,8 +20,9 @@ from kpatch.cli.app import app
 from kpatch.cli.commands import show
 from kpatch.cli.errors import translate
 from kpatch.cli.options import option_names, with_options
-from kpatch.cli.output import Output, clean, output, plain, size
+from kpatch.cli.output import Output, clean, output, plain
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
+from kpatch.text import format_size
 from tests.support.cli import ROOT, Ran, python, run, spawn
 
 ERRORS: list[tuple[BaseException, int, str]] = [
@@ -344,7 +345,7 @@ def test_json_knows_no_nan() -> None:
 
 
 def test_small_things() -> None:
-    assert [size(count) for count in (None, 999, 1500, 98_362_432, 5 * 10**12)] == [
+    assert [format_size(count) for count in (None, 999, 1500, 98_362_432, 5 * 10**12)] == [
         "0 B",
         "999 B",
         "1.5 kB",

@@ -165,7 +165,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     # A kill leaves the last save, which is not made after the last batch; Ctrl-C leaves all
     kept = number if death is KeyboardInterrupt or number < 4 else 3
     assert len(calls.made) == 5 - kept
-    assert any("Going on" in note for note in report.notes) == (kept > 0)
+    assert any("Resuming after" in note for note in report.notes) == (kept > 0)
     assert report.tasks["Covariance of layers 0, 2"] == (TOKENS, TOKENS)
     assert not list(cache_root().rglob("*partial*"))
 

@@ -93,7 +93,7 @@ def test_groups_are_no_larger_than_the_default_needs(model: Model) -> None:
 
 
 def test_a_group_fits_in_memory(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = module.Cache(layers=[module._Room(8) for _ in range(model.n_layers)])
+    kept = module.Cache(layers=[module._Preallocated(8) for _ in range(model.n_layers)])
     model.net(input_ids=torch.zeros(1, 1, dtype=torch.long), past_key_values=kept, use_cache=True)
     row = sum(layer.all_keys.nbytes + layer.all_values.nbytes for layer in kept.layers)
     for rows in (2, 5):

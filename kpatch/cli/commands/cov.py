@@ -10,8 +10,9 @@ import typer
 from kpatch import distributed
 from kpatch.cli import options as opt
 from kpatch.cli import parse
-from kpatch.cli.output import begin, size
+from kpatch.cli.output import begin
 from kpatch.cli.targets import open_model
+from kpatch.text import format_size
 
 EXAMPLES = opt.examples("kpatch cov smollm2", "kpatch cov gpt-j --layers 3-8 --corpus wiki.txt --tokens 100000")
 
@@ -56,7 +57,7 @@ def command(
             "seconds": time.monotonic() - start,
         }
     )
-    packed = size(width * (width + 1) // 2 * 8)
+    packed = format_size(width * (width + 1) // 2 * 8)
     rows = [(layer, f"{moment.count:,}", f"{width} × {width}", packed) for layer, moment in covariance.moments.items()]
     output.table(("Layer", "Tokens", "Matrix", "Stored"), rows, right=(0, 1, 3))
     output.line(f"{loaded.name}: {covariance.corpus}, {covariance.tokens:,} tokens, id {covariance.id[:12]}")

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from kpatch.cli import options as opt
-from kpatch.cli.output import Cell, Output, begin, clean, percent, size
+from kpatch.cli.output import Cell, Output, begin, clean, percent
 from kpatch.cli.tables import print_interference
 from kpatch.errors import BadInput
 from kpatch.outputs import check_new_file
+from kpatch.text import format_size
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.diff.checkpoints import CheckpointDiff
@@ -95,7 +96,7 @@ def _checkpoints(
         row: list[Cell] = [tensor.name, " × ".join(map(str, tensor.shape)), f"{tensor.norm:.3g}"]
         row.append(percent(tensor.relative_norm))
         if tensor.form is not None:
-            row += [f"rank {tensor.rank}" if tensor.form == "lowrank" else "dense", size(tensor.bytes)]
+            row += [f"rank {tensor.rank}" if tensor.form == "lowrank" else "dense", format_size(tensor.bytes)]
             row += [f"{tensor.differs:,}" if tensor.differs else "–"]
         rows.append(row)
     headers = ("Tensor", "Shape", "Norm of B − A", "of A", "Stored", "Size", "Entries off")
@@ -106,7 +107,9 @@ def _checkpoints(
         output.line(f"{len(found.tensors)} of {total} tensors differ; {found.seconds:.1f} s")
         output.note(f"next: kpatch diff {a} {b} -o PATCH")
         return
-    output.line(f"{found.path}  {found.id[:12]}  {size(found.bytes)}: {len(found.tensors)} of {total} tensors differ")
+    output.line(
+        f"{found.path}  {found.id[:12]}  {format_size(found.bytes)}: {len(found.tensors)} of {total} tensors differ"
+    )
     _exactness(output, found)
     output.note(f"next: kpatch show {found.path}; kpatch apply {found.path} {a}")
 
@@ -128,7 +131,7 @@ def _exactness(output: Output, found: CheckpointDiff) -> None:
         share = sum(shorter[2] for _, shorter in missed) / sum(tensor.entries for tensor, _ in missed)
         output.note(
             f"{len(missed)} changes of low rank are stored otherwise, because as factors {percent(share)} of their "
-            f"entries would miss B's bits; --tolerance 1e-6 does without those and saves {size(saved)}"
+            f"entries would miss B's bits; --tolerance 1e-6 does without those and saves {format_size(saved)}"
         )
 
 

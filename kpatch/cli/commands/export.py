@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kpatch.cli import options as opt
-from kpatch.cli.output import Cell, Output, begin, percent, size
+from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.tables import print_apply_report
 from kpatch.errors import BadInput
+from kpatch.text import format_size
 
 if TYPE_CHECKING:
     from kpatch.export.base import BaseAddress
@@ -114,7 +115,7 @@ def _tell(output: Output, found: Adapter, to: To, out: Path, written: int, base:
         }
     )
     output.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
-    output.line(f"{out}  {size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
+    output.line(f"{out}  {format_size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
     lost = max((module.key_error or 0.0 for module in found.modules), default=0.0)
     if lost > _LOSS:
         output.warn(

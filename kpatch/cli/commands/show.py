@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from kpatch.cli import options as opt
-from kpatch.cli.output import Output, begin, clean, percent, size
+from kpatch.cli.output import Output, begin, clean, percent
 from kpatch.cli.tables import print_facts, print_rates
+from kpatch.text import format_size
 
 EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --json | jq .facts")
 
@@ -26,7 +27,7 @@ def command(
     info = read_header(patch)
     manifest: dict[str, Any] = info.manifest.to_dict()
     output.result({**manifest, "id": info.id, "bytes": info.bytes, "weights": info.weights()})
-    _summary(output, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {size(info.bytes)}")
+    _summary(output, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {format_size(info.bytes)}")
     _facts(output, manifest, None if verbose else _FACTS_SHOWN)
     _weights(output, info.weights())
 

@@ -9,10 +9,11 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli import parse
-from kpatch.cli.output import Output, begin, size
+from kpatch.cli.output import Output, begin
 from kpatch.cli.tables import print_interference, print_made
 from kpatch.errors import BadInput
 from kpatch.outputs import check_new_file
+from kpatch.text import format_size
 
 if TYPE_CHECKING:
     from kpatch.patch.stack import StackResult
@@ -117,7 +118,7 @@ def _tell(output: Output, result: StackResult) -> None:
     rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
     dense = sum(weight["form"] == "dense" for weight in result.weights)
     output.line(
-        f"{result.path}  {result.id[:12]}  {size(result.bytes)}: {facts}, {len(result.weights)} weights{rank}"
+        f"{result.path}  {result.id[:12]}  {format_size(result.bytes)}: {facts}, {len(result.weights)} weights{rank}"
         f"{f', {dense} dense' if dense else ''}; {result.seconds:.1f} s"
     )
     output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from kpatch.cli import options as opt
-from kpatch.cli.output import begin, size
+from kpatch.cli.output import begin
 from kpatch.cli.targets import default_checkpoint
+from kpatch.text import format_size
 
 EXAMPLES = opt.examples("kpatch status model/", "kpatch status --json | jq .state")
 
@@ -34,7 +35,7 @@ def command(
     if found.patches:
         rows = [(row["id"] if verbose else row["id"][:12], row["name"], row["facts"]) for row in found.patches]
         output.table(("Patch, bottom to top", "Name", "Facts"), rows, right=(2,))
-        output.line(f"{size(found.kept_bytes)} of original bytes kept")
+        output.line(f"{format_size(found.kept_bytes)} of original bytes kept")
     else:
         output.line("no patches applied")
     for name in found.changed:
