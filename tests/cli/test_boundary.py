@@ -107,7 +107,7 @@ SPELLED = {
         "`tolerance` and `kpatch make --on`": "`tolerance` and `kpatch make --on`",
     },
     "revert": {"`all`": "--all", "`force`": "--force", "`layers`": "`layers`"},
-    "import": {"`form`": "--from", "`out`": "-o"},
+    "import": {"`format`": "--from", "`out`": "-o"},
     "frob": {"`out`": "`out`"},
 }
 

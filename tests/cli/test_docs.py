@@ -35,6 +35,8 @@ NOT_PASTED = {"CONTRIBUTING.md": "it builds the environment that runs this very 
 LEFT_OUT = {
     "pip": "installs from the package index",
     "make": "runs this very test, and the demo on a real model",
+    "hf": "uploads to the hub",
+    "rsync": "is not on every machine",
 }
 DEPTH = 24  # layers: enough for every preset of smollm2
 MODELS = ("smollm2", "gpt-j", "model", "old")  # a directory wins over an alias: these names find the tiny model
