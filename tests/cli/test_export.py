@@ -51,6 +51,10 @@ def test_a_base_that_no_program_finds_is_noted(patch: Path, tmp_path: Path) -> N
     assert done.code == 0
     assert "export with --base smollm2" in done.err
     assert "AutoPeftModelForCausalLM" not in done.err
+    named = replace(named, name="my-model")
+    write_patch(patch, replace(made.manifest, base=named), pack(made.deltas), force=True)
+    done = run("export", patch, "--to", "peft", "-o", tmp_path / "other")
+    assert "export with --base MODEL (a hub id or a directory), because my-model" in " ".join(done.err.split())
 
 
 def test_export_to_gguf(patch: Path, tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def _peft(out: Path, base: BaseAddress) -> str:
         return f"PEFT: AutoPeftModelForCausalLM.from_pretrained({str(out)!r}) loads {base.address} with it"
     from kpatch.models.aliases import alias_of
 
-    given = alias_of(base.address) or "with a hub id or a directory"
+    given = alias_of(base.address) or "MODEL (a hub id or a directory)"
     return (
         f"PEFT: PeftModel.from_pretrained(model, {str(out)!r}); to load it without the model at hand, export with"
         f" --base {given}, because {base.address} is no address that PEFT finds"
