@@ -21,6 +21,8 @@ from tests.support.cli import ROOT, Ran, run
 from tests.support.models import tiny
 from tests.support.tracing import known_facts, model_of
 
+pytestmark = pytest.mark.slow
+
 # Memory for a few facts at a time, and text of three groups: something to share
 MAKE = (
     *("--layers", "1-2", "--tokens", "1400", "--memory", "300KB"),

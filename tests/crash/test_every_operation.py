@@ -17,6 +17,8 @@ from tests.crash.conftest import COMMANDS, Scenario, mixed, recovered
 from tests.support import faults
 from tests.support.faults import KILL, Ended, Fault
 
+pytestmark = pytest.mark.slow
+
 EXHAUSTIVE = os.environ.get("KPATCH_CRASH") == "all"
 ERRORS = [(kind, for_good) for for_good in (False, True) for kind in ("EIO", "ENOSPC", "EACCES")]
 LIMIT = 2000  # operations; no run has so many

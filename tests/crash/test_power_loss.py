@@ -13,6 +13,8 @@ from tests.crash.test_every_operation import EXHAUSTIVE
 from tests.support import cli, faults
 from tests.support.powerloss import KEPT, Disk, write
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[str], Scenario]
 TURNS = 20 if EXHAUSTIVE else len(KEPT)
 

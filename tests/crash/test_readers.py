@@ -45,6 +45,7 @@ def put_on_and_take_off(folder: Path) -> None:
             time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("look_at_config", [True, False])
 def test_two_hundred_loads_meanwhile(tmp_path: Path, scenarios: Make, look_at_config: bool) -> None:
     folder = tmp_path / "run"

@@ -13,6 +13,8 @@ from tests.crash.test_every_operation import ERRORS, EXHAUSTIVE, LIMIT, require_
 from tests.support import cli, faults
 from tests.support.faults import KILL, Fault
 
+pytestmark = pytest.mark.slow
+
 Make = Callable[[str], Scenario]
 
 

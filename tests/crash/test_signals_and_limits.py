@@ -59,6 +59,7 @@ def count_lines(scenario: Scenario, folder: Path) -> int:
 IN_PARALLEL = parallel.in_parallel
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGINT", "SIGKILL"])
 def test_fifty_signals_at_random_lines(
     tmp_path: Path, scenarios: Make, monkeypatch: pytest.MonkeyPatch, name: str
