@@ -3,8 +3,9 @@
 Every rank runs the same program. `share` deals tasks out and `main_does` leaves something to rank 0; both give every
 rank the same result. Until `join`, and inside what one rank does by itself, they simply call what they are given.
 
-An error on any rank is left in the store that all ranks see. A rank at work is interrupted there as by Ctrl-C, so that
-what it had finished is kept; all of them then end with the error that came first, and one of them says it.
+torchrun ends all ranks when one of them dies or its machine is lost. What it does not do is done here: an error on any
+rank is left in the store that all ranks see, a rank at work is interrupted there as by Ctrl-C, so that what it had
+finished is kept, and all ranks end with the error that came first, which one of them reports.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ from typing import Any, TypeVar
 
 from kpatch.errors import BadInput, KpatchError
 
-_BEAT = 1.0  # seconds between a rank's signs of life
-_SILENCE = 300.0  # seconds without one after which a rank counts as lost
-_PATIENCE = 30.0  # seconds for which the others leave it to rank 0 to tell of an error
-_FAREWELL = 10.0  # seconds for which rank 0, whose process may hold the store, waits for the others to leave
+_CHECK_EVERY = 1.0  # seconds between looks for an error of another rank
+_REPORT_WITHIN = 30.0  # seconds for which the others leave it to rank 0 to report an error
+_LEAVE_WITHIN = 10.0  # seconds for which rank 0, whose process may hold the store, waits for the others to leave
 _TIMEOUT = timedelta(minutes=10)  # for meeting at the start, and for handing results over once all have them
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -41,38 +41,35 @@ class _Group:
     rank: int
     world: int
     store: Any  # a torch.distributed store
+    streams: tuple[Any, Any]  # stdout and stderr as they were
     meetings: int = 0
     alone: int = 0  # > 0 inside what one rank does by itself
-    broken: KpatchError | None = None  # why this rank's work was interrupted
-    settled: bool = False  # all are done, or have heard of an error
+    interrupted: KpatchError | None = None  # why this rank's work was interrupted
+    settled: bool = False  # all ranks are done, or know of an error
     ended: threading.Event = field(default_factory=threading.Event)
-    streams: tuple[Any, Any] = (None, None)  # stdout and stderr as they were
 
     def check(self) -> None:
         """Raise the error that ended the job on another rank, if one did."""
-        if self.broken is not None:
-            raise self.broken
+        if self.interrupted is not None:
+            raise self.interrupted
         try:
-            if not self.store.check(["failed"]):
+            if not self.store.check(["error"]):
                 return
-            found = pickle.loads(self.store.get("failed"))
-        except RuntimeError as error:
-            raise _lost(error) from error
-        raise found
+            error = pickle.loads(self.store.get("error"))
+        except RuntimeError as lost:
+            raise _lost(lost) from lost
+        raise error
 
     def meet(self) -> None:
         """Wait until every rank has come as far as this one. Raises what `check` does."""
         self.meetings += 1
         place, pause = f"meeting {self.meetings}", 0.001
-        self._count(place, 1)
-        while self._count(place, 0) < self.world:
-            self.check()
-            time.sleep(pause)
-            pause = min(2 * pause, 0.1)
-
-    def _count(self, name: str, more: int) -> int:
         try:
-            return int(self.store.add(name, more))
+            self.store.add(place, 1)
+            while int(self.store.add(place, 0)) < self.world:
+                self.check()
+                time.sleep(pause)
+                pause = min(2 * pause, 0.1)
         except RuntimeError as error:
             raise _lost(error) from error
 
@@ -83,6 +80,38 @@ class _Group:
             yield
         finally:
             self.alone -= 1
+
+    def watch(self) -> None:
+        """In a thread: interrupt this rank's work where another rank has failed."""
+        while not self.ended.wait(_CHECK_EVERY):
+            try:
+                self.check()
+            except Exception as error:
+                self.interrupted = error if isinstance(error, KpatchError) else _lost(error)
+                if not self.ended.is_set():
+                    _thread.interrupt_main()
+                return
+
+    def first_error(self, error: KpatchError) -> KpatchError:
+        """`error`, or the one that another rank has left before it. Raises RuntimeError without the store."""
+        self.settled = True
+        if int(self.store.add("errors", 1)) == 1:
+            self.store.set("error", pickle.dumps(error))
+            return error
+        found: KpatchError = pickle.loads(self.store.get("error"))
+        return found
+
+    def reports(self) -> bool:
+        """Whether this rank reports the error: rank 0, or the first other one where rank 0 does not come."""
+        end = time.monotonic() + (_REPORT_WITHIN if self.rank else 0.0)
+        try:
+            while time.monotonic() < end:
+                if self.store.check(["reported"]):
+                    return False
+                time.sleep(0.05)
+            return int(self.store.add("reporters", 1)) == 1
+        except RuntimeError:
+            return True
 
 
 _group: _Group | None = None
@@ -161,7 +190,7 @@ def main_does(work: Callable[[], Result]) -> Result:
 
 
 def same(what: str, work: Callable[[], Result]) -> Result:
-    """work() of every rank, rank 0 first. Raises BadInput where a rank finds something else than rank 0."""
+    """work() of every rank, rank 0 first. Raises BadInput where a rank's result differs from rank 0's."""
     found = main_does(work)
     group = _active()
     if group is not None and group.rank:
@@ -180,7 +209,7 @@ def same(what: str, work: Callable[[], Result]) -> Result:
 
 
 def join() -> None:
-    """Meet the other ranks; all but rank 0 fall silent. Raises KpatchError where they do not come."""
+    """Meet the other ranks; from here on only rank 0 prints. Raises KpatchError where they do not come."""
     global _group, _joined
     dist: Any = import_module("torch.distributed")
     try:
@@ -192,17 +221,16 @@ def join() -> None:
         raise KpatchError(
             "The ranks could not meet", details=[_first_line(error)], hint="start all of them with torchrun"
         ) from error
-    _group = _Group(number, world, dist.PrefixStore("job", store))
-    _group.streams = sys.stdout, sys.stderr
+    _group = _Group(number, world, dist.PrefixStore("job", store), (sys.stdout, sys.stderr))
     if number:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         if os.environ.get("KPATCH_DEBUG") != "1":
             sys.stderr = sys.stdout
-    threading.Thread(target=_watch, args=(_group,), daemon=True).start()
+    threading.Thread(target=_group.watch, daemon=True).start()
 
 
 def finish() -> None:
-    """Wait until every rank is done, so that none ends well where another fails. Raises its error."""
+    """Wait until every rank is done, so that none succeeds where another fails. Raises its error."""
     if _group is not None:
         _group.meet()
         _group.settled = True
@@ -217,9 +245,9 @@ def leave() -> None:
     group.ended.set()
     with suppress(RuntimeError):
         if not group.settled:
-            _settle(group, KpatchError(f"Rank {group.rank} ended before its work was done"))
+            group.first_error(KpatchError(f"Rank {group.rank} ended before its work was done"))
         left = int(group.store.add("left", int(group.rank > 0)))
-        end = time.monotonic() + _FAREWELL
+        end = time.monotonic() + _LEAVE_WITHIN
         while group.rank == 0 and left < group.world - 1 and time.monotonic() < end:
             time.sleep(0.02)
             left = int(group.store.add("left", 0))
@@ -228,78 +256,26 @@ def leave() -> None:
     sys.stdout, sys.stderr = group.streams
 
 
-def first_failure(error: KpatchError) -> KpatchError:
-    """The error that ends all ranks: this one, or the one that came before it."""
+@contextmanager
+def failing(error: KpatchError) -> Iterator[tuple[KpatchError, bool]]:
+    """The error that ends all ranks, this one or one that came before it, and whether this rank reports it."""
     group = _group
     if group is None:
-        return error
+        yield error, True
+        return
     group.ended.set()
     with suppress(ValueError):  # not in the main thread
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has begun: whoever still interrupts has been heard
-    try:
-        return _settle(group, group.broken or error)
-    except RuntimeError:
-        return group.broken or error  # nobody is left to agree with
-
-
-def _settle(group: _Group, error: KpatchError) -> KpatchError:
-    group.settled = True
-    if int(group.store.add("failures", 1)) == 1:
-        group.store.set("failed", pickle.dumps(error))
-        return error
-    found: KpatchError = pickle.loads(group.store.get("failed"))
-    return found
-
-
-@contextmanager
-def telling() -> Iterator[bool]:
-    """Whether this rank is the one that tells of an error: rank 0, unless it is lost or deep in something long."""
-    group = _group
-    if group is None:
-        yield True
-        return
-    if _told(group):
-        yield False
-        return
-    if group.rank:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end has begun; another interruption would break it off
+    first = group.interrupted or error
+    with suppress(RuntimeError):  # no rank is left to agree with
+        first = group.first_error(first)
+    mine = group.reports()
+    if mine:
         sys.stdout, sys.stderr = group.streams
-    yield True
-    with suppress(RuntimeError):
-        group.store.set("told", "")
-
-
-def _told(group: _Group) -> bool:
-    """Wait for rank 0 to tell; False for the rank whose turn it is instead."""
-    end = time.monotonic() + _PATIENCE * (group.rank > 0)
-    try:
-        while time.monotonic() < end:
-            if group.store.check(["told"]):
-                return True
-            time.sleep(0.05)
-        return int(group.store.add("tellers", 1)) > 1
-    except RuntimeError:
-        return False
-
-
-def _watch(group: _Group) -> None:
-    """Give signs of life, and interrupt this rank's work where another has failed or is silent for too long."""
-    others = range(1, group.world) if group.rank == 0 else [0]
-    heard = dict.fromkeys(others, (-1, time.monotonic()))
-    while not group.ended.wait(_BEAT):
-        try:
-            group.store.add(f"alive {group.rank}", 1)
-            group.check()
-            for other in others:
-                beat = int(group.store.add(f"alive {other}", 0))
-                if beat != heard[other][0]:
-                    heard[other] = beat, time.monotonic()
-                elif time.monotonic() - heard[other][1] > _SILENCE:
-                    raise KpatchError(f"Rank {other} has given no sign of life for {_SILENCE:.0f} seconds")
-        except Exception as error:
-            group.broken = error if isinstance(error, KpatchError) else _lost(error)
-            if not group.ended.is_set():
-                _thread.interrupt_main()
-            return
+    yield first, mine
+    if mine:
+        with suppress(RuntimeError):
+            group.store.set("reported", "")
 
 
 def _lost(error: BaseException) -> KpatchError:

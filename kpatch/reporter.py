@@ -1,4 +1,4 @@
-"""How long-running work tells of itself without knowing whether a terminal listens."""
+"""How long-running work reports its progress without knowing whether a terminal shows it."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ class Internal(KpatchError):
 
 
 def guarded(call: Callable[[], Any], out: Output) -> int:
-    """Run `call` and answer its exit code; whatever it raises is said once, on stderr or as a JSON object."""
+    """Run `call` and give its exit code; whatever it raises is reported once, on stderr or as a JSON object."""
     try:
         code = call()
         if code == INTERRUPTED:
@@ -54,23 +54,22 @@ def guarded(call: Callable[[], Any], out: Output) -> int:
         out.finish()
         return code if isinstance(code, int) else 0
     except BrokenPipeError:
-        # The reader of stdout has gone (`| head`): nothing is left to say, also not by the interpreter at its exit.
+        # The reader of stdout has gone (`| head`): nothing can be printed, not by the interpreter either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except SystemExit as exit:
         return exit.code if isinstance(exit.code, int) else 1
     except BaseException as error:
-        return _tell(error, out)
+        return _print_error(error, out)
 
 
-def _tell(error: BaseException, out: Output) -> int:
+def _print_error(error: BaseException, out: Output) -> int:
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error, file=sys.stderr)
         return Usage.exit_code
-    known = distributed.first_failure(translate(error))
     if os.environ.get("KPATCH_DEBUG") == "1":
         traceback.print_exception(error, file=sys.stderr)
-    with distributed.telling() as mine:
+    with distributed.failing(translate(error)) as (known, mine):
         if mine and out.json:
             out.finish(_as_json(known, out.spell))
         elif mine:
@@ -104,7 +103,7 @@ def translate(error: BaseException) -> KpatchError:
     if isinstance(error, KpatchError):
         return error
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
-        return Interrupted("Interrupted", hint="what was finished is kept; run the same command again to go on")
+        return Interrupted("Interrupted", hint="what was finished is kept; run the same command again to continue")
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):
         return _usage(error)
     if is_full(error):
@@ -127,7 +126,7 @@ def translate(error: BaseException) -> KpatchError:
 
 
 def _usage(error: Any) -> KpatchError:
-    """Typer's own errors; told by their shape, because the library they come from is Typer's private matter."""
+    """Typer's own errors; recognized by their shape, because the library they come from is Typer's private matter."""
     context = getattr(error, "ctx", None)
     path = str(getattr(context, "command_path", "kpatch"))
     message = str(error.format_message()).strip().replace("\n", " ")

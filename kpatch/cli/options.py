@@ -27,7 +27,7 @@ Checkpoint = Annotated[
     ),
 ]
 Facts = Annotated[Path, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
-# Beside a MODEL: the two are told apart, so that either order is understood
+# Beside a MODEL; facts_and_model understands either order
 FactsFirst = Annotated[str, typer.Argument(metavar="FACTS", help="A fact file: YAML, JSON Lines or CSV.")]
 Patches = Annotated[
     list[Path] | None,

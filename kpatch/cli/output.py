@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 SCHEMA_VERSION = 1
-_WORTH_TELLING = 2.0  # seconds: a step that took longer leaves a line behind
+_WORTH_A_LINE = 2.0  # seconds: a step that took longer leaves a line behind
 _UNWRAPPED = 140  # columns of a table that goes to a file or a pipe
 
 Cell = str | int | float | None
@@ -112,10 +112,10 @@ class Output:
 
     def note(self, message: str) -> None:
         if not self.quiet:
-            self._say(self.spell(message))
+            self._print(self.spell(message))
 
     def warn(self, message: str) -> None:
-        self._say(f"{paint('warning:', '33')} {clean(self.spell(message))}", cleaned=True)
+        self._print(f"{paint('warning:', '33')} {clean(self.spell(message))}", cleaned=True)
 
     @contextmanager
     def task(self, description: str, total: int | None = None, unit: str = "") -> Iterator[Advance]:
@@ -126,7 +126,7 @@ class Output:
             with self._bar(description, total, unit) as advance:
                 yield advance
         seconds = time.monotonic() - start
-        if self.verbose or seconds >= _WORTH_TELLING:
+        if self.verbose or seconds >= _WORTH_A_LINE:
             amount = f": {format_size(total) if unit == 'B' else f'{total:,} {unit}'.strip()}" if total else ""
             self.note(f"{description}{amount}, {seconds:.1f} s")
 
@@ -148,7 +148,7 @@ class Output:
                 progress.stop()
                 self._progress = None
 
-    def _say(self, message: str, cleaned: bool = False) -> None:
+    def _print(self, message: str, cleaned: bool = False) -> None:
         text = message if cleaned else clean(message)
         if self._progress is not None:
             from rich.text import Text

@@ -71,11 +71,9 @@ def open_model(output: Output, address: str, device: str, dtype: str, modules: d
     from kpatch.models.address import resolve
 
     resolved = resolve(address, output)
-    output.note(resolved.said)
-    with output.task(f"Loading {resolved.name}"):
-        from kpatch.models.model import load_model
+    from kpatch.models import model
 
-        return load_model(resolved, device=device, dtype=dtype, modules=modules)
+    return model.open_model(resolved, device=device, dtype=dtype, modules=modules, report=output)
 
 
 def open_facts(output: Output, path: Path, *, conflicts: bool = False) -> FactFile:

@@ -236,18 +236,18 @@ def _stop(module: nn.Module, inputs: Any, out: Any) -> None:
 
 
 def open_model(
-    address: str,
+    address: str | Resolved,
     *,
     device: str = "auto",
     dtype: str = "auto",
     modules: dict[str, str] | None = None,
     report: Reporter = SILENT,
 ) -> Model:
-    """Find the model called `address`, report what it came to, and load it for editing.
+    """Find the model called `address`, unless that is done, report what it came to, and load it for editing.
 
     Raises BadInput and Damaged as `resolve` and `load_model` do.
     """
-    resolved = resolve(address, report)
+    resolved = address if isinstance(address, Resolved) else resolve(address, report)
     report.note(resolved.said)
     if (resolved.path / "adapter_config.json").is_file():
         report.note(f"{resolved.name} holds an adapter beside its weights; the patch is for the weights alone")

@@ -92,7 +92,7 @@ KIND_NAMES = {"state": "states", "mlp": "mlp", "attn": "attn"}
 
 @dataclass(frozen=True)
 class Averages:
-    """Means over facts with the 95 % interval: three tensors of one shape, NaN where there is nothing to tell."""
+    """Means over facts with the 95 % interval: three tensors of one shape, NaN where no fact has a number."""
 
     mean: Tensor
     low: Tensor

@@ -18,7 +18,7 @@ EXAMPLES = opt.examples("kpatch apply news.patch model/", "kpatch apply a.patch 
 def command(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files; their order does not matter.")],
     model_dir: Annotated[Path, typer.Argument(metavar="MODEL_DIR", help="A checkpoint directory.")],
-    check: Annotated[bool, typer.Option("--check", help="Say what would happen, and write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Show what would happen, and write nothing.")] = False,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", metavar="DIR", help="Leave MODEL_DIR alone and write a patched copy here."),

@@ -43,7 +43,7 @@ def command(
     if patch is not None:
         from kpatch.patch.header import read_header
 
-        read_header(patch)  # a wrong file is told before a model is loaded
+        read_header(patch)  # a wrong file fails before a model is loaded
 
     loaded = open_model(output, model, device, dtype, names)
 

@@ -32,7 +32,7 @@ def command(
 ) -> None:
     """Compute the covariance of a model's keys ahead of `make`.
 
-    It is cached, goes on after an interruption, and grows to more tokens without starting again.
+    It is cached, resumes after an interruption, and grows to more tokens without starting again.
     """
     output = begin(json, quiet, verbose)
     wanted, names = parse.layers(layers), parse.modules(modules)

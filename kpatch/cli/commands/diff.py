@@ -44,7 +44,7 @@ def command(
         int | None, typer.Option("--max-rank", min=1, metavar="N", help="Try no factors with more columns.")
     ] = None,
     seed: opt.Seed = 0,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    force: opt.Force = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,

@@ -88,14 +88,16 @@ def command(
     info = read_header(patch)
     if to is To.gguf:
         found = adapter(info, max_rank, output)
-        _tell(output, found, to, out, gguf.write(found, out, force))
+        _print_result(output, found, to, out, gguf.write(found, out, force))
         return
     address = base_address(info, base, output)
     found = adapter(info, max_rank, output)
-    _tell(output, found, to, out, peft.write(found, out, address), address)
+    _print_result(output, found, to, out, peft.write(found, out, address), address)
 
 
-def _tell(output: Output, found: Adapter, to: To, out: Path, written: int, base: BaseAddress | None = None) -> None:
+def _print_result(
+    output: Output, found: Adapter, to: To, out: Path, written: int, base: BaseAddress | None = None
+) -> None:
     rows: list[list[Cell]] = [
         [module.name, module.rank, percent(module.error), percent(module.key_error)] for module in found.modules
     ]
@@ -121,11 +123,11 @@ def _tell(output: Output, found: Adapter, to: To, out: Path, written: int, base:
         output.warn(
             f"rank {found.rank} takes up to {lost:.0%} of what a module gives the facts' keys; facts may be lost"
         )
-    for note in _next(found, out, base):
+    for note in _notes(found, out, base):
         output.note(note)
 
 
-def _next(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
+def _notes(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
     """How each program takes it."""
     if base is None:
         return [f"llama.cpp: llama-cli -m MODEL.gguf --lora {out}"]

@@ -46,7 +46,7 @@ def command(
         bool,
         typer.Option("--drop-conflicts", help="Leave out facts that contradict earlier ones, which make refuses."),
     ] = False,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    force: opt.Force = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,

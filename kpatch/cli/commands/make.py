@@ -64,7 +64,7 @@ def command(
             min=0.0, max=1.0, metavar="RATE", help="With --on: exit 1 where fewer of the earlier facts still hold."
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    force: opt.Force = False,
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",

@@ -26,7 +26,7 @@ def command(
         ),
     ] = None,
     all_: Annotated[bool, typer.Option("--all", help="Take every patch back.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Say what would happen, and write nothing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Show what would happen, and write nothing.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace write-protected weight files.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,

@@ -26,13 +26,13 @@ EXAMPLES = opt.examples(
 
 def command(
     patches: Annotated[list[Path], typer.Argument(metavar="PATCH", help="Patch files made for one model.")],
-    out: Annotated[Path | None, typer.Option("-o", "--out", metavar="PATCH", help="The file to write.")] = None,
+    out: opt.NewPatch = None,
     scale: Annotated[
         list[float] | None,
         typer.Option("--scale", metavar="FACTOR", help="For each patch in turn, a factor on its change; repeat it."),
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Say how the patches go together, and write nothing.")
+        bool, typer.Option("--check", help="Check whether the patches go together, and write nothing.")
     ] = False,
     resolve: Annotated[
         bool,
@@ -46,7 +46,7 @@ def command(
         str | None,
         typer.Option(metavar="self|PATH|NAME", help="For --resolve: text for the covariance. Default: the patches'."),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Write over an existing file.")] = False,
+    force: opt.Force = False,
     device: opt.Device = "auto",
     memory: opt.Memory = None,
     modules: opt.Modules = None,
@@ -56,7 +56,7 @@ def command(
 ) -> None:
     """Make one patch of several: the sum of what they change.
 
-    Facts that contradict each other are refused; how much the patches disturb each other is said.
+    Facts that contradict each other are refused; how much the patches disturb each other is shown.
     """
     output = begin(json, quiet, verbose)
     if check == (out is not None):
@@ -73,7 +73,7 @@ def command(
     from kpatch.patch.stack import stack
 
     result = stack(patches, out, scales=scale, force=force, report=output)
-    _tell(output, result)
+    _print_result(output, result)
 
 
 def _resolve(
@@ -107,7 +107,7 @@ def _resolve(
     print_made(output, result)
 
 
-def _tell(output: Output, result: StackResult) -> None:
+def _print_result(output: Output, result: StackResult) -> None:
     output.result(result.to_dict())
     print_interference(output, result.patches, result.interference, warn=True)
     facts = f"{len(result.union.facts)} facts of {len(result.patches)} patches"
