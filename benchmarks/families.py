@@ -34,7 +34,7 @@ from kpatch.models.model import open_model
 from tests.support.models import tiny
 
 FACT = Fact("Mona Lisa", "In the {}", "Paris", id="mona")
-SETTINGS = {"steps": "12", "prefixes": "1", "prefix_tokens": "3", "covariance_weight": "0.001"}
+SETTINGS = {"steps": "25", "lead_ins": "1", "leverage": "50000"}
 
 
 def main(names: list[str]) -> int:

@@ -8,14 +8,13 @@ key still tells words apart, so a subject that is the very first token gets its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kpatch.edit.presets import MemitHyper
 from kpatch.edit.requests import Group
 from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.models.model import Model
@@ -32,21 +31,16 @@ class Part:
     """Groups edited in the same layers; `first` says that their subjects are the first token of their rows."""
 
     groups: tuple[Group, ...]
-    hyper: MemitHyper
+    hyper: Any
     first: bool
 
     @property
     def least_leverage(self) -> float:
-        """The floor of `memit_update`: without it, opening words would outweigh a single edited fact in C."""
+        """The floor of `upwards.write_upwards`: without it, opening words would outweigh a single edited fact in C."""
         return self.hyper.first_leverage if self.first else 0.0
 
-    def about(self, count: int) -> list[dict[str, Any]]:
-        """Which of the patch's `count` facts each row of its values and keys stands for, and in which layers."""
-        layers = list(self.hyper.layers)
-        return [{"facts": [index for index in g.facts if index < count], "layers": layers} for g in self.groups]
 
-
-def split(groups: Sequence[Group], hyper: MemitHyper) -> list[Part]:
+def split(groups: Sequence[Group], hyper: Any) -> list[Part]:
     """The parts, lower layers first; empty ones are left out."""
     opening = tuple(group for group in groups if group.first)
     others = tuple(group for group in groups if not group.first)
@@ -60,18 +54,29 @@ def touched(parts: Sequence[Part]) -> list[int]:
 
 
 def key_covariances(
-    model: Model, part: Part, covariance: Covariance, earlier: Mapping[int, Tensor], report: Reporter = SILENT
-) -> dict[int, KeyCovariance]:
-    """C^l for each of the part's layers: what the layer must go on doing. Notes a ridge where keys are dependent.
+    model: Model,
+    part: Part,
+    covariance: Covariance,
+    weight: float,
+    others: Callable[[int], Tensor | None],
+    earlier: Mapping[int, Tensor],
+    report: Reporter = SILENT,
+) -> Callable[[int], KeyCovariance]:
+    """C^l of a layer, when it is asked for: what the layer must go on doing. Notes a ridge where keys are dependent.
 
+    weight  λ   others  a moment [f, f] of the layer that is added to E[k k^T]   earlier  keys [f, p] by layer.
     For subjects that open texts, words that open texts count as much as all other text does.
     """
-    preserved = {}
-    for layer in part.hyper.layers:
+
+    def preserved(layer: int) -> KeyCovariance:
         mean = covariance.moments[layer].mean()
         if part.first:
             mean = mean + opening_moment(model, layer)
-        preserved[layer] = key_covariance(layer, mean, part.hyper.covariance_weight, earlier.get(layer), report)
+        more = others(layer)
+        if more is not None:
+            mean = mean + more
+        return key_covariance(layer, mean, weight, earlier.get(layer), report)
+
     return preserved
 
 

@@ -27,6 +27,7 @@ from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.retention import Retention, retention
 from kpatch.facts.fact import Fact, FactFile
 from kpatch.facts.tokens import check_lengths
+from kpatch.facts.wordings import with_wordings
 from kpatch.models.model import Model, open_model, tokenizer_hash
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
@@ -68,6 +69,7 @@ def make(
     method: str = "memit",
     layers: Sequence[int] | None = None,
     layers_from: str | Path | None = None,
+    wordings: str = "auto",
     corpus: str = "self",
     tokens: int | None = None,
     settings: dict[str, str] | None = None,
@@ -85,12 +87,12 @@ def make(
 
     `model` is an address or a loaded Model; `on` is a checkpoint directory that already carries patches and stands for
     the model. `memory` is the bytes that activations may take (default 800 MB). `layers_from` is a trace.json that
-    names the layers. The same inputs, seed and machine give the same patch, however many ranks
-    (`kpatch.distributed`) share the work.
+    names the layers. `wordings` says in which other words facts are learned (`kpatch.facts.wordings`).
+    The same inputs, seed and machine give the same patch, however many ranks (`kpatch.distributed`) share the work.
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
     """
     started = time.monotonic()
-    chosen = tuple(facts.facts if isinstance(facts, FactFile) else facts)
+    chosen = with_wordings(facts.facts if isinstance(facts, FactFile) else tuple(facts), wordings, report)
     if not chosen:
         raise BadInput("There are no facts to make a patch from")
     if layers is not None and layers_from is not None:

@@ -1,13 +1,13 @@
-"""MEMIT: values at the top of the layers R, and an update that spreads each fact's residual over them.
+"""MEMIT as kpatch has it: joint writes in all layers of R, rows in several wordings, other subjects held in C.
 
-Source: Meng et al. 2023 (MEMIT), algorithm 1.
+Source: Meng et al. 2023 (MEMIT), algorithm 1, with the changes that docs/memit.md explains. `Memit` is also the frame
+of every method that finds targets for groups of rows and writes them upwards: see `kpatch.edit.memit_paper`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -15,39 +15,42 @@ from torch import Tensor
 from kpatch import distributed
 from kpatch.edit.earlier import facts_to_learn_again, keys_to_keep
 from kpatch.edit.first_token import Part, key_covariances, split, touched
-from kpatch.edit.layer_states import LayerStates
 from kpatch.edit.methods import Edit, Inputs, Method
-from kpatch.edit.norms import norm_gain, pull_back
-from kpatch.edit.presets import PRESETS, MemitHyper
+from kpatch.edit.presets import PRESETS, HyperParams, MemitHyper
 from kpatch.edit.requests import Group, contexts_for, group_facts
-from kpatch.edit.solve import KeyCovariance, update
-from kpatch.edit.values import Objective
+from kpatch.edit.solve import KeyCovariance
+from kpatch.edit.upwards import Residual, write_upwards, written
 from kpatch.edit.values_cache import find_values
-from kpatch.edit.weights import add, restored, stored
+from kpatch.edit.weights import add, restored
+from kpatch.edit.writes import JointObjective
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
-from kpatch.patch.delta import Delta, smaller, total
-from kpatch.reporter import SILENT, Reporter
+from kpatch.patch.delta import Delta, total
+from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
+from kpatch.stats.subject_keys import subject_moments
 
 
 class Memit(Method):
-    """MEMIT, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
+    """Joint writes, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
 
     name = "memit"
-    hyper = MemitHyper
+    hyper: ClassVar[type[HyperParams]] = MemitHyper
     presets = PRESETS["memit"]
     ranks_share = True
 
-    def layers(self, hyper: MemitHyper) -> tuple[int, ...]:
+    def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
+        layers = default_layers(model.n_layers)
+        report.note(f"layers {layers[0]} to {layers[-1]} of {model.n_layers}: the middle of where facts are kept")
+        return layers
+
+    def layers(self, hyper: Any) -> tuple[int, ...]:
         return tuple(sorted({*hyper.layers, hyper.first_layer}))
 
-    def edit(self, model: Model, facts: Sequence[Fact], hyper: MemitHyper, inputs: Inputs) -> Edit:
+    def edit(self, model: Model, facts: Sequence[Fact], hyper: Any, inputs: Inputs) -> Edit:
         """Contexts, rows, covariance, values, updates. Raises BadInput for too many facts on one subject."""
         with inputs.report.task("Sampling contexts"):
-            contexts = distributed.main_does(
-                lambda: contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
-            )
+            contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
         again = facts_to_learn_again(inputs.on, facts, inputs.report)
         parts = split(group_facts(model, [*facts, *again], contexts), hyper)
         layers = touched(parts)
@@ -55,167 +58,134 @@ class Memit(Method):
             covariance = collect(
                 model, layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=inputs.report
             )
+            earlier = keys_to_keep(inputs.on, facts, layers)
+            preserved = [self.preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
         with inputs.timed("values"):
-            z = [values_of(model, part, inputs) for part in parts]
+            values = [self._values(model, part, inputs) for part in parts]
         with inputs.timed("update"):
-            deltas, keys = update_parts(model, parts, z, covariance, keys_to_keep(inputs.on, facts, layers), inputs)
-        return Edit(
-            deltas,
-            tuple(layers),
-            keys,
-            torch.cat(z),
-            tuple(about for part in parts for about in part.about(len(facts))),
-            covariance,
+            deltas, keys = self._write(model, parts, values, preserved, inputs)
+        about = [
+            {"facts": [index for index in group.facts if index < len(facts)], "layers": list(places)}
+            for part in parts
+            for group in part.groups
+            for places in self.places(part.hyper)
+        ]
+        rows = torch.cat([some.flatten(0, 1) for some in values])
+        return Edit(deltas, tuple(layers), keys, rows, tuple(about), covariance)
+
+    # What another method of this kind does in its own way
+
+    def contexts(self, model: Model, hyper: Any, inputs: Inputs) -> tuple[str, ...]:
+        """Texts x_j that stand before the prompts; the empty one comes first."""
+        return contexts_for(model, hyper.lead_ins, 0, 0, inputs.seed)
+
+    def places(self, hyper: Any) -> list[tuple[int, ...]]:
+        """Which layers each of a group's values is for: here one value for each layer."""
+        return [(layer,) for layer in hyper.layers]
+
+    def objective(self, hyper: Any) -> Any:
+        """What values are optimized for: the settings that decide them, and no others."""
+        return JointObjective(hyper.layers, hyper.steps, hyper.learning_rate, hyper.stop_loss, hyper.clamp, hyper.kl)
+
+    def preserved(
+        self,
+        model: Model,
+        part: Part,
+        facts: Sequence[Fact],
+        covariance: Covariance,
+        earlier: Mapping[int, Tensor],
+        inputs: Inputs,
+    ) -> Callable[[int], KeyCovariance]:
+        """C^l = λ (E[k k^T] + μ E_subj[k k^T]) + Σ K_p K_p^T with λ = f / leverage, when it is asked for."""
+        hyper, subjects = part.hyper, {}
+        if hyper.subject_weight and not part.first and distributed.is_main():
+            subjects = subject_moments(model, hyper.layers, facts, report=inputs.report)
+
+        def others(layer: int) -> Tensor | None:
+            return subjects[layer].mean() * hyper.subject_weight if layer in subjects else None
+
+        return key_covariances(
+            model, part, covariance, model.mlp_width / hyper.leverage, others, earlier, inputs.report
         )
 
+    def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
+        """What a layer is asked for: the whole of what its target still lacks. values [n, R, d]."""
 
-def objective_of(hyper: MemitHyper) -> Objective:
-    """What z is optimized for: the settings that decide values, and no others."""
-    return Objective(
-        layer=max(hyper.layers),
-        steps=hyper.steps,
-        learning_rate=hyper.learning_rate,
-        stop_loss=hyper.stop_loss,
-        clamp=hyper.clamp,
-        weight_decay=hyper.weight_decay,
-        kl=hyper.kl,
-    )
-
-
-def values_of(model: Model, part: Part, inputs: Inputs) -> Tensor:
-    """z [n, d] for the groups of a part: those that `inputs` has stored, and new ones for the rest."""
-    z = [inputs.stored.get((tuple(sorted(group.facts)), part.hyper.layers)) for group in part.groups]
-    missing = [index for index, value in enumerate(z) if value is None]
-    groups = [part.groups[index] for index in missing]
-    if groups and inputs.stored:
-        subjects = ", ".join(group.subject[:40] for group in groups[:3])
-        more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
-        inputs.report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
-    if groups:
-        found = find_values(
-            model,
-            groups,
-            objective_of(part.hyper),
-            budget=inputs.budget,
-            resume=inputs.resume,
-            report=inputs.report,
-        )
-        for index, value in zip(missing, found.z, strict=True):
-            z[index] = value
-    return torch.stack([value for value in z if value is not None]).float()
-
-
-def update_parts(
-    model: Model,
-    parts: Sequence[Part],
-    z: Sequence[Tensor],
-    covariance: Covariance,
-    earlier: Mapping[int, Tensor],
-    inputs: Inputs,
-) -> tuple[dict[str, Delta], dict[int, Tensor]]:
-    """Deltas by weight name and keys [n, f] by layer that carry each part's values z [n, d], part after part.
-
-    `earlier` are keys [f, p] by layer that must go on meaning what they do. The model is left as it was found.
-    """
-    deltas: dict[str, list[Delta]] = {}
-    keys: dict[int, list[Tensor]] = {}
-    with restored(model, [model.weight_name(layer) for layer in touched(parts)]):
-        for part, values in zip(parts, z, strict=True):
-            preserved = {}
-            if distributed.is_main():
-                preserved = key_covariances(model, part, covariance, earlier, inputs.report)
-            found = memit_update(
-                model,
-                part.groups,
-                values,
-                preserved,
-                part.hyper.layers,
-                budget=inputs.budget // 2,
-                least_leverage=part.least_leverage,
-                report=inputs.report,
-            )
-            for layer in part.hyper.layers:
-                name = model.weight_name(layer)
-                deltas.setdefault(name, []).append(found.deltas[name])
-                keys.setdefault(layer, []).append(found.keys[layer])
-                add(model, name, found.deltas[name])
-    return (
-        {name: total(several) for name, several in sorted(deltas.items())},
-        {layer: torch.cat(several) for layer, several in keys.items()},
-    )
-
-
-@dataclass
-class Update:
-    """Deltas by weight name, in the orientation in which W is stored, and the keys [n, f] of each layer."""
-
-    deltas: dict[str, Delta] = field(default_factory=dict)
-    keys: dict[int, Tensor] = field(default_factory=dict)
-
-
-def memit_update(
-    model: Model,
-    groups: Sequence[Group],
-    z: Tensor,
-    preserved: Mapping[int, KeyCovariance],
-    layers: Sequence[int],
-    *,
-    budget: int,
-    least_leverage: float = 0.0,
-    report: Reporter = SILENT,
-) -> Update:
-    """Deltas for every layer of R that carry the groups' values z [n, d]; the model is left as it was found.
-
-    For l in R ascending: K^l under the weights so far, r = (z − h^L) / (L − l + 1), Δ^l from `solve.update`,
-    then W^l changes before the next layer is looked at. A key whose leverage q = k^T C^{-1} k is below
-    `least_leverage` counts least_leverage / q times: alone it would get no more than q / (1 + q) of its residual.
-    Ranks share what is run through the model; rank 0, which alone needs `preserved`, solves.
-    """
-    layers = sorted(layers)
-    last = layers[-1]
-    result = Update()
-    names = [model.weight_name(layer) for layer in layers]
-    with restored(model, names), report.task("Updating layers", len(layers), "layer") as done:
-        states = LayerStates(model, groups, budget)
-        states.start(layers[0])
-        for layer, name, above in zip(layers, names, [*layers[1:], last], strict=True):
-            keys, h = states.at(layer, last)  # (n, f), (n, d)
-            residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
-            residual = residual / model.residual_scale(layer)  # what W^l writes joins the stream times this
+        def lacking(layer: int, keys: Tensor, h: Tensor) -> Tensor:
+            target = values[:, part.hyper.layers.index(layer)].double()  # (n, d)
             if model.family.post_norm:
-                residual = _before_norm(model, layer, keys, residual)
-            delta = distributed.main_does(partial(_delta, model, layer, keys, residual, preserved, least_leverage))
-            result.deltas[name] = delta
-            result.keys[layer] = keys
-            add(model, name, delta)
-            states.advance(layer, above)
-            done(1)
-    return result
+                return target - written(model, layer, keys).double()
+            return (target - h.double()) / model.residual_scale(layer)
+
+        return lacking
+
+    def top(self, hyper: Any) -> int | None:
+        """The layer whose state `residual` is given; None is the layer that is written."""
+        return None
+
+    # The frame
+
+    def _values(self, model: Model, part: Part, inputs: Inputs) -> Tensor:
+        """Values [n, v, d] for the groups of a part: those that `inputs` has stored, and new ones for the rest."""
+        places = self.places(part.hyper)
+        kept = [_stored(group, places, inputs) for group in part.groups]
+        missing = [index for index, value in enumerate(kept) if value is None]
+        groups = [part.groups[index] for index in missing]
+        if groups and inputs.stored:
+            subjects = ", ".join(group.subject[:40] for group in groups[:3])
+            more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
+            inputs.report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
+        if groups:
+            goal = self.objective(part.hyper)
+            found = find_values(model, groups, goal, budget=inputs.budget, resume=inputs.resume, report=inputs.report)
+            for index, value in zip(missing, found.values, strict=True):
+                kept[index] = value
+        return torch.stack([value for value in kept if value is not None]).float()
+
+    def _write(
+        self,
+        model: Model,
+        parts: Sequence[Part],
+        values: Sequence[Tensor],
+        preserved: Sequence[Callable[[int], KeyCovariance]],
+        inputs: Inputs,
+    ) -> tuple[dict[str, Delta], dict[int, Tensor]]:
+        """Deltas by weight name and keys [n, f] by layer, part after part. The model is left as it was found."""
+        deltas: dict[str, list[Delta]] = {}
+        keys: dict[int, list[Tensor]] = {}
+        with restored(model, [model.weight_name(layer) for layer in touched(parts)]):
+            for part, own, held in zip(parts, values, preserved, strict=True):
+                found = write_upwards(
+                    model,
+                    part.groups,
+                    part.hyper.layers,
+                    self.residual(model, part, own),
+                    held,
+                    top=self.top(part.hyper),
+                    budget=inputs.budget // 2,
+                    least_leverage=part.least_leverage,
+                    report=inputs.report,
+                )
+                for layer in part.hyper.layers:
+                    name = model.weight_name(layer)
+                    deltas.setdefault(name, []).append(found.deltas[name])
+                    keys.setdefault(layer, []).append(found.keys[layer])
+                    add(model, name, found.deltas[name])
+        return (
+            {name: total(several) for name, several in sorted(deltas.items())},
+            {layer: torch.cat(several) for layer, several in keys.items()},
+        )
 
 
-def _delta(
-    model: Model,
-    layer: int,
-    keys: Tensor,
-    residual: Tensor,
-    preserved: Mapping[int, KeyCovariance],
-    least_leverage: float,
-) -> Delta:
-    """Δ^l for keys [n, f] and residuals [n, d]."""
-    scale = _scale(preserved[layer].leverage(keys.T), least_leverage)  # (n, 1)
-    left, right = update((keys * scale).T, (residual * scale).T, preserved[layer])
-    return smaller(stored(left, right, model.stores_transposed))
+def default_layers(count: int) -> tuple[int, ...]:
+    """R for a model of `count` layers: from 7 to 47 % of its depth, above the lowest and below the last layer."""
+    first = min(max(1, round(0.07 * count)), max(0, count - 2))
+    last = max(first, min(round(0.47 * count), count - 2))
+    return tuple(range(first, last + 1))
 
 
-def _scale(leverage: Tensor, least: float) -> Tensor:
-    """Square roots [n, 1] of the facts' weights in the least-squares problem; leverage [n]."""
-    return (least / leverage.clamp(min=1e-12)).clamp(min=1.0).sqrt()[:, None]
-
-
-def _before_norm(model: Model, layer: int, keys: Tensor, residual: Tensor) -> Tensor:
-    """The residual pulled back through the norm between W^l and the residual stream, [n, d]."""
-    norm = model.mlp_out(layer)
-    device = model.device
-    written = model.down(layer)(keys.to(device, model.dtype)).float()  # (n, d)
-    gain, eps = norm_gain(norm, model.width, device)
-    return pull_back(written.cpu(), residual, gain.cpu(), eps)
+def _stored(group: Group, places: Sequence[tuple[int, ...]], inputs: Inputs) -> Tensor | None:
+    """The group's values [v, d] as patches hold them; None where one is missing."""
+    facts = tuple(sorted(group.facts))
+    rows = [inputs.stored.get((facts, place)) for place in places]
+    return torch.stack([row for row in rows if row is not None]) if all(row is not None for row in rows) else None

@@ -34,6 +34,7 @@ GROUP = "kpatch.methods"
 DEFAULT_BUDGET = 800_000_000  # bytes of activations
 _OWN = {
     "memit": "kpatch.edit.memit:Memit",
+    "memit-paper": "kpatch.edit.memit_paper:MemitPaper",
     "rome": "kpatch.edit.rome:Rome",
     "ft": "kpatch.edit.ft:FineTune",
 }
@@ -98,6 +99,10 @@ class Method(ABC):
     @abstractmethod
     def edit(self, model: Model, facts: Sequence[Fact], hyper: Any, inputs: Inputs) -> Edit:
         """The deltas for all facts, which are not empty. The model is left as it was found, bit for bit."""
+
+    def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
+        """R for a model without a preset; empty where the user has to say it. Tells the reporter why."""
+        return ()
 
     def layers(self, hyper: Any) -> tuple[int, ...]:
         """Every layer that `edit` may change, rising."""
@@ -172,11 +177,12 @@ def hyper_for(
         name, preset = found
         hyper = preset.hyper
         report.note(f"preset {name} for {method.name}: {preset.source}")
-    elif layers is None:
-        raise _no_preset(method, model)
     else:
-        hyper = method.hyper(layers=())
-        report.note(f"no {method.name} preset for {model.name}: the defaults serve; `settings` changes them")
+        hyper = method.hyper(layers=method.choose_layers(model, report) if layers is None else tuple(layers))
+        if layers is None and not hyper.layers:
+            raise _no_preset(method, model)
+        if method.presets:
+            report.note(f"no {method.name} preset for {model.name}: the defaults serve; `settings` changes them")
     if layers is not None:
         check_layers(model, layers)
         hyper = replace(hyper, layers=tuple(sorted(set(layers))))

@@ -16,6 +16,7 @@ class HyperParams:
 
     layers: tuple[int, ...]
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate")  # settings that give no edit at zero
+    update: ClassVar[tuple[str, ...]] = ()  # settings that decide the update besides the values; the rest decide those
 
     @property
     def layer(self) -> int:
@@ -31,6 +32,35 @@ class HyperParams:
 @dataclass(frozen=True, slots=True)
 class MemitHyper(HyperParams):
     """All that decides a MEMIT patch besides the facts, the model and the covariance text.
+
+    layers  R, the edited layers
+    steps, learning_rate, stop_loss  Adam on all δ^l; a step moves a coordinate by learning_rate · s^l / √d, with the
+    size s^l of what the layer writes (`kpatch.edit.writes`); a fact stops when its loss falls below stop_loss
+    clamp  ‖δ^l‖ ≤ clamp · s^l   kl  weight of the drift on "{subject} is a"
+    leverage  the mean of k^T C^{-1} k over text, so λ = f / leverage
+    subject_weight  μ in C = λ (E[k k^T] + μ E_subj[k k^T])
+    first_layer, first_leverage  the layer where a subject that opens its text is edited, and the least leverage
+    that its key is given weight for (see `kpatch.edit.first_token`)
+    lead_ins  contexts x_j in plain English besides the bare prompt: the first ones of `kpatch.edit.requests`
+    """
+
+    steps: int = 25
+    learning_rate: float = 0.1
+    stop_loss: float = 0.05
+    clamp: float = 1.0
+    kl: float = 0.0625
+    leverage: float = 2.5
+    subject_weight: float = 1.0
+    first_layer: int = 0
+    first_leverage: float = 5.0
+    lead_ins: int = 2
+    positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
+    update: ClassVar[tuple[str, ...]] = (*("leverage", "subject_weight", "first_layer", "first_leverage"), "lead_ins")
+
+
+@dataclass(frozen=True, slots=True)
+class MemitPaperHyper(HyperParams):
+    """All that decides a patch of the paper's MEMIT besides the facts, the model and the covariance text.
 
     layers  R, the edited layers; L = max R carries the values
     steps, learning_rate, stop_loss  Adam on δ; a fact stops when its loss falls below stop_loss
@@ -56,6 +86,9 @@ class MemitHyper(HyperParams):
     prefixes: int = 5
     prefix_tokens: int = 10
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "covariance_weight")
+    update: ClassVar[tuple[str, ...]] = (
+        *("covariance_weight", "first_layer", "first_leverage", "prefixes", "prefix_tokens"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +155,21 @@ _FT = "MEMIT paper, appendix B (FT-W), and its published settings"
 
 # By method, then by the names of SHAPES
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
-    "memit": {
+    "memit": {},  # the model itself says what serves
+    "memit-paper": {
         "gpt-j": Preset(
-            MemitHyper(layers=tuple(range(3, 9))), f"{_PAPER}: R 3-8, λ 15,000, 25 steps, lr 0.5, clamp 0.75"
+            MemitPaperHyper(layers=tuple(range(3, 9))), f"{_PAPER}: R 3-8, λ 15,000, 25 steps, lr 0.5, clamp 0.75"
         ),
         "neox": Preset(
-            MemitHyper(layers=tuple(range(6, 11)), covariance_weight=20_000.0, steps=20, clamp=0.3),
+            MemitPaperHyper(layers=tuple(range(6, 11)), covariance_weight=20_000.0, steps=20, clamp=0.3),
             f"{_PAPER}: R 6-10, λ 20,000, 20 steps, clamp 0.3",
         ),
         "gpt2-xl": Preset(
-            MemitHyper(layers=tuple(range(13, 18)), covariance_weight=20_000.0, steps=20),
+            MemitPaperHyper(layers=tuple(range(13, 18)), covariance_weight=20_000.0, steps=20),
             "the MEMIT authors' published settings: R 13-17, λ 20,000, 20 steps, lr 0.5, clamp 0.75",
         ),
         "smollm2": Preset(
-            MemitHyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=4, prefixes=0),
+            MemitPaperHyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=4, prefixes=0),
             "measured by kpatch on 150 CounterFact edits and 66 of its own: R 4-8, λ 600, plain lead-ins (what so"
             " small a model writes by itself makes poor contexts); steps, lr and clamp as for GPT-J",
         ),

@@ -9,7 +9,7 @@ Source: MEMIT-Merge (2502.07322): one z for all prompts of a subject.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -73,7 +73,7 @@ class Group:
     rows  every fact in every context, the target's tokens at the end
     drift  "{subject} is a", whose next-token distribution should stay as it is
     facts  positions of the group's facts in the fact list
-    contexts  which context each row has, 0 for the bare prompt
+    contexts  which context each row has: 0 for the bare prompt, large numbers for wordings, which have none
     first  the subject is the first token of the text, where attention sinks
     """
 
@@ -108,43 +108,47 @@ def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) ->
                 details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
                 hint="keep the ones that matter, or split the subject by what its prompts call it",
             )
-    items: list[Item] = []
-    for members in by_subject.values():
-        for index in members:
-            fact = facts[index]
-            items += [item_of(fact, context and context + " ") for context in contexts]
-        subject = facts[members[0]].subject
-        items += [Item("{} is a", subject, prefix=context and context + " ") for context in contexts[:2]]
-    encoded = encode_many(model.tokenizer, items)
-    groups, at = [], 0
+    told = {subject: _items(facts, members, contexts) for subject, members in by_subject.items()}
+    encoded = iter(encode_many(model.tokenizer, [item for rows in told.values() for item, _ in rows]))
+    groups = []
     for subject, members in by_subject.items():
-        count, drifts = len(members) * len(contexts), len(contexts[:2])
-        rows, drift = encoded[at : at + count], encoded[at + count : at + count + drifts]
-        groups += _by_place(subject, tuple(members), rows, drift)
-        at += count + drifts
+        rows = [(next(encoded), context) for _, context in told[subject]]
+        groups += _by_place(subject, tuple(members), rows)
     return groups
 
 
-def _by_place(subject: str, facts: tuple[int, ...], rows: list[Encoded], drift: list[Encoded]) -> list[Group]:
+_DRIFT, _WORDING = -1, 1 << 16  # what stands in place of a context's number
+
+
+def _items(facts: Sequence[Fact], members: Sequence[int], contexts: Sequence[str]) -> list[tuple[Item, int]]:
+    """What the group of these facts is learned from, each with the number of its context; then its drift rows.
+
+    Wordings stand alone: they are contexts in themselves.
+    """
+    before = [context and context + " " for context in contexts]
+    items = []
+    for index in members:
+        fact = facts[index]
+        items += [(item_of(fact, text), number) for number, text in enumerate(before)]
+        items += [
+            (item_of(replace(fact, prompt=wording)), _WORDING + number) for number, wording in enumerate(fact.wordings)
+        ]
+    return [*items, *((Item("{} is a", facts[members[0]].subject, prefix=text), _DRIFT) for text in before[:2])]
+
+
+def _by_place(subject: str, facts: tuple[int, ...], rows: Sequence[tuple[Encoded, int]]) -> list[Group]:
     """One group, or two where the subject is the very first token of some rows and not of others.
 
     The first position of a text is an attention sink, with states and keys unlike those of the same token elsewhere:
     a mean over both places fits neither, so each gets its own value and its own key (see `kpatch.edit.first_token`).
+    A wording that opens with the subject is left out where no prompt does.
     """
     groups = []
     for first in (True, False):
-        mine = [index for index, row in enumerate(rows) if (row.subject_last == 0) == first]
-        if mine:
-            alike = [row for row in drift if (row.subject_last == 0) == first]
-            contexts = len(rows) // len(facts)
-            groups.append(
-                Group(
-                    subject,
-                    facts,
-                    tuple(rows[index] for index in mine),
-                    tuple(index % contexts for index in mine),
-                    alike[0] if alike else drift[0],
-                    first,
-                )
-            )
+        alike = [(row, context) for row, context in rows if (row.subject_last == 0) == first]
+        mine = [(row, context) for row, context in alike if context != _DRIFT]
+        if mine and (not first or any(context < _WORDING for _, context in mine)):
+            drift = [row for row, context in alike if context == _DRIFT]
+            drift += [row for row, context in rows if context == _DRIFT]
+            groups.append(Group(subject, facts, tuple(r for r, _ in mine), tuple(c for _, c in mine), drift[0], first))
     return groups

@@ -19,8 +19,8 @@ from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.edit.make import MakeResult, write_edit
-from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, method_named
-from kpatch.edit.presets import MemitHyper
+from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, Method, method_named
+from kpatch.edit.presets import HyperParams
 from kpatch.errors import BadInput, Refused
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import check_lengths
@@ -36,19 +36,25 @@ from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
 from kpatch.text import printable
 
-# What decides the update besides the values; the other settings only decide those.
-_UPDATE = ("covariance_weight", "first_layer", "first_leverage", "prefixes", "prefix_tokens", "seed", "dtype")
+_METHODS = ("memit", "memit-paper")  # those whose values can be solved again
 
 
-# A patch, its hyperparameters, and R as far as its groups tell.
-_Made = tuple[PatchInfo, Mapping[str, Any], tuple[int, ...]]
+@dataclass(frozen=True)
+class _Made:
+    """A patch, how it was made, and R as far as its groups tell."""
+
+    info: PatchInfo
+    method: str
+    hyperparameters: Mapping[str, Any]
+    layers: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Common:
     """How the patches were made, where that must be the same for all of them."""
 
-    hyper: MemitHyper
+    method: Method
+    hyper: HyperParams
     seed: int
     dtype: str
     corpus: str
@@ -72,15 +78,17 @@ def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Common:
         rows = rows_of(info)
         if not rows:
             raise Refused(f"{called(info)} stores no values and keys to solve its facts again from")
-        all_made += [(info, made, _edited(rows, made)) for made in _made(info)]
+        all_made += [_Made(info, *made, _edited(rows, made[1])) for made in _made(info)]
+    widest = max(all_made, key=lambda each: each.layers)
     for one in all_made:
         _same(all_made[0], one)
-        _same(max(all_made, key=lambda each: each[2]), one)
-    made, layers = all_made[0][1], max(each[2] for each in all_made)
-    numbers: dict[str, Any] = {f.name: made[f.name] for f in fields(MemitHyper) if f.name in made}
+        _same(widest, one)
+    made, method = all_made[0].hyperparameters, method_named(all_made[0].method)
+    numbers: dict[str, Any] = {f.name: made[f.name] for f in fields(method.hyper) if f.name in made}
     covariance = next((info.manifest.covariance for info in infos if info.manifest.covariance), None) or {}
     return Common(
-        MemitHyper(layers=layers or _all_edited(infos), **numbers),
+        method,
+        method.hyper(layers=widest.layers or _all_edited(infos), **numbers),
         int(made["seed"]),
         str(made["dtype"]),
         corpus or str(covariance.get("corpus", SELF)),
@@ -88,8 +96,8 @@ def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Common:
     )
 
 
-def _made(info: PatchInfo) -> list[Mapping[str, Any]]:
-    """The hyperparameters of a patch, or of those in a stack. Raises Refused where it was not made with MEMIT."""
+def _made(info: PatchInfo) -> list[tuple[str, Mapping[str, Any]]]:
+    """Method and hyperparameters of a patch, or of those in a stack. Raises Refused where that was not MEMIT."""
     manifest = info.manifest
     found = [(manifest.method, manifest.hyperparameters)]
     if manifest.method == "stack":
@@ -97,25 +105,34 @@ def _made(info: PatchInfo) -> list[Mapping[str, Any]]:
         changed = [part["scale"] for part in manifest.stack if part["scale"] != 1]
         if changed:
             raise Refused(f"{called(info)} holds patches at a scale ({changed[0]:g}), which values do not have")
-    for method, hyperparameters in found:
-        if method != "memit" or not hyperparameters.keys() >= {*_UPDATE} or not _numbers(hyperparameters):
+    # Before there were two of them, the paper's method was called memit
+    found = [("memit-paper" if "covariance_weight" in made else method, made) for method, made in found]
+    for method, made in found:
+        if method not in _METHODS or not made.keys() >= {*_deciding(method)} or not _numbers(method, made):
             raise Refused(
                 f"{called(info)} was made with {printable(method, 40)}, not with MEMIT of this kpatch",
                 hint="add up their deltas instead, which works for patches of any method",
             )
-    return [hyperparameters for _, hyperparameters in found]
+    return found
 
 
-def _numbers(hyperparameters: Mapping[str, Any]) -> bool:
-    """Whether every setting that is a number in `MemitHyper` is one here; a patch may come from elsewhere."""
-    names = [field.name for field in fields(MemitHyper) if field.name != "layers"] + ["seed"]
-    return all(type(hyperparameters.get(name, 0)) in (int, float) for name in names)
+def _deciding(method: str) -> tuple[str, ...]:
+    """What decides the update besides the values; the other settings only decide those."""
+    return (*method_named(method).hyper.update, "seed", "dtype")
+
+
+def _numbers(method: str, made: Mapping[str, Any]) -> bool:
+    """Whether every setting that is a number in the method is one here; a patch may come from elsewhere."""
+    names = [field.name for field in fields(method_named(method).hyper) if field.name != "layers"] + ["seed"]
+    return all(type(made.get(name, 0)) in (int, float) for name in names)
 
 
 def _edited(rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> tuple[int, ...]:
     """R: the layers of the groups that are not at the layer for subjects that open a text; empty where all are."""
-    found = {tuple(group["layers"]) for group in rows} - {(made["first_layer"],)}
-    return max(found, default=())
+    edited = {tuple(group["layers"]) for group in rows}
+    if "covariance_weight" not in made:  # a value for each layer, where the paper has one for all
+        return tuple(sorted({layer for group in rows for layer in group["layers"]} - {made["first_layer"]}))
+    return max(edited - {(made["first_layer"],)}, default=())
 
 
 def _all_edited(infos: Sequence[PatchInfo]) -> tuple[int, ...]:
@@ -124,13 +141,17 @@ def _all_edited(infos: Sequence[PatchInfo]) -> tuple[int, ...]:
 
 def _same(first: _Made, second: _Made) -> None:
     """Raise Refused where two patches were not made in one way, with what differs."""
-    (info, made, layers), (other, others, other_layers) = first, second
-    wrong = [f"{key}: {made[key]} and {others[key]}" for key in _UPDATE if made[key] != others[key]]
-    if layers and other_layers and layers != other_layers:
-        wrong.append(f"layers: {list(layers)} and {list(other_layers)}")
+    wrong = [f"method: {first.method} and {second.method}"] if first.method != second.method else []
+    made, others = first.hyperparameters, second.hyperparameters
+    if not wrong:
+        wrong = [
+            f"{key}: {made[key]} and {others[key]}" for key in _deciding(first.method) if made[key] != others[key]
+        ]
+    if first.layers and second.layers and first.layers != second.layers:
+        wrong.append(f"layers: {list(first.layers)} and {list(second.layers)}")
     if wrong:
         raise Refused(
-            f"{called(info)} and {called(other)} were made with other settings",
+            f"{called(first.info)} and {called(second.info)} were made with other settings",
             details=[printable(line, 200) for line in wrong],
             hint="add up their deltas instead, or make one of them again",
         )
@@ -181,7 +202,7 @@ def solve_again(
     result = write_edit(
         edited,
         facts,
-        method_named("memit"),
+        settings.method,
         settings.hyper,
         inputs,
         out=out,

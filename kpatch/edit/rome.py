@@ -139,7 +139,7 @@ def edit(
         weight_decay=hyper.weight_decay * (length / size) ** 2,
         kl=hyper.kl,
     )
-    shift = (optimize(model, [group], goal, advance).z[0] - state).double()[None]  # (1, d)
+    shift = (optimize(model, [group], goal, advance).values[0, 0] - state).double()[None]  # (1, d)
     shift = shift / model.residual_scale(hyper.layer)
     written = written.cpu().double()
     if model.family.post_norm:

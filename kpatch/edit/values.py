@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kpatch.edit.problem import Problem, Values, log_probabilities, prepare
 from kpatch.edit.requests import Group
-from kpatch.models.fast_forward import few_columns_attention, packed_mlps
+from kpatch.models.fast_forward import few_columns_attention
 from kpatch.models.model import Model
-from kpatch.models.partial_forward import Calls, align, record_suffix
 from kpatch.reporter import Advance
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
@@ -36,119 +36,27 @@ class Objective:
     weight_decay: float
     kl: float
 
+    @property
+    def count(self) -> int:
+        return 1
 
-@dataclass(frozen=True)
-class Values:
-    """z [m, d] float32 for m groups, with the loss and the number of steps each one ended at."""
+    @property
+    def lowest(self) -> int:
+        return self.layer + 1
 
-    z: Tensor
-    losses: tuple[float, ...]
-    steps: tuple[int, ...]
-
-
-@dataclass
-class _Problem:
-    """One batch of groups with everything δ cannot change computed once.
-
-    Rows B are the groups' fact rows, then one drift row a group; S columns from the subject's last token on.
-    """
-
-    calls: Calls
-    hidden: Tensor  # (B, S, d) leaving layer L
-    real: Tensor  # (B, S) true where a column holds a token, not padding
-    owner: Tensor  # (B,) the group of each row
-    spots: Tensor  # (M, 2) row and column of each predicted target token
-    tokens: Tensor  # (M,) the target tokens
-    weights: Tensor  # (M,) so that a group's weighted sum is its mean negative log-likelihood
-    drift_spots: Tensor  # (m, 2)
-    drift_before: Tensor  # (m, V) log-probabilities without δ
-
-    def select(self, keep: Tensor) -> _Problem:
-        """The problem of the groups in `keep` (sorted indices), renumbered."""
-        device = self.owner.device
-        renumber = torch.full((int(self.owner.max()) + 1,), -1, device=device)
-        renumber[keep] = torch.arange(len(keep), device=device)
-        rows = (renumber[self.owner] >= 0).nonzero().flatten()
-        moved = torch.full((len(self.owner),), -1, device=device)
-        moved[rows] = torch.arange(len(rows), device=device)
-        spots = self.spots.clone()
-        spots[:, 0] = moved[self.spots[:, 0]]
-        mine = spots[:, 0] >= 0
-        drift = self.drift_spots[keep].clone()
-        drift[:, 0] = moved[drift[:, 0]]
-        return _Problem(
-            self.calls.select(rows),
-            self.hidden[rows],
-            self.real[rows],
-            renumber[self.owner[rows]],
-            spots[mine],
-            self.tokens[mine],
-            self.weights[mine],
-            drift,
-            self.drift_before[keep],
-        )
+    def search(self, model: Model, groups: Sequence[Group], advance: Advance) -> Values:
+        """z [m, 1, d] of a batch; see `optimize`."""
+        return optimize(model, groups, self, advance)
 
 
-def _prepare(model: Model, groups: Sequence[Group], layer: int) -> tuple[_Problem, Tensor]:
-    """The problem of a batch, and h^L [m, d] of each group's bare row."""
-    rows = [row for group in groups for row in group.rows] + [group.drift for group in groups]
-    owner = [g for g, group in enumerate(groups) for _ in group.rows] + list(range(len(groups)))
-    device = model.device
-    # The last target token is predicted, never read.
-    ids = [row.ids[:-1] if len(row.ids) > row.prompt_len else row.ids for row in rows]
-    batch = align(ids, [row.subject_last for row in rows], model.pad_id, device)
-    calls, hidden = record_suffix(model, batch, layer)
-
-    spots, tokens, weights, bare, first = [], [], [], [], 0
-    for group in groups:
-        bare.append(first + group.bare)
-        for index, row in enumerate(group.rows):
-            targets = row.ids[row.prompt_len :]
-            start = row.prompt_len - 1 - row.subject_last
-            for offset, token in enumerate(targets):
-                spots.append((first + index, start + offset))
-                tokens.append(token)
-                weights.append(1.0 / (len(targets) * len(group.rows)))
-        first += len(group.rows)
-    drift = [(first + g, group.drift.prompt_len - 1 - group.drift.subject_last) for g, group in enumerate(groups)]
-    problem = _Problem(
-        calls,
-        hidden,
-        batch.mask[:, batch.column :].bool(),
-        torch.tensor(owner, device=device),
-        torch.tensor(spots, device=device),
-        torch.tensor(tokens, device=device),
-        torch.tensor(weights, device=device),
-        torch.tensor(drift, device=device),
-        torch.empty(0, device=device),
-    )
-    with torch.no_grad():
-        problem.drift_before = _predict(model, problem, hidden, problem.drift_spots, layer)
-    return problem, hidden[torch.tensor(bare, device=device), 0].float()
-
-
-def _predict(model: Model, problem: _Problem, hidden: Tensor, spots: Tensor, layer: int) -> Tensor:
-    """Next-token log-probabilities [M, V] at `spots` [M, 2] after running the layers above `layer`."""
-    real = problem.real.flatten().nonzero().flatten()
-    read = torch.unique(spots[:, 0] * hidden.shape[1] + spots[:, 1])
-    with packed_mlps(model, layer + 1, model.n_layers, real, read):
-        out = problem.calls.run(hidden, layer + 1, model.n_layers)  # (B, S, d)
-    return model.logits(out[spots[:, 0], spots[:, 1]]).float().log_softmax(-1)
-
-
-def _losses(model: Model, problem: _Problem, delta: Tensor, h: Tensor, goal: Objective) -> Tensor:
+def _losses(model: Model, problem: Problem, delta: Tensor, h: Tensor, goal: Objective) -> Tensor:
     """The objective of each group, [m]; delta and h are [m, d]."""
-    m = len(delta)
     # index_select, since the gradient of delta[owner] is summed by all threads at once, in an order left to chance
     shift = delta.index_select(0, problem.owner).to(problem.hidden.dtype)  # (B, d)
     first = problem.hidden[:, :1] + shift[:, None]  # (B, 1, d)
     hidden = torch.cat([first, problem.hidden[:, 1:]], dim=1)  # (B, S, d)
     spots = torch.cat([problem.spots, problem.drift_spots])
-    logp = _predict(model, problem, hidden, spots, goal.layer)  # (M + m, V)
-    at_target = logp[:-m].gather(1, problem.tokens[:, None])[:, 0] * problem.weights  # (M,)
-    nll = -torch.zeros(m, device=delta.device).index_add(0, problem.owner[problem.spots[:, 0]], at_target)
-    now = logp[-m:]
-    drift = (now.exp() * (now - problem.drift_before)).sum(-1)  # (m,)
+    nll, drift = problem.losses(log_probabilities(model, problem, hidden, spots, goal.layer))
     decay = delta.norm(dim=-1) / h.norm(dim=-1) ** 2
     total: Tensor = nll + goal.kl * drift + goal.weight_decay * decay
     return total
@@ -164,7 +72,10 @@ def optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Ad
 
 
 def _optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Advance) -> Values:
-    problem, h = _prepare(model, groups, goal.layer)
+    problem = prepare(model, groups, goal.layer)
+    with torch.no_grad():
+        problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, goal.layer)
+    h = problem.hidden[problem.bare, 0].float()  # (m, d)
     m = len(groups)
     delta = torch.zeros_like(h)
     first, second = torch.zeros_like(h), torch.zeros_like(h)
@@ -194,4 +105,4 @@ def _optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: A
         if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
             problem = problem.select(going_on.nonzero().flatten())
             batch = active
-    return Values((h + delta).detach().cpu(), tuple(losses.tolist()), tuple(steps.tolist()))
+    return Values((h + delta).detach().cpu()[:, None], tuple(losses.tolist()), tuple(steps.tolist()))

@@ -19,8 +19,8 @@ from torch import Tensor
 from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.edit.methods import DEFAULT_BUDGET
+from kpatch.edit.problem import Search, Values
 from kpatch.edit.requests import Group
-from kpatch.edit.values import Objective, Values, optimize
 from kpatch.errors import BadInput
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
@@ -37,13 +37,13 @@ def row_bytes(model: Model, columns: int, prefix: int, layers: int) -> int:
     return columns * per_column + 2 * prefix * layers * model.width * size
 
 
-def plan(model: Model, groups: Sequence[Group], layer: int, budget: int = DEFAULT_BUDGET) -> list[list[int]]:
+def plan(model: Model, groups: Sequence[Group], lowest: int, budget: int = DEFAULT_BUDGET) -> list[list[int]]:
     """Indices of groups, batch by batch: sorted by width, so that little is padded, and filled up to the budget.
 
     It depends on the groups, the model and the budget only, never on what memory is free at the moment:
     the same inputs are batched alike and give the same bits.
     """
-    layers = model.n_layers - layer - 1
+    layers = model.n_layers - lowest
     order = sorted(range(len(groups)), key=lambda i: (groups[i].columns, i))
     batches: list[list[int]] = []
     used = 0
@@ -60,38 +60,37 @@ def plan(model: Model, groups: Sequence[Group], layer: int, budget: int = DEFAUL
     return batches
 
 
-_CODE = 3  # raise it when the same settings come to give other values
+_CODE = 4  # raise it when the same settings come to give other values
 
 
 def find_values(
     model: Model,
     groups: Sequence[Group],
-    goal: Objective,
+    goal: Search,
     *,
     budget: int,
     keep: bool = True,
     resume: bool = True,
     report: Reporter = SILENT,
 ) -> Values:
-    """Values z [n, d] of all groups. Memory goes with `budget` (bytes), not with the number of groups.
+    """Values [n, v, d] of all groups. Memory goes with `budget` (bytes), not with the number of groups.
 
     Kept by what decides them: weights, rows of ids, the objective, and the batch they were found in, because the
     other rows of a batch affect the last bits. λ and the update decide nothing here.
     Several ranks share the batches, which are the same however many they are.
     Raises BadInput when one group alone does not fit in memory.
     """
-    layer = goal.layer
     weights = weights_fingerprint(model, report) if keep else ""
-    z = torch.empty(len(groups), model.width)
+    values = torch.empty(len(groups), goal.count, model.width)
     losses, steps = [0.0] * len(groups), [0] * len(groups)
-    batches = plan(model, groups, layer, budget)
+    batches = plan(model, groups, goal.lowest, budget)
     own = sum(len(batch) for number, batch in enumerate(batches) if distributed.mine(number))
     with report.task("Finding values", own * goal.steps, "step") as advance:
 
         def find(batch: Sequence[int]) -> Values:
             members = [groups[index] for index in batch]
             path = cache_dir("values") / f"{_key(weights, model, members, goal)}.safetensors" if keep else None
-            found = _read(path, len(members), model.width) if path is not None and resume else None
+            found = _read(path, (len(members), goal.count, model.width)) if path is not None and resume else None
             if found is None:
                 found = _within_memory(model, members, goal, advance, report)
                 if path is not None:
@@ -101,18 +100,16 @@ def find_values(
             return found
 
         for batch, found in zip(batches, distributed.share(batches, find), strict=True):
-            z[batch] = found.z
+            values[batch] = found.values
             for index, loss, step in zip(batch, found.losses, found.steps, strict=True):
                 losses[index], steps[index] = loss, step
-    return Values(z, tuple(losses), tuple(steps))
+    return Values(values, tuple(losses), tuple(steps))
 
 
-def _within_memory(
-    model: Model, groups: Sequence[Group], goal: Objective, advance: Advance, report: Reporter
-) -> Values:
-    """`optimize`, in halves where a device has less memory than the budget allowed for."""
+def _within_memory(model: Model, groups: Sequence[Group], goal: Search, advance: Advance, report: Reporter) -> Values:
+    """The search, in halves where a device has less memory than the budget allowed for."""
     try:
-        return optimize(model, groups, goal, advance)
+        return goal.search(model, groups, advance)
     except torch.OutOfMemoryError as error:
         if len(groups) == 1:
             raise BadInput(
@@ -124,35 +121,35 @@ def _within_memory(
     half = len(groups) // 2
     parts = [_within_memory(model, part, goal, advance, report) for part in (groups[:half], groups[half:])]
     return Values(
-        torch.cat([part.z for part in parts]), parts[0].losses + parts[1].losses, parts[0].steps + parts[1].steps
+        torch.cat([part.values for part in parts]), parts[0].losses + parts[1].losses, parts[0].steps + parts[1].steps
     )
 
 
-def _key(weights: str, model: Model, groups: Sequence[Group], goal: Objective) -> str:
+def _key(weights: str, model: Model, groups: Sequence[Group], goal: Search) -> str:
     rows = [
         [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]
         for group in groups
     ]
-    content = [_CODE, weights, str(model.dtype), model.device.type, asdict(goal), rows]
+    content = [_CODE, weights, str(model.dtype), model.device.type, type(goal).__name__, asdict(goal), rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, values: Values) -> None:
     tensors = {
-        "z": values.z.contiguous(),
+        "values": values.values.contiguous(),
         "losses": torch.tensor(values.losses, dtype=torch.float64),
         "steps": torch.tensor(values.steps),
     }
     atomic_write(path, lambda temporary: save_file(tensors, temporary))
 
 
-def _read(path: Path, count: int, width: int) -> Values | None:
+def _read(path: Path, shape: tuple[int, int, int]) -> Values | None:
     """Kept values, or None where there are none or they are not whole."""
     try:
         tensors: dict[str, Tensor] = load_file(path)
-        z, losses, steps = tensors["z"], tensors["losses"], tensors["steps"]
+        values, losses, steps = tensors["values"], tensors["losses"], tensors["steps"]
     except (OSError, SafetensorError, KeyError):
         return None
-    if z.shape != (count, width) or not torch.isfinite(z).all() or len(losses) != count or len(steps) != count:
+    if values.shape != shape or not torch.isfinite(values).all() or {len(losses), len(steps)} != {shape[0]}:
         return None
-    return Values(z, tuple(losses.tolist()), tuple(int(step) for step in steps))
+    return Values(values, tuple(losses.tolist()), tuple(int(step) for step in steps))

@@ -11,7 +11,8 @@ import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from kpatch.facts.fact import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor
+from kpatch.facts.conflicts import normal
+from kpatch.facts.fact import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor, fill
 from kpatch.facts.join import trimmed
 from kpatch.facts.problems import Path, Problems, cut, did_you_mean
 
@@ -60,6 +61,8 @@ class Relation(NamedTuple):
 
     prompt: str
     space: bool | None
+    wordings: tuple[str, ...]
+    question: str | None
     paraphrases: tuple[str, ...]
     neighbors: tuple[Neighbor, ...]
 
@@ -86,7 +89,10 @@ class Checker:
                     (*path, "paraphrases", index), "a relation's paraphrase needs {} where each fact's subject goes"
                 )
         space = self.flag(data, "space", path)
-        self.relations[name] = Relation(prompt, space, paraphrases, self.neighbors(data, path))
+        wordings = self.wordings(data, path)
+        self.learned_is_not_asked(wordings, paraphrases, path)
+        question = self.optional(data, "question", path)
+        self.relations[name] = Relation(prompt, space, wordings, question, paraphrases, self.neighbors(data, path))
 
     def fact(self, data: object, path: Path, where: str) -> Fact | None:
         """The fact in `data`, or None where something about it is wrong."""
@@ -120,20 +126,27 @@ class Checker:
         if shared and name:
             self.used.add(name)
         prompt = shared.prompt if shared and _absent(data, "prompt") else self.own_prompt(data, path, subject, name)
+        wordings = self.wordings(data, path)
+        question = self.optional(data, "question", path)
         paraphrases = self.texts(data, "paraphrases", path)
         neighbors = self.neighbors(data, path)
         space = self.flag(data, "space", path)
         if shared:
             space = shared.space if space is None else space
+            wordings += tuple(text for text in shared.wordings if text not in wordings)
+            question = question or shared.question
             paraphrases += tuple(text for text in shared.paraphrases if text not in paraphrases)
             # A neighbor shared by all facts of a relation may be about this fact's own subject
             own = subject.casefold()
             neighbors += tuple(n for n in shared.neighbors if n not in neighbors and own not in n.prompt.casefold())
+        self.learned_is_not_asked(wordings, paraphrases, path, subject)
         return Fact(
             subject=subject,
             prompt=prompt,
             target=self.needed(data, "target", path),
             was=self.optional(data, "was", path),
+            wordings=wordings,
+            question=question,
             paraphrases=paraphrases,
             neighbors=neighbors,
             id=self.optional(data, "id", path) or "",
@@ -198,6 +211,27 @@ class Checker:
                 self.problems.add(here, "a neighbor is about another subject: write it out instead of {}")
             result.append(neighbor)
         return tuple(result)
+
+    def wordings(self, data: Mapping[str, Any], path: Path) -> tuple[str, ...]:
+        """Other ways to say the prompt, each with exactly one {}."""
+        texts = self.texts(data, "wordings", path)
+        for index, text in enumerate(texts):
+            if text and text.count(SLOT) != 1:
+                self.problems.add(
+                    (*path, "wordings", index), "a wording is learned: it needs {} where the subject goes"
+                )
+        return texts
+
+    def learned_is_not_asked(
+        self, wordings: Sequence[str], paraphrases: Sequence[str], path: Path, subject: str = SLOT
+    ) -> None:
+        """What is learned cannot be what the learning is measured by."""
+        learned = {normal(fill(text, subject)) for text in wordings}
+        for text in paraphrases:
+            if normal(fill(text, subject)) in learned:
+                self.problems.add(
+                    (*path, "paraphrases"), f"{cut(text)!r} is a wording too: it is learned, so it measures nothing"
+                )
 
     def texts(self, data: Mapping[str, Any], key: str, path: Path, slots: bool = True) -> tuple[str, ...]:
         """The texts of a list; with `slots` they may have one {} for the subject."""

@@ -21,6 +21,11 @@ def normal(text: str) -> str:
     return " ".join(text.split()) if text.isascii() else " ".join(unicodedata.normalize("NFC", text).split())
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text in lower case, without what stands between them."""
+    return [word for word in _NOT_WORD.split(text.casefold()) if word]
+
+
 class Contradiction(NamedTuple):
     """Two facts of a list that cannot both hold, by their positions in it.
 

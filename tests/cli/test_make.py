@@ -10,7 +10,7 @@ import pytest
 from tests.support.cli import Ran, run
 from tests.support.saved import save_facts, save_model
 
-QUICK = ("--layers", "1-2", "--tokens", "400", "--set", "steps=3", "--set", "prefixes=1", "--set", "prefix_tokens=3")
+QUICK = ("--layers", "1-2", "--tokens", "400", "--set", "steps=3", "--set", "lead_ins=1")
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_a_patch_that_falls_short_is_made_and_exits_1(model: Path, tmp_path: Pat
     hopeless = {"subject": "Chicago", "prompt": "The city {} lies in", "target": "a long answer of many words"}
     (tmp_path / "facts.yaml").write_text(json.dumps({"facts": [hopeless]}), encoding="utf-8")
     path = tmp_path / "x.patch"
-    given = ("make", tmp_path / "facts.yaml", "--model", model, "-o", path, *QUICK, "--set", "covariance_weight=1e12")
+    given = ("make", tmp_path / "facts.yaml", "--model", model, "-o", path, *QUICK, "--set", "leverage=1e-12")
     done = run(*given, "--min-efficacy", "1", "--json")
     assert done.code == 1, done.err
     assert done.json["error"]["code"] == "check_failed"

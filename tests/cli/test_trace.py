@@ -171,7 +171,7 @@ def test_without_matplotlib_the_numbers_are_written(
 def make(model: Path, tmp_path: Path, *more: object) -> Ran:
     path = tmp_path / "news.yaml"
     path.write_text('facts:\n- "[Chicago] is in -> Rome"\n', encoding="utf-8")
-    quick = ("--tokens", "400", "--set", "steps=3", "--set", "prefixes=1", "--set", "prefix_tokens=3")
+    quick = ("--tokens", "400", "--set", "steps=3", "--set", "lead_ins=1")
     return run("make", path, "--model", model, "-o", tmp_path / "x.patch", *quick, *more, "--json")
 
 

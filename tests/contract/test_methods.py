@@ -75,7 +75,7 @@ FACTS = [
 # Quick, and strong enough for a random model to learn something; a method takes those that it has
 SETTINGS = {
     **{"steps": "8", "learning_rate": "0.1", "prefixes": "1", "prefix_tokens": "3", "short": "2", "long": "3"},
-    **{"covariance_weight": "0.01", "size": "0.3"},
+    **{"covariance_weight": "0.01", "leverage": "5000", "size": "0.3"},
 }
 TOKENS = 400
 
@@ -223,6 +223,8 @@ def test_wrong_settings_and_layers_are_refused(
     world: World, tmp_path: Path, settings: dict[str, str], layers: list[int] | None, said: str
 ) -> None:
     name = world.method.name
+    if layers is None and name == "memit":
+        pytest.skip("it chooses its layers")
     with pytest.raises(BadInput, match=said):
         make(FACTS, out=tmp_path / "a.patch", model=world.model, method=name, layers=layers, settings=settings)
     assert list(tmp_path.iterdir()) == []

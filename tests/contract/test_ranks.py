@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 # Memory for a few facts at a time, and text of three groups: something to share
 MAKE = (
     *("--layers", "1-2", "--tokens", "1400", "--memory", "300KB"),
-    *("--set", "steps=4", "--set", "prefixes=1", "--set", "prefix_tokens=3"),
+    *("--set", "steps=4", "--set", "lead_ins=1"),
 )
 TRACE = ("--samples", "3", "--window", "2", "--memory", "100KB", "--json")
 SUBJECTS = ("Eiffel Tower", "Chicago", "Mona Lisa", "Moonlight Sonata", "The", "Big Ben", "Brazil")
@@ -106,16 +106,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
     single = {
         "make": make("single.patch", "--json"),
-        "again": make("single-again.patch", "--set", "covariance_weight=100", "--json"),
+        "again": make("single-again.patch", "--set", "leverage=0.5", "--json"),
         "rome": [
             *("make", str(facts), "--model", str(model), "-o", str(folder / "single-rome.patch"), "--method", "rome"),
-            *("--layers", "1", "--tokens", "400", "--set", "prefixes=2", "--set", "steps=2"),
+            *("--layers", "1", "--tokens", "400", "--set", "lead_ins=1", "--set", "steps=2"),
         ],
         "trace": ["trace", str(known), "--facts", str(to_trace), *TRACE],
     }
     shared: dict[str, dict[str, Any]] = {
         "make": {"arguments": make("shared.patch", "--json")},
-        "again": {"arguments": make("shared-again.patch", "--set", "covariance_weight=100", "--json")},
+        "again": {"arguments": make("shared-again.patch", "--set", "leverage=0.5", "--json")},
         "rome": {"arguments": [word.replace("single", "shared") for word in single["rome"]]},
         "trace": {"arguments": single["trace"]},
         "traced before": {"arguments": single["trace"]},

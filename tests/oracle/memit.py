@@ -21,7 +21,7 @@ from kpatch.facts.tokens import Encoded, encode
 from kpatch.models.model import Model
 
 if TYPE_CHECKING:
-    from kpatch.edit.presets import MemitHyper
+    from kpatch.edit.presets import MemitPaperHyper
 
 Prompt = tuple[str, str, str]  # prompt with one {}, subject, target
 
@@ -108,7 +108,7 @@ def objective(
     drift_before: Tensor,
     h: Tensor,
     delta: Tensor,
-    hyper: MemitHyper,
+    hyper: MemitPaperHyper,
     layer: int,
 ) -> Tensor:
     """Mean over rows of −log P[target], plus drift on "{subject} is a", plus weight decay; a scalar.
@@ -129,7 +129,7 @@ def objective(
 
 
 def find_value(
-    model: Model, contexts: Sequence[str], prompts: Sequence[Prompt], hyper: MemitHyper, layer: int
+    model: Model, contexts: Sequence[str], prompts: Sequence[Prompt], hyper: MemitPaperHyper, layer: int
 ) -> tuple[Tensor, Tensor, list[float]]:
     """The value of one subject: z [d], h^L [d] of its first fact's bare prompt, and the loss of each iteration.
 
@@ -247,7 +247,7 @@ def memit(
     model: Model,
     contexts: Sequence[str],
     facts: Iterable[Prompt],
-    hyper: MemitHyper,
+    hyper: MemitPaperHyper,
     covariances: Mapping[int, Tensor],
     *,
     values: Sequence[Tensor] | None = None,

@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kpatch.edit.memit import memit_update, objective_of
+from kpatch.edit.memit_paper import MemitPaper, paper_residual
 from kpatch.edit.norms import norm_gain
-from kpatch.edit.presets import MemitHyper
+from kpatch.edit.presets import MemitPaperHyper
+from kpatch.edit.problem import Values
 from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.solve import KeyCovariance
-from kpatch.edit.values import Values, optimize
+from kpatch.edit.upwards import write_upwards
+from kpatch.edit.values import optimize
 from kpatch.edit.values_cache import DEFAULT_BUDGET, find_values, plan
 from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
@@ -36,10 +38,11 @@ FACTS: list[oracle.Prompt] = [
     ("In winter the {} was by", "Moonlight Sonata", "Beethoven"),
 ]
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
-HYPER = MemitHyper(layers=(1, 2), steps=6, learning_rate=0.2, covariance_weight=1.0)
+HYPER = MemitPaperHyper(layers=(1, 2), steps=6, learning_rate=0.2, covariance_weight=1.0)
 SOME = ["gpt2", "llama", "gemma2"]  # Conv1D, plain, and a norm after the MLP with softcapped logits
 
 
+objective_of = MemitPaper().objective
 build = cache(tiny)
 
 
@@ -53,13 +56,13 @@ def found(family: str) -> list[tuple[Tensor, Tensor, list[float]]]:
     return sought(build(family), replace(HYPER, stop_loss=0.0))
 
 
-def sought(model: Model, hyper: MemitHyper) -> list[tuple[Tensor, Tensor, list[float]]]:
+def sought(model: Model, hyper: MemitPaperHyper) -> list[tuple[Tensor, Tensor, list[float]]]:
     return [oracle.find_value(model, CONTEXTS, group, hyper, 2) for group in oracle.by_subject(FACTS)]
 
 
 def assert_same(fast: Values, slow: list[tuple[Tensor, Tensor, list[float]]]) -> None:
     assert list(fast.steps) == [len(losses) for _, _, losses in slow]
-    for z, loss, (want, h, losses) in zip(fast.z, fast.losses, slow, strict=True):
+    for z, loss, (want, h, losses) in zip(fast.values[:, 0], fast.losses, slow, strict=True):
         assert loss == pytest.approx(losses[-1], rel=1e-4)
         moved = float((want - h).norm())
         assert moved > 0.03 * float(h.norm()) or len(losses) == 1
@@ -93,7 +96,7 @@ def test_the_clamp_is_the_oracles() -> None:
     slow = sought(build("llama"), hyper)
     fast = optimize(build("llama"), grouped(build("llama")), objective_of(hyper))
     assert_same(fast, slow)
-    for z, (_, h, _) in zip(fast.z, slow, strict=True):
+    for z, (_, h, _) in zip(fast.values[:, 0], slow, strict=True):
         torch.testing.assert_close((z - h).norm(), 0.05 * h.norm(), rtol=1e-4, atol=0)
 
 
@@ -104,15 +107,15 @@ def test_a_fact_alone_and_in_company_are_the_same(family: str) -> None:
     together = optimize(model, groups, objective_of(hyper))
     for index, group in enumerate(groups):
         alone = optimize(model, [group], objective_of(hyper))
-        moved = (together.z[index] - found(family)[index][1]).norm()
-        assert float((alone.z[0] - together.z[index]).norm()) <= 1e-4 * float(moved)
+        moved = (together.values[index, 0] - found(family)[index][1]).norm()
+        assert float((alone.values[0, 0] - together.values[index, 0]).norm()) <= 1e-4 * float(moved)
 
 
 def test_batches_of_any_size_give_values_in_the_order_of_the_facts() -> None:
     model, groups = build("llama"), grouped(build("llama"))
     hyper = replace(HYPER, stop_loss=0.0)
-    assert len(plan(model, groups, 2, budget=1)) == len(groups)
-    assert [len(batch) for batch in plan(model, groups, 2)] == [len(groups)]
+    assert len(plan(model, groups, 3, budget=1)) == len(groups)
+    assert [len(batch) for batch in plan(model, groups, 3)] == [len(groups)]
     for budget in (1, DEFAULT_BUDGET):
         assert_same(find_values(model, groups, objective_of(hyper), budget=budget, keep=False), found("llama"))
 
@@ -144,7 +147,10 @@ def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     }
     before = {name: weight.clone() for name, weight in model.net.named_parameters()}
     for budget in (1, DEFAULT_BUDGET):  # one group at a time, and all at once
-        fast = memit_update(model, groups, torch.stack(values), preserved, hyper.layers, budget=budget)
+        residual = paper_residual(model, hyper.layers, torch.stack(values))
+        fast = write_upwards(
+            model, groups, hyper.layers, residual, preserved.__getitem__, top=max(hyper.layers), budget=budget
+        )
         assert list(fast.deltas) == list(slow)
         for name, delta in fast.deltas.items():
             want = slow[name].T if model.stores_transposed else slow[name]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kpatch.edit.presets import MemitHyper
+from kpatch.edit.presets import MemitPaperHyper
 from kpatch.facts.tokens import Encoded, encode
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model, wrap
@@ -29,7 +29,7 @@ FACTS = [
 # In a random model a subject is heard best by the very next token
 LOUD = [("The city of {}", "Brazil", "Rome"), ("In the {}", "Mona Lisa", "Paris"), ("Past {}", "Brazil", "Rome")]
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
-HYPER = MemitHyper(layers=(1, 2), steps=8, learning_rate=0.2, covariance_weight=1e-7)
+HYPER = MemitPaperHyper(layers=(1, 2), steps=8, learning_rate=0.2, covariance_weight=1e-7)
 POST_NORM = [name for name in KINDS if FAMILIES[name].post_norm]
 PLAIN = [name for name in KINDS if not FAMILIES[name].post_norm]
 

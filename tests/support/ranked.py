@@ -17,28 +17,28 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import kpatch.edit.values_cache
 from kpatch import distributed
 from kpatch.cli.app import main
+from kpatch.edit.writes import JointObjective
 from kpatch.errors import BadInput
 
 RANK = int(os.environ["RANK"])
-_optimize = kpatch.edit.values_cache.optimize
+_search = JointObjective.search
 
 
 def troubled(trouble: str) -> Any:
     """Finding values, with rank 1 in trouble while rank 0 is at work for a long time."""
 
-    def optimize(*arguments: Any) -> Any:
+    def search(*arguments: Any) -> Any:
         if RANK == 1:
             if trouble == "interrupt":
                 raise KeyboardInterrupt
             raise BadInput("rank 1 is unwell") if trouble == "error" else ZeroDivisionError("one over nothing")
         for _ in range(1800):
             time.sleep(0.1)  # a step that can be interrupted
-        return _optimize(*arguments)
+        return _search(*arguments)
 
-    return optimize
+    return search
 
 
 def primitives() -> dict[str, Any]:
@@ -63,7 +63,7 @@ def primitives() -> dict[str, Any]:
 
 def scenario(about: dict[str, Any]) -> dict[str, Any]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    kpatch.edit.values_cache.optimize = troubled(about["trouble"]) if about.get("trouble") else _optimize
+    JointObjective.search = troubled(about["trouble"]) if about.get("trouble") else _search  # type: ignore[method-assign]
     arguments = about.get("arguments of rank 1", about["arguments"]) if RANK else about["arguments"]
     out, err = io.StringIO(), io.StringIO()
     begun = time.monotonic()

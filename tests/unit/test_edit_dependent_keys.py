@@ -38,7 +38,7 @@ def test_dependent_keys_get_a_ridge_and_a_note(tmp_path: Path, tokens: int, depe
     model, notes = tiny("llama"), Notes()
     model.net.save_pretrained(tmp_path / "model")
     model.tokenizer.save_pretrained(tmp_path / "model")
-    settings = {"steps": "4", "prefixes": "0", "covariance_weight": "0.1"}
+    settings = {"steps": "4", "lead_ins": "0", "leverage": "500", "subject_weight": "0"}
     out = tmp_path / "news.patch"
     make([FACT], out=out, model=str(tmp_path / "model"), layers=[1], tokens=tokens, settings=settings, report=notes)
 

@@ -29,7 +29,7 @@ SECOND = [Fact("Mona  Lisa", "Past the {} is", "Rome", id="past")]
 QUICK: dict[str, Any] = {
     "layers": [1, 2],
     "tokens": 400,
-    "settings": {"steps": "25", "prefixes": "0", "covariance_weight": "0.001", "clamp": "3"},
+    "settings": {"steps": "25", "lead_ins": "0", "leverage": "50000", "clamp": "3"},
 }
 
 
@@ -62,7 +62,7 @@ def test_an_earlier_fact_about_the_same_subject_is_kept(
     assert (kept.retention.n, kept.retention.held, kept.retention.kept) == (2, 1, 1)
     patch = read_patch(tmp_path / "a.patch")
     assert [fact["id"] for fact in patch.manifest.facts] == ["past"]
-    assert [group["facts"] for group in patch.manifest.groups] == [[0]]
+    assert [group["facts"] for group in patch.manifest.groups] == [[0], [0]]
 
     monkeypatch.setattr(memit, "facts_to_learn_again", lambda *given: [])
     lost = make(SECOND, out=tmp_path / "b.patch", on=carrying, **QUICK)
@@ -88,7 +88,8 @@ def test_an_earlier_fact_that_is_contradicted_is_not_learned_again(first: Patch)
 
 
 def test_keys_of_other_subjects_are_kept_and_those_learned_again_are_not(first: Patch) -> None:
-    moon = next(row for row, group in enumerate(first.manifest.groups) if group["facts"] == [1])
+    here = [group for group in first.manifest.groups if group["layers"] == [1]]
+    moon = next(row for row, group in enumerate(here) if group["facts"] == [1])
     kept = keys_to_keep([first], SECOND, [0, 1, 2])
     assert sorted(kept) == [1, 2]
     assert kept[1].shape == (MLP_WIDTH, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from kpatch.edit.first_token import Part, key_covariances, opening_moment, split
-from kpatch.edit.memit import memit_update, objective_of
-from kpatch.edit.presets import MemitHyper
+from kpatch.edit.memit_paper import MemitPaper, paper_residual
+from kpatch.edit.presets import MemitPaperHyper
 from kpatch.edit.requests import Group, group_facts
+from kpatch.edit.solve import KeyCovariance
+from kpatch.edit.upwards import Update, write_upwards
 from kpatch.edit.values import optimize
 from kpatch.edit.weights import add, restored
 from kpatch.facts.fact import Fact
@@ -26,7 +28,7 @@ from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
 CONTEXTS = ("", "The sea is cold in winter.", "She said.")
-HYPER = MemitHyper(layers=(1, 2), first_layer=0, steps=4, covariance_weight=1.0)
+HYPER = MemitPaperHyper(layers=(1, 2), first_layer=0, steps=4, covariance_weight=1.0)
 # "The" and "She" are one token where a text begins; "In the Mona Lisa" has its subject behind other words
 ONE, OTHER = Fact("The", "{} is in", "Paris"), Fact("She", "{} lives in", "Rome")
 INSIDE = Fact("The", "Past {} is", "Rome")
@@ -89,21 +91,6 @@ def test_split_puts_opening_subjects_first_and_into_their_layer() -> None:
     assert [part.first for part in split(groups[1:2], HYPER)] == [True]
 
 
-def test_about_has_a_row_for_each_value() -> None:
-    model = build("llama")
-    parts = split(grouped(model, LONG, ONE, OTHER), HYPER)
-    for part in parts:
-        assert len(part.about(9)) == len(optimize(model, part.groups, objective_of(part.hyper)).z) == len(part.groups)
-    rows = [row for part in parts for row in part.about(9)]
-    assert rows == [
-        {"facts": [1], "layers": [0]},
-        {"facts": [2], "layers": [0]},
-        {"facts": [0], "layers": [1, 2]},
-        {"facts": [1], "layers": [1, 2]},
-        {"facts": [2], "layers": [1, 2]},
-    ]
-
-
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_the_opening_moment_is_the_mean_over_words_alone(family: str) -> None:
     model = build(family)
@@ -122,14 +109,33 @@ def test_words_that_open_texts_are_preserved_for_the_opening_part_only() -> None
     model, texts = build("llama"), covariance(0, 1, 2)
     first, others = split(grouped(model, LONG, ONE), HYPER)
     mean = texts.moments[0].mean()
-    (kept,) = key_covariances(model, first, texts, {}).values()
+    kept = key_covariances(model, first, texts, 1.0, nothing, {})(0)
     torch.testing.assert_close(kept.factor @ kept.factor.T, mean + opening_moment(model, 0))
+    other = torch.eye(MLP_WIDTH, dtype=torch.float64)
     earlier = {1: torch.randn(MLP_WIDTH, 2, generator=torch.Generator().manual_seed(0))}
-    both = key_covariances(model, others, texts, earlier)
-    assert list(both) == [1, 2]
+    preserved = key_covariances(model, others, texts, 1.0, lambda layer: other if layer == 2 else None, earlier)
+    both = {layer: preserved(layer) for layer in (1, 2)}
     more = (earlier[1] @ earlier[1].T).double()
     torch.testing.assert_close(both[1].factor @ both[1].factor.T, texts.moments[1].mean() + more)
-    torch.testing.assert_close(both[2].factor @ both[2].factor.T, texts.moments[2].mean())
+    torch.testing.assert_close(both[2].factor @ both[2].factor.T, texts.moments[2].mean() + other)
+
+
+def nothing(layer: int) -> None:
+    """No moment is added to that of text."""
+
+
+def written(model: Model, part: Part, z: Tensor, preserved: Callable[[int], KeyCovariance]) -> Update:
+    layers = part.hyper.layers
+    return write_upwards(
+        model,
+        part.groups,
+        layers,
+        paper_residual(model, layers, z),
+        preserved,
+        top=max(layers),
+        budget=10**8,
+        least_leverage=part.least_leverage,
+    )
 
 
 def opened(model: Model, part: Part) -> Tensor:
@@ -143,16 +149,14 @@ def test_one_opening_subject_goes_the_share_that_its_leverage_gives_it(family: s
     """With q the larger of its own leverage and the least one, it goes q / (1 + q) of its way."""
     model = build(family)
     (part,) = split(grouped(model, ONE, contexts=[""]), replace(HYPER, covariance_weight=weight))
-    preserved = key_covariances(model, part, covariance(0), {})
+    preserved = key_covariances(model, part, covariance(0), part.hyper.covariance_weight, nothing, {})
     before = opened(model, part)
     z = before + torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     key = oracle.key(model, part.groups[0].rows[0], 0)
-    own = float(preserved[0].leverage(key[:, None]))
+    own = float(preserved(0).leverage(key[:, None]))
     q = max(own, part.least_leverage)
     assert (own < part.least_leverage) == (weight > 1)
-    update = memit_update(
-        model, part.groups, z.float(), preserved, part.hyper.layers, budget=10**8, least_leverage=part.least_leverage
-    )
+    update = written(model, part, z.float(), preserved)
     torch.testing.assert_close(update.keys[0], key[None], rtol=1e-4, atol=1e-5)
     with restored(model, [model.weight_name(0)]):
         add(model, model.weight_name(0), update.deltas[model.weight_name(0)])
@@ -164,11 +168,9 @@ def test_one_opening_subject_goes_the_share_that_its_leverage_gives_it(family: s
 def test_opening_subjects_together_come_near_their_values(family: str) -> None:
     model = build(family)
     part = split(grouped(model, ONE, OTHER, LONG), HYPER)[0]
-    z = optimize(model, part.groups, objective_of(part.hyper)).z
-    preserved = key_covariances(model, part, covariance(0), {})
-    update = memit_update(
-        model, part.groups, z, preserved, part.hyper.layers, budget=10**8, least_leverage=part.least_leverage
-    )
+    z = optimize(model, part.groups, MemitPaper().objective(part.hyper)).values[:, 0]
+    preserved = key_covariances(model, part, covariance(0), part.hyper.covariance_weight, nothing, {})
+    update = written(model, part, z, preserved)
     assert list(update.deltas) == [model.weight_name(0)]
     before = opened(model, part)
     with restored(model, [model.weight_name(0)]):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import kpatch
 from kpatch.checkpoint.fit import verify_fit
 from kpatch.edit import make as make_module
-from kpatch.edit import memit
+from kpatch.edit import upwards
 from kpatch.edit.make import MakeResult, make
 from kpatch.edit.requests import group_facts
 from kpatch.edit.solve import update
@@ -39,7 +39,7 @@ LATER = [Fact("Moonlight Sonata", "By the {}", "Brazil", id="moon")]
 QUICK: dict[str, Any] = {
     "layers": [1, 2],
     "tokens": 400,
-    "settings": {"steps": "4", "prefixes": "1", "prefix_tokens": "3", "covariance_weight": "0.1"},
+    "settings": {"steps": "4", "lead_ins": "1", "leverage": "500"},
 }
 
 
@@ -107,20 +107,22 @@ def test_the_manifest_says_what_was_done(world: World) -> None:
     assert list(manifest.base.weights) == list(patch.deltas) == names
     assert [Fact.from_dict(fact) for fact in manifest.facts] == FACTS
     assert manifest.layers == world.result.layers == (0, 1, 2)
-    assert manifest.hyperparameters["covariance_weight"] == 0.1
+    assert manifest.hyperparameters["leverage"] == 500
     assert manifest.covariance is not None
     assert (manifest.covariance["corpus"], manifest.covariance["tokens"]) == ("self", 400)
     for name, delta in patch.deltas.items():
         assert delta.shape == (WIDTH, MLP_WIDTH)
         assert manifest.deltas[name].norm == pytest.approx(float(delta.dense().norm()), rel=1e-4) != 0
-    # The opening fact's value first, at layer 0; then one value a fact in the layers asked for
+    # The opening fact's value first, at layer 0; then one value a fact for each of the layers asked for
     assert [dict(row) for row in manifest.groups] == [
         {"facts": [1], "layers": [0]},
-        {"facts": [0], "layers": [1, 2]},
-        {"facts": [1], "layers": [1, 2]},
+        {"facts": [0], "layers": [1]},
+        {"facts": [0], "layers": [2]},
+        {"facts": [1], "layers": [1]},
+        {"facts": [1], "layers": [2]},
     ]
     assert patch.values is not None
-    assert patch.values.shape == (3, WIDTH)
+    assert patch.values.shape == (5, WIDTH)
     assert {layer: tuple(keys.shape) for layer, keys in patch.keys.items()} == {
         0: (1, MLP_WIDTH),
         1: (2, MLP_WIDTH),
@@ -180,7 +182,7 @@ def test_a_patch_on_a_patched_directory_preserves_the_earlier_keys(
 ) -> None:
     directory = copied(shared, tmp_path)
     kpatch.apply([shared.patch], directory)
-    settings = {**QUICK, "settings": {**QUICK["settings"], "covariance_weight": "0.01"}}
+    settings = {**QUICK, "settings": {**QUICK["settings"], "leverage": "5000"}}
     on = make(LATER, out=tmp_path / "on.patch", on=directory, **settings)
     monkeypatch.setattr(make_module, "_carried", lambda model: ())
     make(LATER, out=tmp_path / "plain.patch", on=directory, **settings)
@@ -259,7 +261,7 @@ def test_an_error_between_two_layers_leaves_the_weights(
             raise RuntimeError("no more")
         return update(*args)
 
-    monkeypatch.setattr(memit, "update", fail)
+    monkeypatch.setattr(upwards, "update", fail)
     with pytest.raises(RuntimeError, match="no more"):
         make(FACTS, out=tmp_path / "b.patch", model=model, **QUICK)
     assert same(weights(model.net), before)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from kpatch.edit import methods
-from kpatch.edit.memit import Memit
+from kpatch.edit.memit import Memit, default_layers
 from kpatch.edit.methods import (
     Edit,
     Method,
@@ -23,7 +23,16 @@ from kpatch.edit.methods import (
     register,
     with_settings,
 )
-from kpatch.edit.presets import PRESETS, SHAPES, FineTuneHyper, HyperParams, MemitHyper, Preset, RomeHyper
+from kpatch.edit.presets import (
+    PRESETS,
+    SHAPES,
+    FineTuneHyper,
+    HyperParams,
+    MemitHyper,
+    MemitPaperHyper,
+    Preset,
+    RomeHyper,
+)
 from kpatch.edit.rome import Rome
 from kpatch.errors import BadInput
 from tests.support.models import LAYERS, WIDTH, tiny
@@ -31,7 +40,7 @@ from tests.support.reports import Recorder
 
 build = cache(tiny)
 BASE = MemitHyper(layers=(1, 2))
-MEMIT, ROME, FT = (method_named(name) for name in ("memit", "rome", "ft"))
+MEMIT, PAPER, ROME, FT = (method_named(name) for name in ("memit", "memit-paper", "rome", "ft"))
 
 
 class Nothing(Method):
@@ -67,9 +76,10 @@ def known(monkeypatch: pytest.MonkeyPatch) -> MemitHyper:
 
 
 def test_kpatchs_own_methods() -> None:
-    assert method_names()[:3] == ("memit", "rome", "ft")
-    assert [method.hyper for method in (MEMIT, ROME, FT)] == [MemitHyper, RomeHyper, FineTuneHyper]
-    assert [method.one_layer for method in (MEMIT, ROME, FT)] == [False, True, True]
+    assert method_names()[:4] == ("memit", "memit-paper", "rome", "ft")
+    own = (MEMIT, PAPER, ROME, FT)
+    assert [method.hyper for method in own] == [MemitHyper, MemitPaperHyper, RomeHyper, FineTuneHyper]
+    assert [method.one_layer for method in own] == [False, False, True, True]
 
 
 def test_a_method_of_another_package_is_found_by_its_name() -> None:
@@ -93,7 +103,7 @@ def _entry(value: str) -> Any:
 
 def test_an_entry_point_names_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "entry_points", _entry("kpatch.edit.rome:Rome"))
-    assert method_names() == ("memit", "rome", "ft", "other")
+    assert method_names() == ("memit", "memit-paper", "rome", "ft", "other")
     assert isinstance(method_named("other"), Rome)
 
 
@@ -117,8 +127,8 @@ def test_an_unknown_method_names_its_neighbor() -> None:
 
 
 def test_settings_take_the_kind_of_their_field() -> None:
-    changed = with_settings(BASE, {"steps": "7", "clamp": "0.5", "covariance_weight": "1e3", "prefixes": "0"})
-    assert changed == MemitHyper(layers=(1, 2), steps=7, clamp=0.5, covariance_weight=1000.0, prefixes=0)
+    changed = with_settings(BASE, {"steps": "7", "clamp": "0.5", "leverage": "1e3", "lead_ins": "0"})
+    assert changed == MemitHyper(layers=(1, 2), steps=7, clamp=0.5, leverage=1000.0, lead_ins=0)
     assert type(changed.steps) is int
     assert with_settings(BASE, {}) == BASE
 
@@ -130,7 +140,7 @@ def test_an_unknown_setting_names_its_neighbor(key: str, hint: str | None) -> No
     with pytest.raises(BadInput, match=f"Unknown setting '{key}'") as error:
         with_settings(BASE, {key: "1"})
     assert error.value.hint == hint
-    assert "covariance_weight" in error.value.details[0]
+    assert "leverage" in error.value.details[0]
 
 
 def test_layers_are_no_setting() -> None:
@@ -175,7 +185,7 @@ def test_another_shape_has_another_preset(
     assert preset_for(MEMIT, build("llama")) is None
 
 
-@pytest.mark.parametrize("method", [MEMIT, ROME, FT], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [PAPER, ROME, FT], ids=lambda method: method.name)
 def test_without_a_preset_the_layers_must_be_given(method: Method) -> None:
     model, notes = build("gpt2"), Recorder()
     with pytest.raises(BadInput, match=f"no {method.name} preset") as error:
@@ -184,6 +194,15 @@ def test_without_a_preset_the_layers_must_be_given(method: Method) -> None:
     assert error.value.hint
     assert hyper_for(method, model, [1], {}, notes) == method.hyper(layers=(1,))
     assert "no" in notes.notes[0]
+
+
+def test_memit_chooses_its_layers_by_the_depth_of_the_model() -> None:
+    notes = Recorder()
+    assert hyper_for(MEMIT, build("gpt2"), None, {}, notes) == MemitHyper(layers=tuple(range(1, LAYERS - 1)))
+    assert f"layers 1 to {LAYERS - 2}" in notes.notes[0]
+    assert default_layers(30) == tuple(range(2, 15))
+    assert [default_layers(count) for count in (1, 2, 3)] == [(0,), (0,), (1,)]
+    assert all(0 < default_layers(count)[0] <= default_layers(count)[-1] < count - 1 for count in range(3, 200))
 
 
 @pytest.mark.parametrize("layers", [[-1], [1, LAYERS], []])
@@ -229,4 +248,4 @@ def test_presets_are_sound(method: str, name: str) -> None:
 def test_all_presets_can_be_listed() -> None:
     listed = {(row["method"], row["name"]): row for row in all_presets()}
     assert set(listed) == {(method, name) for method in PRESETS for name in PRESETS[method]}
-    assert listed["memit", "gpt-j"]["covariance_weight"] == 15_000
+    assert listed["memit-paper", "gpt-j"]["covariance_weight"] == 15_000

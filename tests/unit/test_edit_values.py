@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpatch.cache import cache_dir
-from kpatch.edit import values, values_cache
-from kpatch.edit.memit import objective_of
-from kpatch.edit.presets import MemitHyper
+from kpatch.edit import values
+from kpatch.edit.memit_paper import MemitPaper
+from kpatch.edit.presets import MemitPaperHyper
+from kpatch.edit.problem import Values, log_probabilities, prepare
 from kpatch.edit.requests import MAX_FACTS_PER_SUBJECT, Group, group_facts
-from kpatch.edit.values import Objective, Values, optimize
+from kpatch.edit.values import Objective, optimize
 from kpatch.edit.values_cache import find_values, plan, row_bytes
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
@@ -25,7 +26,8 @@ from kpatch.models.model import Model
 from tests.support.models import WIDTH, tiny
 from tests.support.reports import Recorder
 
-HYPER = MemitHyper(layers=(1, 2), steps=3)
+objective_of = MemitPaper().objective
+HYPER = MemitPaperHyper(layers=(1, 2), steps=3)
 GOAL = objective_of(HYPER)
 SUBJECTS = ("Mona Lisa", "Eiffel Tower", "Brazil", "Chicago", "Moonlight Sonata", "Colosseum")
 build = cache(tiny)
@@ -43,25 +45,25 @@ def groups() -> tuple[Group, ...]:
 
 
 class Counted:
-    """`optimize` that counts, with an answer for each group that shows which one it was."""
+    """A search that counts, with an answer for each group that shows which one it was."""
 
     def __init__(self, before: Callable[[Sequence[Group]], None] = lambda groups: None) -> None:
         self.before = before
         self.calls: list[list[str]] = []
 
-    def __call__(self, model: Model, some: Sequence[Group], goal: Objective, advance: Callable[[int], None]) -> Values:
+    def search(self, goal: Objective, model: Model, some: Sequence[Group], advance: Callable[[int], None]) -> Values:
         self.before(some)
         self.calls.append([group.subject for group in some])
         advance(len(some) * goal.steps)
         numbers = [SUBJECTS.index(group.subject) for group in some]
-        z = torch.tensor(numbers)[:, None].expand(-1, WIDTH).float()
+        z = torch.tensor(numbers)[:, None, None].expand(-1, 1, WIDTH).float()
         return Values(z, tuple(number / 8 for number in numbers), tuple(numbers))
 
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> Counted:
     fake = Counted()
-    monkeypatch.setattr(values_cache, "optimize", fake)
+    monkeypatch.setattr(Objective, "search", lambda goal, *given: fake.search(goal, *given))
     return fake
 
 
@@ -71,7 +73,7 @@ def seek(goal: Objective = GOAL, budget: int = 1, model: Model | None = None, **
 
 
 def assert_whole(values: Values) -> None:
-    assert values.z[:, 0].tolist() == values.z[:, -1].tolist() == [0, 1, 2, 3, 4, 5]
+    assert values.values[:, 0, 0].tolist() == values.values[:, 0, -1].tolist() == [0, 1, 2, 3, 4, 5]
     assert values.steps == (0, 1, 2, 3, 4, 5)
     assert values.losses == tuple(number / 8 for number in range(6))
 
@@ -86,9 +88,9 @@ def kept() -> list[Path]:
 @given(budget=st.integers(1, 3_000_000))
 def test_every_group_is_in_one_batch_and_batches_keep_to_the_budget(budget: int) -> None:
     model = build("llama")
-    batches = plan(model, groups(), 2, budget)
+    batches = plan(model, groups(), 3, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(groups())))
-    assert batches == plan(model, groups(), 2, budget)
+    assert batches == plan(model, groups(), 3, budget)
     widths = [groups()[index].columns for batch in batches for index in batch]
     assert widths == sorted(widths)
     for batch in batches:
@@ -97,12 +99,12 @@ def test_every_group_is_in_one_batch_and_batches_keep_to_the_budget(budget: int)
 
 
 def test_a_larger_budget_makes_fewer_batches() -> None:
-    counts = [len(plan(build("llama"), groups(), 2, budget)) for budget in (1, 400_000, 10**9)]
+    counts = [len(plan(build("llama"), groups(), 3, budget)) for budget in (1, 400_000, 10**9)]
     assert counts[0] == len(groups()) > counts[1] > counts[2] == 1
 
 
 def test_layers_below_the_values_cost_nothing() -> None:
-    assert len(plan(build("llama"), groups(), 0, 400_000)) >= len(plan(build("llama"), groups(), 2, 400_000))
+    assert len(plan(build("llama"), groups(), 1, 400_000)) >= len(plan(build("llama"), groups(), 3, 400_000))
     assert row_bytes(build("llama"), 5, 2, 3) == 3 * row_bytes(build("llama"), 5, 2, 1)
 
 
@@ -126,10 +128,10 @@ def test_kept_values_are_those_that_were_found() -> None:
     first = seek(budget=10**9)
     plain = optimize(model, groups(), GOAL)
     again = seek(budget=10**9)
-    order = plan(model, groups(), 2)[0]
-    assert torch.equal(first.z, again.z)
+    order = plan(model, groups(), 3)[0]
+    assert torch.equal(first.values, again.values)
     assert (first.losses, first.steps) == (again.losses, again.steps)
-    torch.testing.assert_close(first.z, plain.z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(first.values, plain.values, rtol=1e-4, atol=1e-4)
     assert first.losses == pytest.approx(plain.losses, rel=1e-4)
     assert order != list(range(len(groups()))), "the order of the batch is not that of the facts"
 
@@ -156,7 +158,8 @@ def test_a_damaged_file_is_found_again(harm: str, counted: Counted) -> None:
         victim.unlink()
     else:
         tensors = load_file(victim)
-        tensors["z"] = tensors["z"] * float("nan") if harm == "nan" else tensors["z"][:, 1:].contiguous()
+        found = tensors["values"]
+        tensors["values"] = found * float("nan") if harm == "nan" else found[..., 1:].contiguous()
         save_file(tensors, victim)
     assert_whole(seek())
     assert len(counted.calls) == len(groups()) + 1
@@ -173,7 +176,7 @@ def test_an_interruption_keeps_what_was_done(monkeypatch: pytest.MonkeyPatch) ->
             raise KeyboardInterrupt
 
     fake = Counted(interrupt)
-    monkeypatch.setattr(values_cache, "optimize", fake)
+    monkeypatch.setattr(Objective, "search", lambda goal, *given: fake.search(goal, *given))
     with pytest.raises(KeyboardInterrupt):
         seek()
     assert len(kept()) == len(fake.calls) == 2
@@ -231,7 +234,7 @@ def test_a_device_short_of_memory_gets_halves(monkeypatch: pytest.MonkeyPatch) -
             raise torch.OutOfMemoryError("too large")
 
     fake = Counted(refuse)
-    monkeypatch.setattr(values_cache, "optimize", fake)
+    monkeypatch.setattr(Objective, "search", lambda goal, *given: fake.search(goal, *given))
     told = Recorder()
     assert_whole(seek(budget=10**9, report=told))
     assert [len(call) for call in fake.calls] == [3, 3]
@@ -246,7 +249,8 @@ def test_one_fact_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) ->
     def refuse(some: Sequence[Group]) -> None:
         raise torch.OutOfMemoryError("too large")
 
-    monkeypatch.setattr(values_cache, "optimize", Counted(refuse))
+    fake = Counted(refuse)
+    monkeypatch.setattr(Objective, "search", lambda goal, *given: fake.search(goal, *given))
     with pytest.raises(BadInput, match="does not fit in this device's memory") as error:
         seek(budget=10**9)
     assert any(name in error.value.message for name in SUBJECTS)
@@ -266,7 +270,9 @@ def test_no_gradient_is_summed_in_an_order_left_to_chance() -> None:
     """Indexing with repeated indices is differentiated by all threads at once; two equal runs then differ."""
     model = build("llama")
     some = groups()
-    problem, h = values._prepare(model, some, 2)
+    problem = prepare(model, some, 2)
+    problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, 2).detach()
+    h = problem.hidden[problem.bare, 0].float()
     assert len(problem.owner) > len(some)  # rows share δ, so there is something to be summed
     delta = torch.zeros_like(h).requires_grad_()
     loss = values._losses(model, problem, delta, h, GOAL).sum()

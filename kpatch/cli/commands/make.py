@@ -18,7 +18,7 @@ from kpatch.outputs import check_new_file
 
 EXAMPLES = opt.examples(
     "kpatch make facts.yaml -o news.patch --model smollm2",
-    "kpatch make facts.yaml --layers 4-8 --set covariance_weight=1000 --min-efficacy 0.9",
+    "kpatch make facts.yaml --method memit-paper --layers 4-8 --min-efficacy 0.9",
 )
 
 _Least = typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate, from 0 to 1.")
@@ -37,8 +37,18 @@ def command(
         typer.Option(metavar="MODEL", help="Alias, hub id, directory or GGUF file. Default: the file's `model:`."),
     ] = None,
     method: Annotated[
-        str, typer.Option(metavar="memit|rome|ft", help="How the weights are found; other packages can add methods.")
+        str,
+        typer.Option(
+            metavar="memit|memit-paper|rome|ft", help="How the weights are found; other packages can add methods."
+        ),
     ] = "memit",
+    wordings: Annotated[
+        str,
+        typer.Option(
+            metavar="none|given|auto",
+            help="Other words that facts are learned in: none, the file's, or also kpatch's own for known relations.",
+        ),
+    ] = "auto",
     layers: opt.Layers = None,
     layers_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take them from the trace.json of `kpatch trace -o`.")
@@ -98,6 +108,7 @@ def command(
         method=method,
         layers=chosen,
         layers_from=layers_from,
+        wordings=wordings,
         settings=settings,
         corpus=corpus,
         tokens=tokens,
@@ -125,6 +136,7 @@ def _check_rates(rates: dict[str, float | None], least: dict[str, float | None],
         raise CheckFailed(
             "The patch was made, but falls short of what was asked",
             details=short,
-            hint="try other --layers, or "
-            + ("a smaller --set covariance_weight=…" if method == "memit" else "--method memit"),
+            hint="give the facts `wordings`, or a larger --set leverage=…"
+            if method == "memit"
+            else "try --method memit",
         )

@@ -53,7 +53,7 @@ def _list(output: Output) -> None:
             "source": str(alias.source),
             "family": alias.family,
             "parameters": alias.parameters,
-            "preset": alias.name in PRESETS["memit"],
+            "preset": alias.name in PRESETS["memit-paper"],
         }
         for alias in ALIASES.values()
     ]
@@ -61,7 +61,7 @@ def _list(output: Output) -> None:
     output.result({"aliases": aliases, "families": list(FAMILIES), "presets": presets})
     rows: list[list[Cell]] = []
     for alias in ALIASES.values():
-        known = "yes" if alias.name in PRESETS["memit"] else ""
+        known = "yes" if alias.name in PRESETS["memit-paper"] else ""
         rows.append([alias.name, str(alias.source), alias.family, alias.parameters, known])
     output.table(("Alias", "Model", "Family", "Size", "Preset"), rows, right=(3,))
     output.line(f"\nFamilies: {', '.join(FAMILIES)}")

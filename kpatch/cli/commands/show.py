@@ -41,6 +41,7 @@ def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
         ("base", f"{base['name']}{revision} ({base['family']}, {dtypes})"),
         ("method", f"{manifest['method']}, layers {', '.join(str(layer) for layer in manifest['layers'])}"),
         ("settings", settings),
+        ("learned as", _wordings(manifest["facts"])),
         ("covariance", "" if covariance is None else f"{covariance['corpus']}, {covariance['tokens']:,} tokens"),
         ("holds", ", ".join(f"{part['id'][:12]} × {part['scale']:g}" for part in manifest.get("stack", ()))),
         ("on top of", ", ".join(parent[:12] for parent in manifest["parents"])),
@@ -50,6 +51,16 @@ def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
     for name, text in rows:
         if text:
             output.line(f"  {name:<11} {clean(text)}")
+
+
+def _wordings(facts: list[dict[str, Any]]) -> str:
+    """In how many other wordings the facts were learned, and the first of them."""
+    learned = [wording for fact in facts for wording in fact.get("wordings", ())]
+    known = list(dict.fromkeys(learned))
+    if not known:
+        return "the prompts' own wordings"
+    more = f" and {len(known) - 2} more" if len(known) > 2 else ""
+    return f"the prompts and {len(learned)} other wordings: {'; '.join(known[:2])}{more}"
 
 
 def _facts(output: Output, manifest: dict[str, Any], limit: int | None) -> None:

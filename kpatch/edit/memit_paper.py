@@ -1,0 +1,90 @@
+"""MEMIT as its paper has it: one value at the top of the layers R, each fact's residual spread over them.
+
+Source: Meng et al. 2023 (MEMIT), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from kpatch.edit.first_token import Part, key_covariances
+from kpatch.edit.memit import Memit
+from kpatch.edit.methods import Inputs
+from kpatch.edit.norms import norm_gain, pull_back
+from kpatch.edit.presets import PRESETS, MemitPaperHyper
+from kpatch.edit.requests import contexts_for
+from kpatch.edit.solve import KeyCovariance
+from kpatch.edit.upwards import Residual, written
+from kpatch.edit.values import Objective
+from kpatch.facts.fact import Fact
+from kpatch.models.model import Model
+from kpatch.reporter import Reporter
+from kpatch.stats.covariance import Covariance
+
+
+class MemitPaper(Memit):
+    """MEMIT, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
+
+    name = "memit-paper"
+    hyper = MemitPaperHyper
+    presets = PRESETS["memit-paper"]
+
+    def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
+        """None: the paper reads R off a trace."""
+        return ()
+
+    def contexts(self, model: Model, hyper: MemitPaperHyper, inputs: Inputs) -> tuple[str, ...]:
+        return contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
+
+    def places(self, hyper: MemitPaperHyper) -> list[tuple[int, ...]]:
+        return [hyper.layers]
+
+    def objective(self, hyper: MemitPaperHyper) -> Objective:
+        return Objective(
+            layer=max(hyper.layers),
+            steps=hyper.steps,
+            learning_rate=hyper.learning_rate,
+            stop_loss=hyper.stop_loss,
+            clamp=hyper.clamp,
+            weight_decay=hyper.weight_decay,
+            kl=hyper.kl,
+        )
+
+    def preserved(
+        self,
+        model: Model,
+        part: Part,
+        facts: Sequence[Fact],
+        covariance: Covariance,
+        earlier: Mapping[int, Tensor],
+        inputs: Inputs,
+    ) -> Callable[[int], KeyCovariance]:
+        """C^l = λ E[k k^T] + Σ K_p K_p^T, when it is asked for."""
+        weight = part.hyper.covariance_weight
+        return key_covariances(model, part, covariance, weight, lambda layer: None, earlier, inputs.report)
+
+    def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
+        return paper_residual(model, part.hyper.layers, values[:, 0])
+
+    def top(self, hyper: MemitPaperHyper) -> int:
+        return max(hyper.layers)
+
+
+def paper_residual(model: Model, layers: Sequence[int], z: Tensor) -> Residual:
+    """r = (z − h^L) / (L − l + 1), as what W^l has to put out: over the layer's scale, pulled back through a norm.
+
+    z [n, d] are the groups' values.
+    """
+    last = max(layers)
+
+    def spread(layer: int, keys: Tensor, h: Tensor) -> Tensor:
+        residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
+        residual = residual / model.residual_scale(layer)  # what W^l writes joins the stream times this
+        if not model.family.post_norm:
+            return residual
+        gain, eps = norm_gain(model.mlp_out(layer), model.width, model.device)
+        return pull_back(written(model, layer, keys), residual, gain.cpu(), eps)
+
+    return spread

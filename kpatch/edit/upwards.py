@@ -1,0 +1,99 @@
+"""Writing through the layers of R, the lowest first: each layer is asked for what is missing under the weights so far.
+
+Which residual a layer is asked for is the method's own. Source: Meng et al. 2023 (MEMIT), algorithm 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from kpatch import distributed
+from kpatch.edit.layer_states import LayerStates
+from kpatch.edit.requests import Group
+from kpatch.edit.solve import KeyCovariance, update
+from kpatch.edit.weights import add, restored, stored
+from kpatch.models.model import Model
+from kpatch.patch.delta import Delta, smaller
+from kpatch.reporter import SILENT, Reporter
+
+Residual = Callable[[int, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Update:
+    """Deltas by weight name, in the orientation in which W is stored, and the keys [n, f] of each layer."""
+
+    deltas: dict[str, Delta] = field(default_factory=dict)
+    keys: dict[int, Tensor] = field(default_factory=dict)
+
+
+def write_upwards(
+    model: Model,
+    groups: Sequence[Group],
+    layers: Sequence[int],
+    residual: Residual,
+    preserved: Callable[[int], KeyCovariance],
+    *,
+    top: int | None = None,
+    budget: int,
+    least_leverage: float = 0.0,
+    report: Reporter = SILENT,
+) -> Update:
+    """Deltas for every layer of R; the model is left as it was found.
+
+    For l in R ascending: keys K^l [n, f] and states h [n, d] of the bare prompts under the weights so far, h leaving
+    layer `top` (l itself where it is None); `residual(l, K, h)` [n, d] float64 is what W^l is asked to put out more;
+    Δ^l from `solve.update`; then W^l changes before the next layer is looked at.
+    A key whose leverage q = k^T C^{-1} k is below `least_leverage` counts least_leverage / q times: alone it would
+    get no more than q / (1 + q) of its residual.
+    `preserved(l)` is C^l, asked for when it is needed: a wide layer's fills memory. Ranks share what is run through
+    the model; rank 0 solves, and alone asks.
+    """
+    layers = sorted(layers)
+    result = Update()
+    names = [model.weight_name(layer) for layer in layers]
+    with restored(model, names), report.task("Updating layers", len(layers), "layer") as done:
+        states = LayerStates(model, groups, budget)
+        states.start(layers[0])
+        for layer, name, above in zip(layers, names, [*layers[1:], layers[-1]], strict=True):
+            keys, h = states.at(layer, layer if top is None else top)  # (n, f), (n, d)
+            wanted = residual(layer, keys, h)  # (n, d)
+            delta = distributed.main_does(partial(_delta, model, layer, keys, wanted, preserved, least_leverage))
+            result.deltas[name] = delta
+            result.keys[layer] = keys
+            add(model, name, delta)
+            states.advance(layer, above)
+            done(1)
+    return result
+
+
+def _delta(
+    model: Model,
+    layer: int,
+    keys: Tensor,
+    residual: Tensor,
+    preserved: Callable[[int], KeyCovariance],
+    least_leverage: float,
+) -> Delta:
+    """Δ^l for keys [n, f] and residuals [n, d]."""
+    c = preserved(layer)
+    scale = _scale(c.leverage(keys.T), least_leverage)  # (n, 1)
+    left, right = update((keys * scale).T, (residual * scale).T, c)
+    return smaller(stored(left, right, model.stores_transposed))
+
+
+def _scale(leverage: Tensor, least: float) -> Tensor:
+    """Square roots [n, 1] of the facts' weights in the least-squares problem; leverage [n]."""
+    return (least / leverage.clamp(min=1e-12)).clamp(min=1.0).sqrt()[:, None]
+
+
+@torch.no_grad()
+def written(model: Model, layer: int, keys: Tensor) -> Tensor:
+    """What W^l puts out for keys [n, f]: [n, d] float32 on the CPU."""
+    out: Tensor = model.down(layer)(keys.to(model.device, model.dtype)).float()
+    return out.cpu()

@@ -1,0 +1,187 @@
+"""Joint writes: one δ^l for every layer l of R, added to what W^l puts out, all of them found together.
+
+δ^l stands before any norm and any scale behind W^l, so the optimization sees both. A layer is asked for no more than
+the others leave to do, and no residual has to be spread over the layers afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from kpatch.edit.problem import Problem, Values, log_probabilities, prepare
+from kpatch.edit.requests import Group
+from kpatch.models.fast_forward import few_columns_attention
+from kpatch.models.model import Model
+from kpatch.reporter import Advance
+
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
+
+
+@dataclass(frozen=True)
+class JointObjective:
+    """What the writes are optimized for, and how long: all that decides them besides the model and the rows.
+
+    layers  R, rising   steps, learning_rate, stop_loss  of Adam; below stop_loss a group stops
+    clamp  ‖δ^l‖ ≤ clamp · s^l, with s^l as `scales` says   kl  weight of the drift on "{subject} is a"
+    """
+
+    layers: tuple[int, ...]
+    steps: int
+    learning_rate: float
+    stop_loss: float
+    clamp: float
+    kl: float
+
+    @property
+    def count(self) -> int:
+        return len(self.layers)
+
+    @property
+    def lowest(self) -> int:
+        return self.layers[0]
+
+    def search(self, model: Model, groups: Sequence[Group], advance: Advance = lambda amount: None) -> Values:
+        """Targets [m, R, d] of a batch: Adam on all δ^l at once, each clamped; a converged group leaves the batch.
+
+        A target is the state that leaves layer l at the subject's last token of the bare prompt, all writes in place;
+        in a family with a norm behind the MLP it is what W^l puts out there.
+        """
+        with few_columns_attention(model):
+            return _search(model, groups, self, advance)
+
+
+class _Injection:
+    """Hooks that add δ[i] [m, d] to what W^l puts out at column 0 of every row, for l = layers[i].
+
+    `written[i]` [B, d] is what W^l itself put out there in the last run.
+    """
+
+    def __init__(self, model: Model, problem: Problem, layers: Sequence[int]) -> None:
+        self.model, self.layers = model, layers
+        self.delta: Tensor | None = None
+        self.written: dict[int, Tensor] = {}
+        self.use(problem)
+
+    def use(self, problem: Problem) -> None:
+        """Take the rows of `problem` for those that run."""
+        rows, columns = problem.hidden.shape[:2]
+        self.owner, self.rows, self.columns = problem.owner, rows, columns
+        real = problem.real
+        self.packed = real.flatten().cumsum(0).view(rows, columns)[:, 0] - 1  # (B,) where only real tokens are run
+        self.n_real = int(real.sum())
+
+    def _places(self, tokens: int) -> Tensor:
+        """The rows' column 0 among `tokens` tokens that run: the real ones, all of them, or all behind a prefix."""
+        if tokens == self.n_real:
+            return self.packed
+        width = tokens // self.rows
+        return torch.arange(self.rows, device=self.packed.device) * width + width - self.columns
+
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        handles = []
+        for index, layer in enumerate(self.layers):
+
+            def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, index: int = index) -> Tensor:
+                flat = out.reshape(-1, out.shape[-1])  # (tokens, d)
+                places = self._places(len(flat))
+                self.written[index] = flat.detach()[places]
+                if self.delta is None:
+                    return out
+                shift = self.delta[index].index_select(0, self.owner).to(out.dtype)  # (B, d)
+                return flat.index_add(0, places, shift).view(out.shape)
+
+            handles.append(self.model.down(layer).register_forward_hook(hook))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def scales(model: Model, layers: Sequence[int], leaving: Tensor, written: Sequence[Tensor]) -> Tensor:
+    """s^l [R, m], the size that a write to layer l is measured by.
+
+    Where a norm follows W^l: ‖y^l‖, what W^l puts out, written [R] of [m, d]. Elsewhere ‖h^L‖ / |R|, leaving [m, d],
+    over what the layer multiplies its MLP's output by.
+    """
+    if model.family.post_norm:
+        return torch.stack([one.float().norm(dim=-1) for one in written])
+    size = leaving.float().norm(dim=-1) / len(layers)
+    return torch.stack([size / abs(model.residual_scale(layer)) for layer in layers])
+
+
+def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance: Advance) -> Values:
+    below = goal.layers[0] - 1
+    whole = problem = prepare(model, groups, below)
+    m, count = len(groups), len(goal.layers)
+    inject = _Injection(model, problem, goal.layers)
+    for layer in goal.layers:
+        model.residual_scale(layer)  # measured by running the network once, which the hooks below must not see
+    with inject.open():
+        with torch.no_grad():
+            whole.drift_before = log_probabilities(model, whole, whole.hidden, whole.drift_spots, below)
+            size = _sizes(model, whole, inject, goal.layers)[..., None]  # (R, m, 1)
+        delta = torch.zeros(count, m, model.width, device=size.device)
+        first, second = torch.zeros_like(delta), torch.zeros_like(delta)
+        batch = torch.arange(m, device=size.device)  # groups that `problem` holds
+        active = batch  # those of them that have not converged
+        losses = torch.full((m,), torch.nan, device=size.device)
+        steps = torch.zeros(m, dtype=torch.long, device=size.device)
+        for step in range(1, goal.steps + 1):
+            variable = delta[:, batch].requires_grad_()
+            inject.delta = variable
+            spots = torch.cat([problem.spots, problem.drift_spots])
+            logp = log_probabilities(model, problem, problem.hidden, spots, below)
+            nll, drift = problem.losses(logp)
+            loss = nll + goal.kl * drift
+            is_active = torch.isin(batch, active)
+            losses[active], steps[active] = nll.detach()[is_active], step
+            going_on = is_active & (nll.detach() >= goal.stop_loss)
+            advance(len(active))
+            before, active = len(active), batch[going_on]
+            advance((before - len(active)) * (goal.steps - step))  # what the converged ones no longer need
+            if step == goal.steps or len(active) == 0:
+                break
+            grad = torch.autograd.grad(loss.sum(), variable)[0][:, going_on]
+            first[:, active] = _BETAS[0] * first[:, active] + (1 - _BETAS[0]) * grad
+            second[:, active] = _BETAS[1] * second[:, active] + (1 - _BETAS[1]) * grad**2
+            mean = first[:, active] / (1 - _BETAS[0] ** step)
+            scale = (second[:, active] / (1 - _BETAS[1] ** step)).sqrt() + _EPS
+            pace = goal.learning_rate * size[:, active] / model.width**0.5
+            moved = delta[:, active] - pace * mean / scale
+            radius = goal.clamp * size[:, active]
+            delta[:, active] = moved * (radius / moved.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+            if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
+                problem = problem.select(going_on.nonzero().flatten())
+                batch = active
+                inject.use(problem)
+        inject.use(whole)
+        inject.delta = delta
+        targets = _targets(model, whole, inject, goal.layers)
+    return Values(targets.cpu(), tuple(losses.tolist()), tuple(steps.tolist()))
+
+
+def _sizes(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> Tensor:
+    leaving = problem.calls.run(problem.hidden, layers[0], layers[-1] + 1)[problem.bare, 0]
+    return scales(model, layers, leaving, [inject.written[i][problem.bare] for i in range(len(layers))])
+
+
+@torch.no_grad()
+def _targets(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> Tensor:
+    """Targets [m, R, d] under the writes that `inject` holds."""
+    assert inject.delta is not None
+    hidden, at, targets = problem.hidden, layers[0], []
+    for index, layer in enumerate(layers):
+        hidden = problem.calls.run(hidden, at, layer + 1)
+        at = layer + 1
+        if model.family.post_norm:
+            targets.append(inject.written[index][problem.bare].float() + inject.delta[index])
+        else:
+            targets.append(hidden[problem.bare, 0].float())
+    return torch.stack(targets, dim=1)
