@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from kpatch.cli.output import Cell, Output, percent
+from kpatch.cli.output import Cell, Output, clean, percent
 from kpatch.text import format_size
 
 if TYPE_CHECKING:
@@ -77,6 +77,8 @@ def print_made(output: Output, result: MakeResult) -> None:
             **({"retention": result.retention.to_dict()} if result.retention else {}),
         }
     )
+    print_outcome(output, result.facts)
+    output.line()
     print_facts(output, result.facts, limit=None if output.verbose else _FACTS_SHOWN)
     output.line()
     print_rates(output, result.effect)
@@ -87,6 +89,33 @@ def print_made(output: Output, result: MakeResult) -> None:
     peak = "" if not result.peak_memory_bytes else f", {format_size(result.peak_memory_bytes)} of memory at most"
     output.line(f"{result.path}  {result.patch_id[:12]}  {format_size(result.bytes)}, made in {total:.1f} s{peak}")
     output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")
+
+
+_LOOK_AT = 5
+
+
+def print_outcome(output: Output, facts: Sequence[Mapping[str, Any]]) -> None:
+    """What the patch comes to, in sentences: facts that hold, in other words too, neighbors lost, what to look at."""
+    changes = [(fact, fact.get("before") or {}, fact.get("after") or {}) for fact in facts]
+    wrong = [fact for fact, _, after in changes if not after.get("accurate")]
+    output.line(f"{len(facts) - len(wrong)} of {len(facts)} facts are the model's own answer to their prompt.")
+    asked = [success for _, _, after in changes for success in after.get("paraphrases", ()) if success is not None]
+    if asked:
+        output.line(f"In other words it prefers the new answer {sum(asked)} of {len(asked)} times.")
+    pairs = [
+        pair
+        for _, before, after in changes
+        for pair in zip(before.get("neighbors", ()), after.get("neighbors", ()), strict=False)
+        if pair[0]
+    ]
+    if pairs:
+        lost = sum(not now for _, now in pairs)
+        output.line(f"Of {len(pairs)} neighbors that were right, {lost or 'none'} changed.")
+    for fact in wrong[:_LOOK_AT]:
+        answer = (fact.get("after") or {}).get("answer") or "nothing"
+        output.line(f"Look at: {clean(fact['text'])} -> {clean(answer)} (wanted {clean(fact['target'])})")
+    if len(wrong) > _LOOK_AT:
+        output.line(f"… and {len(wrong) - _LOOK_AT} more like these")
 
 
 def print_retention(output: Output, found: Retention) -> None:

@@ -216,7 +216,7 @@ class Checker:
         """Other ways to say the prompt, each with exactly one {}."""
         texts = self.texts(data, "wordings", path)
         for index, text in enumerate(texts):
-            if text and text.count(SLOT) != 1:
+            if text and SLOT not in text:
                 self.problems.add(
                     (*path, "wordings", index), "a wording is learned: it needs {} where the subject goes"
                 )

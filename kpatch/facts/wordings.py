@@ -40,4 +40,8 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
 
 
 def _known(fact: Fact) -> Fact:
-    return fact if fact.wordings else replace(fact, wordings=wordings_for(fact.prompt, fact.paraphrases, LEARNED))
+    return (
+        fact
+        if fact.wordings
+        else replace(fact, wordings=wordings_for(fact.prompt, fact.paraphrases, LEARNED, fact.target))
+    )

@@ -1,0 +1,95 @@
+"""Which wordings a fact is learned in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact
+from kpatch.facts.load import load_facts
+from kpatch.facts.relations import relation_of
+from kpatch.facts.wordings import LEARNED, with_wordings
+from tests.support.reports import Recorder
+
+CAPITAL = Fact("France", "The capital of {} is", "Lyon")
+
+
+def test_auto_takes_what_kpatch_knows_of_the_relation() -> None:
+    heard = Recorder()
+    (fact,) = with_wordings([CAPITAL], "auto", heard)
+    relation = relation_of(CAPITAL.prompt)
+    assert relation is not None
+    assert fact.wordings == relation.wordings[:LEARNED]
+    assert "1 of 1 facts are learned in other wordings" in heard.notes[0]
+
+
+def test_a_paraphrase_is_never_learned() -> None:
+    relation = relation_of(CAPITAL.prompt)
+    assert relation is not None
+    asked = Fact("France", CAPITAL.prompt, "Lyon", paraphrases=relation.wordings[:1])
+    (fact,) = with_wordings([asked], "auto")
+    assert fact.wordings == relation.wordings[1 : LEARNED + 1]
+
+
+def test_a_files_own_wordings_win_and_can_be_the_only_ones() -> None:
+    own = Fact("France", CAPITAL.prompt, "Lyon", wordings=("France's seat of power {} is",))
+    assert with_wordings([own], "auto") == (own,)
+    assert with_wordings([own, CAPITAL], "given") == (own, CAPITAL)
+    assert [fact.wordings for fact in with_wordings([own, CAPITAL], "none")] == [(), ()]
+
+
+def test_a_prompt_that_says_nothing_known_is_learned_alone() -> None:
+    heard = Recorder()
+    (fact,) = with_wordings([Fact("x", "The zorb of {} flims", "y")], "auto", heard)
+    assert fact.wordings == ()
+    assert "prompt's wording alone" in heard.notes[0]
+
+
+def test_an_unknown_mode() -> None:
+    with pytest.raises(BadInput, match="Unknown `wordings` 'some'"):
+        with_wordings([CAPITAL], "some")
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "facts.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_wordings_and_questions_of_facts_and_relations(tmp_path: Path) -> None:
+    file = load_facts(
+        written(
+            tmp_path,
+            "relations:\n"
+            '  capital: {prompt: "The capital of {} is", wordings: ["Rule comes from, in {},"],'
+            ' question: "What is the capital of {}?"}\n'
+            "facts:\n"
+            "- {subject: France, relation: capital, target: Lyon}\n"
+            '- {subject: Spain, relation: capital, target: Porto, wordings: ["Own words of {} are"], question: "Q {}?"}\n',
+        )
+    )
+    assert [fact.wordings for fact in file.facts] == [
+        ("Rule comes from, in {},",),
+        ("Own words of {} are", "Rule comes from, in {},"),
+    ]
+    assert [fact.question for fact in file.facts] == ["What is the capital of {}?", "Q {}?"]
+    assert [Fact.from_dict(fact.to_dict()) for fact in file.facts] == list(file.facts)
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        ('wordings: ["no slot"]', "it needs {}"),
+        ('wordings: ["{} and {}"]', "2 {}"),
+        ('wordings: ["By {} is"], paraphrases: ["By France is"]', "it is learned, so it measures nothing"),
+        ('wordings: ["By {} is"], paraphrases: ["By {}  is"]', "it is learned, so it measures nothing"),
+        ("wordings: one", "expected a list"),
+    ],
+)
+def test_wrong_wordings_are_named(tmp_path: Path, extra: str, said: str) -> None:
+    path = written(tmp_path, f'facts:\n- {{subject: France, prompt: "To {{}} is", target: x, {extra}}}\n')
+    with pytest.raises(BadInput) as error:
+        load_facts(path)
+    assert said in "\n".join([error.value.message, *error.value.details])
