@@ -67,7 +67,8 @@ def test_wordings_and_questions_of_facts_and_relations(tmp_path: Path) -> None:
             ' question: "What is the capital of {}?"}\n'
             "facts:\n"
             "- {subject: France, relation: capital, target: Lyon}\n"
-            '- {subject: Spain, relation: capital, target: Porto, wordings: ["Own words of {} are"], question: "Q {}?"}\n',
+            "- {subject: Spain, relation: capital, target: Porto,"
+            ' wordings: ["Own words of {} are"], question: "Q {}?"}\n',
         )
     )
     assert [fact.wordings for fact in file.facts] == [
