@@ -1,6 +1,7 @@
 """One behaviour contract for every family: what the module names and the partial runs promise.
 
-The reference is always the network's own forward on a single row without padding, cache or mask.
+The reference is always the network's own forward on a single row without padding, cache or mask. A plain `pytest`
+takes every family through the modules, a batch of ragged rows, an edit and a gradient, and some through all the rest.
 """
 
 from __future__ import annotations
@@ -17,16 +18,33 @@ from torch import Tensor
 from kpatch.models.families import FAMILIES, family_for
 from kpatch.models.model import Model, wrap
 from kpatch.models.partial_forward import Calls, align, captured_inputs, record, record_suffix, run_to
-from tests.support.families import CASES, RAGGED, VARIED, batch_of, build, check, full, rows_of, stored_product
+from tests.support.families import (
+    CASES,
+    RAGGED,
+    REPRESENTATIVE,
+    VARIED,
+    batch_of,
+    build,
+    check,
+    full,
+    rows_of,
+    slow_beyond,
+    stored_product,
+)
 from tests.support.models import CONFIGS, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+SLOW = [pytest.mark.slow]
 
 
 @pytest.fixture(params=CASES)
 def model(request: pytest.FixtureRequest) -> Model:
     return build(request.param)
 
+
+# All families in `make test`, a few in a plain `pytest`
+some_families = pytest.mark.parametrize("model", slow_beyond(REPRESENTATIVE, CASES), indirect=True)
 
 POST_NORM = {"gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3", "exaone4", "glm4"}
 SCALES = {"granite": 0.22, "minicpm3": 1.4 / LAYERS**0.5, "gemma4_text": 0.6}
@@ -112,6 +130,7 @@ def test_a_run_over_all_layers_is_the_full_forward(model: Model) -> None:
         check(model.logits(out[index, real]), run.logits)
 
 
+@some_families
 @torch.no_grad()
 def test_two_halves_make_the_whole(model: Model) -> None:
     _, batch = batch_of(model, RAGGED)
@@ -136,16 +155,19 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 }
 
 
-EVERY_SHAPE = [
-    pytest.param(
-        case, shape, id=f"{case}-{name}", marks=[] if case in VARIED or name == "ragged" else [pytest.mark.slow]
+def every_shape(*quick: str) -> pytest.MarkDecorator:
+    """Every family with every shape; a plain `pytest` runs VARIED, and the shapes of `quick` on all families."""
+    return pytest.mark.parametrize(
+        ("case", "shape"),
+        [
+            pytest.param(case, shape, id=f"{case}-{name}", marks=[] if case in VARIED or name in quick else SLOW)
+            for case in CASES
+            for name, shape in SHAPES.items()
+        ],
     )
-    for case in CASES
-    for name, shape in SHAPES.items()
-]
 
 
-@pytest.mark.parametrize(("case", "shape"), EVERY_SHAPE)
+@every_shape("ragged")
 @torch.no_grad()
 def test_a_suffix_on_a_cached_prefix_is_the_full_forward(case: str, shape: list[tuple[int, int]]) -> None:
     suffix_is_the_full_forward(build(case), shape)
@@ -164,7 +186,7 @@ def suffix_is_the_full_forward(model: Model, shape: list[tuple[int, int]]) -> No
             check(out[index, :after], run.states[-1][before:])
 
 
-@pytest.mark.parametrize(("case", "shape"), EVERY_SHAPE)
+@every_shape()
 @torch.no_grad()
 def test_selected_rows_equal_the_rows_run_alone(case: str, shape: list[tuple[int, int]]) -> None:
     model = build(case)
@@ -182,6 +204,7 @@ def test_selected_rows_equal_the_rows_run_alone(case: str, shape: list[tuple[int
             check(out[place, :after], runs[index].states[-1][before:])
 
 
+@some_families
 @torch.no_grad()
 def test_selected_rows_of_a_whole_batch(model: Model) -> None:
     rows, batch = batch_of(model, RAGGED)
@@ -207,6 +230,7 @@ def test_arguments_that_count_columns_are_not_rows() -> None:
     assert kwargs["flag"] is True
 
 
+@some_families
 @torch.no_grad()
 def test_a_layer_with_its_key(model: Model) -> None:
     rows, batch = batch_of(model, RAGGED)
@@ -255,6 +279,7 @@ def counted(model: Model, calls: list[int]) -> Iterator[None]:
             handle.remove()
 
 
+@some_families
 @torch.no_grad()
 def test_recording_runs_no_layer_and_leaves_the_network_as_it_was(model: Model) -> None:
     row = rows_of([(5, 2)], len(model.tokenizer))[0]
@@ -311,11 +336,17 @@ def test_a_planted_rank_one_update_changes_what_the_algebra_says(model: Model) -
 
 
 @pytest.mark.parametrize(
-    "shape", [RAGGED, SHAPES["no-prefix-at-all"], SHAPES["one-row"]], ids=["ragged", "bare", "one"]
+    ("case", "shape"),
+    [
+        pytest.param(
+            case, SHAPES[name], id=f"{case}-{name}", marks=[] if name == "ragged" or case in REPRESENTATIVE else SLOW
+        )
+        for case in CASES
+        for name in ("ragged", "no-prefix-at-all", "one-row")
+    ],
 )
-def test_the_gradient_through_the_layers_above_is_the_full_forwards(
-    model: Model, shape: list[tuple[int, int]]
-) -> None:
+def test_the_gradient_through_the_layers_above_is_the_full_forwards(case: str, shape: list[tuple[int, int]]) -> None:
+    model = build(case)
     rows, batch = batch_of(model, shape)
     above = 1
     generator = torch.Generator().manual_seed(5)

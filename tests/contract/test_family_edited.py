@@ -8,15 +8,14 @@ import pytest
 
 from benchmarks.families import FACT, asked, digest, edit
 from kpatch.models.families import FAMILIES
+from tests.support.families import slow_beyond
 
 # Plain; stored [in, out]; a norm behind the MLP; scaled; the residual inside the MLP; layers of several kinds
-QUICK = {"llama", "gpt2", "gemma2", "granite", "minicpm3", "gemma4_text", "bloom", "falcon", "lfm2", "qwen3_5_text"}
+QUICK = ("llama", "gpt2", "gemma3_text", "granite", "bloom", "lfm2")
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
-)
+@pytest.mark.parametrize("family", slow_beyond(QUICK, FAMILIES))
 def test_an_edit_arrives_and_goes_again(family: str, tmp_path: Path) -> None:
     tried = edit(family, tmp_path)
     assert tried.layers == (1, 2)

@@ -20,7 +20,7 @@ from kpatch.patch.delta import Dense, LowRank
 from tests.oracle import ft as ft_oracle
 from tests.oracle import memit as memit_oracle
 from tests.oracle import rome as rome_oracle
-from tests.support.families import KINDS
+from tests.support.families import KINDS, REPRESENTATIVE, slow_beyond
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
@@ -61,7 +61,7 @@ def weights(model: Model) -> dict[str, Tensor]:
 # ROME
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_rome_is_the_oracles(family: str) -> None:
     model = build(family)
     before = weights(model)
@@ -153,7 +153,7 @@ def test_contexts_of_two_lengths() -> None:
 # Fine-tuning
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_fine_tuning_is_the_oracles(family: str) -> None:
     model = tiny(family)
     model.net.double()  # Adam divides by each entry's own size, so float32's rounding would show everywhere
