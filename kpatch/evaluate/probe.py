@@ -46,15 +46,17 @@ class Ranked:
 def rank_objects(
     model: Model,
     facts: Sequence[Fact],
-    objects: Sequence[Sequence[str]],
+    objects: Sequence[Sequence[str]] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> list[Ranked]:
-    """Rank every fact's target among `objects`, a list for each fact that has the target in it.
+    """Rank every fact's target among `objects`, a list for each fact that has the target in it (default: all targets).
 
     Exact, but most objects are never run: log-probabilities only fall with every token, so one whose first tokens are
     already less likely than the whole target is out. Raises BadInput for text that the tokenizer cannot take.
     """
+    if objects is None:
+        objects = [tuple(dict.fromkeys(fact.target for fact in facts))] * len(facts)
     prompts = [
         row.ids for row in encode_many(model.tokenizer, [item_of(fact)._replace(target=None) for fact in facts])
     ]
