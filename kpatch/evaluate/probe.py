@@ -63,7 +63,7 @@ def rank_objects(
     choices = _choices(model, facts, objects)
     results: dict[int, Ranked] = {}
     lengths = [len(prompt) for prompt in prompts]
-    with report.task("Ranking objects", len(facts), "facts") as advance:
+    with report.task("Ranking objects", len(facts), "fact") as advance:
         for places in batches(lengths, [1] * len(facts), batch_tokens, HEAD_NUMBERS // vocabulary(model)):
             kept = Prompts(model, [prompts[place] for place in places])
             races = [

@@ -12,7 +12,7 @@ from kpatch.cli import options as opt
 from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.tables import print_apply_report
 from kpatch.errors import BadInput
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 
 if TYPE_CHECKING:
     from kpatch.export.base import BaseAddress
@@ -109,7 +109,9 @@ def _print_result(output: Output, exported: Exported) -> None:
         }
     )
     output.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
-    output.line(f"{out}  {format_size(exported.bytes)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
+    output.line(
+        f"{out}  {format_size(exported.bytes)}: {counted(len(found.modules), 'module')}, rank {found.rank}, scale 1"
+    )
     lost = max((module.key_error or 0.0 for module in found.modules), default=0.0)
     if lost > _LOSS:
         output.warn(
