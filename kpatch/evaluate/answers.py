@@ -118,7 +118,7 @@ def complete(
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     lengths, most = [len(rows[index]) + room[index] for index in order], HEAD_NUMBERS // vocabulary(model)
     results: dict[int, Greedy] = {}
-    with report.task(doing, total=len(rows), unit="prompts") as advance:
+    with report.task(doing, total=len(rows), unit="prompt") as advance:
         # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
         planned = batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5)
 

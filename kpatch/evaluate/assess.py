@@ -46,11 +46,14 @@ class Assessment:
     perplexity: float | None = None
 
 
-def assess(model: Model, facts: Sequence[Fact], wanted: Wanted, report: Reporter = SILENT) -> Assessment:
-    """Measure a model as it is. With `generate`, paraphrases too are answered freely.
+def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, report: Reporter = SILENT) -> Assessment:
+    """Measure a model as it is: the rates, and what `wanted` adds.
+
+    With `generate`, the model answers paraphrases freely as well.
 
     Raises what `measure`, `write_on` and `perplexity` raise.
     """
+    wanted = wanted or Wanted()
     free = KINDS[:2] if wanted.generate else KINDS[:1]
     found = measure(model, facts, wanted.batch_tokens, free=free, report=report)
     rows = found.facts

@@ -47,7 +47,7 @@ def perplexity(model: Model, rows: list[list[int]], report: Reporter = SILENT) -
     """
     total, count = 0.0, 0
     together = max(1, HEAD_NUMBERS // (vocabulary(model) * max(map(len, rows))))
-    with report.task("Reading the text", sum(map(len, rows)), "tokens") as advance:
+    with report.task("Reading the text", sum(map(len, rows)), "token") as advance:
         for begin in range(0, len(rows), together):
             some = rows[begin : begin + together]
             total += _negative_log(model, some)

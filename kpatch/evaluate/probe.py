@@ -46,22 +46,24 @@ class Ranked:
 def rank_objects(
     model: Model,
     facts: Sequence[Fact],
-    objects: Sequence[Sequence[str]],
+    objects: Sequence[Sequence[str]] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> list[Ranked]:
-    """Rank every fact's target among `objects`, a list for each fact that has the target in it.
+    """Rank every fact's target among `objects`, a list for each fact that has the target in it (default: all targets).
 
     Exact, but most objects are never run: log-probabilities only fall with every token, so one whose first tokens are
     already less likely than the whole target is out. Raises BadInput for text that the tokenizer cannot take.
     """
+    if objects is None:
+        objects = [tuple(dict.fromkeys(fact.target for fact in facts))] * len(facts)
     prompts = [
         row.ids for row in encode_many(model.tokenizer, [item_of(fact)._replace(target=None) for fact in facts])
     ]
     choices = _choices(model, facts, objects)
     results: dict[int, Ranked] = {}
     lengths = [len(prompt) for prompt in prompts]
-    with report.task("Ranking objects", len(facts), "facts") as advance:
+    with report.task("Ranking objects", len(facts), "fact") as advance:
         for places in batches(lengths, [1] * len(facts), batch_tokens, HEAD_NUMBERS // vocabulary(model)):
             kept = Prompts(model, [prompts[place] for place in places])
             races = [

@@ -70,7 +70,7 @@ def score(
     _check(model, items)
     results: list[Scored | None] = [None] * len(items)
     rows = _rows(items)
-    with report.task("Scoring", total=len(items), unit="prompts") as advance:
+    with report.task("Scoring", total=len(items), unit="prompt") as advance:
         lengths, columns = [len(row.ids) for row in rows], [len(row.columns) for row in rows]
         planned = batches(lengths, columns, batch_tokens, HEAD_NUMBERS // vocabulary(model))
 
