@@ -1,4 +1,4 @@
-"""Problems of fact files: collected with their places, reported at once, with the word that a mistyped one may mean."""
+"""Problems of fact files: collected with their places, reported at once, with the word a mistyped one may mean."""
 
 from __future__ import annotations
 

@@ -307,6 +307,9 @@ def test_captured_inputs_close_behind_themselves() -> None:
 
 # Edits and gradients
 
+# Sums in another order, through several layers and back: what float32 leaves of them, where it is more than elsewhere
+GRADIENT = {"nemotron": 1e-4, "olmo2": 5e-5}
+
 
 @torch.no_grad()
 def test_a_planted_rank_one_update_changes_what_the_algebra_says(model: Model) -> None:
@@ -370,8 +373,8 @@ def test_the_gradient_through_the_layers_above_is_the_full_forwards(case: str, s
         total = total + (full(model, row, add).states[-1][before:] @ readout).sin().sum()
     (slow,) = torch.autograd.grad(total, delta)
     assert slow.norm(dim=-1).min() > 0.01
-    check(fast, slow, 1e-4)  # sums in another order, through several layers and back
-    check(loss.detach(), total.detach(), 1e-4)
+    check(fast, slow, GRADIENT.get(case, 2e-5))
+    check(loss.detach(), total.detach())
 
 
 # Families named by hand
