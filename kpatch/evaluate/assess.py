@@ -22,9 +22,9 @@ from kpatch.reporter import SILENT, Reporter
 class Wanted:
     """What to measure besides the rates.
 
-    `generate` lets the model write `tokens` tokens on from every fact, to be compared with `references`, texts for
-    each fact; `text` are rows of ids to take a perplexity of. `samples` and `seed` are for the bootstrap, and `seed`
-    for the writing.
+    With `generate` the model writes texts of `tokens` tokens from every fact; they are compared with `references`,
+    some texts for each fact. `text` holds rows of ids whose perplexity is taken. The bootstrap draws `samples` times.
+    `seed` is that of the bootstrap and of the writing.
     """
 
     generate: bool = False
@@ -38,7 +38,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Assessment:
-    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` {fluency, consistency, …} or {}."""
+    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` is {fluency, consistency, …} or {}."""
 
     metrics: dict[str, Any]
     facts: tuple[dict[str, Any], ...]

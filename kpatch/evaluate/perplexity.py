@@ -41,7 +41,7 @@ def text_rows(model: Model, documents: Iterable[str], tokens: int = TOKENS, row:
 
 @torch.no_grad()
 def perplexity(model: Model, rows: list[list[int]], report: Reporter = SILENT) -> float:
-    """exp of the mean of −log P over every token of the rows but their first, each given those before it.
+    """exp of the mean of −log P over all tokens of the rows but their first, each given those before it.
 
     Raises CheckFailed for NaN.
     """

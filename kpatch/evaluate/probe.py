@@ -52,8 +52,9 @@ def rank_objects(
 ) -> list[Ranked]:
     """Rank every fact's target among `objects`, a list for each fact that has the target in it (default: all targets).
 
-    Exact, but most objects are never run: log-probabilities only fall with every token, so one whose first tokens are
-    already less likely than the whole target is out. Raises BadInput for text that the tokenizer cannot take.
+    Ranks are exact, but most objects are never run: log-probabilities only fall with every token, so an object is out
+    when its first tokens are less likely than the whole target.
+    Raises BadInput for text that the tokenizer cannot take.
     """
     if objects is None:
         objects = [tuple(dict.fromkeys(fact.target for fact in facts))] * len(facts)
@@ -122,7 +123,7 @@ def _choices(model: Model, facts: Sequence[Fact], objects: Sequence[Sequence[str
 
 
 def _end(fact: Fact) -> str:
-    """A prompt's last word with the line end behind it, or its last signs where words are not told by spaces."""
+    """A prompt's last word with the line end behind it, or its last signs where spaces do not part words."""
     text = fact.text()
     word = text.split()[-1]
     return word[-20:] + text[text.rindex(word) + len(word) :]
@@ -137,7 +138,7 @@ def _spaces(fact: Fact, names: Sequence[str]) -> tuple[bool | None, ...]:
 
 
 class _Race:
-    """One fact's objects: sums of log-probabilities as far as they are known, and who is still to be run."""
+    """One fact's objects: their sums of log-probabilities as far as they are known, and which are still to be run."""
 
     def __init__(self, choice: _Choice, target: str, first: Tensor) -> None:
         self.choice = choice
@@ -160,7 +161,7 @@ class _Race:
 
 
 def _run_truths(kept: Prompts, races: Sequence[_Race]) -> None:
-    """The whole of every target, which all others are held against."""
+    """Run every target to its end; all other objects are compared with it."""
     asked = [
         (number, race.choice.ids[race.truth][:depth], race.choice.ids[race.truth][depth])
         for number, race in enumerate(races)
@@ -175,7 +176,7 @@ def _run_truths(kept: Prompts, races: Sequence[_Race]) -> None:
 
 
 def _run_rivals(kept: Prompts, races: Sequence[_Race]) -> None:
-    """Token after token, the objects that may still beat the target; they share the beginnings that they have."""
+    """Run the objects that may still beat the target, token after token; they share their beginnings."""
     for depth in range(1, max(int(race.choice.lengths.max()) for race in races)):
         asked = [
             (number, path, members) for number, race in enumerate(races) for path, members in race.nodes(depth).items()

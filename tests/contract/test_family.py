@@ -27,6 +27,7 @@ from tests.support.families import (
     build,
     check,
     full,
+    plain,
     rows_of,
     slow_beyond,
     stored_product,
@@ -71,7 +72,7 @@ def test_sizes_and_names(model: Model) -> None:
 
 @torch.no_grad()
 def test_the_key_times_the_stored_weight_is_the_projections_output(model: Model) -> None:
-    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
     for layer in range(LAYERS):
         assert run.keys[layer].shape == (12, model.mlp_width)
         check(stored_product(model, run.keys[layer], layer), run.down[layer])
@@ -79,7 +80,7 @@ def test_the_key_times_the_stored_weight_is_the_projections_output(model: Model)
 
 @torch.no_grad()
 def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
-    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
     for layer in range(LAYERS):
         attn, mlp = run.attn[layer], run.mlp[layer]
         scale = model.residual_scale(layer)
@@ -91,7 +92,7 @@ def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
 
 @torch.no_grad()
 def test_only_post_norm_families_norm_what_the_projection_wrote(model: Model) -> None:
-    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
     same = all(torch.equal(run.down[layer], run.mlp[layer]) for layer in range(LAYERS))
     assert same is not model.family.post_norm
     assert model.family.post_norm == (model.family.model_type in POST_NORM)
@@ -106,7 +107,7 @@ def test_what_the_layer_multiplies_the_mlps_output_by(model: Model) -> None:
 
 @torch.no_grad()
 def test_logits_are_the_networks_own(model: Model) -> None:
-    run = full(model, rows_of([(9, 3)], len(model.tokenizer))[0])
+    run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
     check(model.logits(run.states[-1]), run.logits)
     check(model.logits(run.states[-1][None, -2:]), run.logits[None, -2:])
     assert run.logits.std() > 0.3
@@ -124,7 +125,7 @@ def test_a_run_over_all_layers_is_the_full_forward(model: Model) -> None:
     assert torch.isfinite(out).all()
     for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
         real = slice(batch.column - before, batch.column + after)
-        run = full(model, row)
+        run = plain(model, row)
         check(calls.start[index, real], run.states[0])
         check(out[index, real], run.states[-1])
         check(model.logits(out[index, real]), run.logits)
@@ -175,7 +176,7 @@ def test_a_suffix_on_a_cached_prefix_is_the_full_forward(case: str, shape: list[
 
 def suffix_is_the_full_forward(model: Model, shape: list[tuple[int, int]]) -> None:
     rows, batch = batch_of(model, shape)
-    runs = [full(model, row) for row in rows]
+    runs = [plain(model, row) for row in rows]
     for above in (0, 2, LAYERS - 1):
         calls, hidden = record_suffix(model, batch, above)
         out = calls.run(hidden, above + 1, LAYERS)
@@ -192,7 +193,7 @@ def test_selected_rows_equal_the_rows_run_alone(case: str, shape: list[tuple[int
     model = build(case)
     rows, batch = batch_of(model, shape)
     calls, hidden = record_suffix(model, batch, 1)
-    runs = [full(model, row) for row in rows]
+    runs = [plain(model, row) for row in rows]
     last = len(rows) - 1
     for picked in ([0], [last], [last, 0], list(range(len(rows)))[::-1], [0, 0]):
         chosen = torch.tensor(picked)
@@ -215,7 +216,7 @@ def test_selected_rows_of_a_whole_batch(model: Model) -> None:
     for place, index in enumerate(chosen.tolist()):
         before, after = RAGGED[index]
         real = slice(batch.column - before, batch.column + after)
-        check(out[place, real], full(model, rows[index]).states[-1])
+        check(out[place, real], plain(model, rows[index]).states[-1])
 
 
 def test_arguments_that_count_columns_are_not_rows() -> None:
@@ -240,7 +241,7 @@ def test_a_layer_with_its_key(model: Model) -> None:
     assert key.shape == (*batch.ids.shape, model.mlp_width)
     for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
         real = slice(batch.column - before, batch.column + after)
-        run = full(model, row)
+        run = plain(model, row)
         check(key[index, real], run.keys[1])
         check(out[index, real], run.states[2])
 
@@ -255,7 +256,7 @@ def test_keys_up_to_a_layer_and_nothing_above_it(model: Model) -> None:
     assert sorted(keys) == [1, 2]
     for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
         real = slice(batch.column - before, batch.column + after)
-        run = full(model, row)
+        run = plain(model, row)
         for layer, key in keys.items():
             assert key.shape == (*batch.ids.shape, model.mlp_width)
             check(key[index, real], run.keys[layer])
@@ -306,6 +307,9 @@ def test_captured_inputs_close_behind_themselves() -> None:
 
 
 # Edits and gradients
+
+# Sums in another order, through several layers and back: what float32 leaves of them, where it is more than elsewhere
+GRADIENT = {"nemotron": 1e-4, "olmo2": 5e-5}
 
 
 @torch.no_grad()
@@ -370,8 +374,8 @@ def test_the_gradient_through_the_layers_above_is_the_full_forwards(case: str, s
         total = total + (full(model, row, add).states[-1][before:] @ readout).sin().sum()
     (slow,) = torch.autograd.grad(total, delta)
     assert slow.norm(dim=-1).min() > 0.01
-    check(fast, slow, 1e-4)  # sums in another order, through several layers and back
-    check(loss.detach(), total.detach(), 1e-4)
+    check(fast, slow, GRADIENT.get(case, 2e-5))
+    check(loss.detach(), total.detach())
 
 
 # Families named by hand

@@ -132,8 +132,14 @@ def moments() -> dict[int, Tensor]:
     return {layer: root @ root.T / 200 for layer, root in roots.items()}
 
 
-@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
-@pytest.mark.parametrize("layers", [(1, 2), (0, 2)])
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        pytest.param(family, layers, marks=[] if family in quick else [pytest.mark.slow])
+        for layers, quick in (((1, 2), REPRESENTATIVE), ((0, 2), SOME))
+        for family in KINDS
+    ],
+)
 def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     model, hyper = build(family), replace(HYPER, layers=layers)
     groups = grouped(model)

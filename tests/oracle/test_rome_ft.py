@@ -71,8 +71,12 @@ def test_rome_is_the_oracles(family: str) -> None:
         torch.testing.assert_close(one.key, key, rtol=1e-4, atol=1e-5)
         delta = one.left @ one.right
         assert float(change.norm()) > 1e-2
-        assert float((delta - change).norm()) <= 1e-3 * float(change.norm())
-        assert float((one.value - value).norm()) <= 1e-3 * float(value.norm())
+        if family == "gemma4_text":  # its layers shrink all that they hand on, so that rounding weighs more
+            assert float((delta - change).norm()) <= 1e-3 * float(change.norm())
+            assert float((one.value - value).norm()) <= 1e-3 * float(value.norm())
+            continue
+        assert float((delta - change).norm()) <= 2e-4 * float(change.norm())
+        torch.testing.assert_close(one.value, value, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(weight, before[name]) for name, weight in model.net.named_parameters())
 
 

@@ -121,7 +121,7 @@ def test_states(model: Model) -> None:
     compare(model, cells)
 
 
-@some_cases
+@pytest.mark.parametrize("model", slow_beyond(["gpt2", "phi", "gemma3_text"], CASES), indirect=True)
 @pytest.mark.parametrize("site", ["mlp", "attn"])
 def test_windows(model: Model, site: Any) -> None:
     """Every width at every layer, so also windows cut off at both ends of the stack."""

@@ -126,6 +126,21 @@ def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] |
     return found
 
 
+def plain(model: Model, ids: list[int]) -> Full:
+    """`full` without a change, run once for each model and row: many tests ask for the same rows.
+
+    The model must be as it was built.
+    """
+    key = (id(model), tuple(ids))
+    if key not in _plain:
+        with torch.no_grad():
+            _plain[key] = (model, full(model, ids))
+    return _plain[key][1]
+
+
+_plain: dict[tuple[int, tuple[int, ...]], tuple[Model, Full]] = {}  # the model is held, so that its id stays its own
+
+
 def rows_of(shape: list[tuple[int, int]], vocabulary: int, seed: int = 1) -> list[list[int]]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(1, vocabulary, (a + b,), generator=generator).tolist() for a, b in shape]
