@@ -28,6 +28,7 @@ from kpatch.models.model import Model
 from kpatch.patch.delta import Delta, total
 from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
+from kpatch.stats.moment import SecondMoment
 from kpatch.stats.subject_keys import subject_moments
 
 
@@ -97,9 +98,13 @@ class Memit(Method):
         inputs: Inputs,
     ) -> Callable[[int], KeyCovariance]:
         """C^l = λ (E[k k^T] + μ E_subj[k k^T]) + Σ K_p K_p^T with λ = f / leverage, when it is asked for."""
-        hyper, subjects = part.hyper, {}
-        if hyper.subject_weight and not part.first and distributed.is_main():
-            subjects = subject_moments(model, hyper.layers, facts, report=inputs.report)
+        hyper = part.hyper
+        subjects: dict[int, SecondMoment] = {}
+        if hyper.subject_weight and not part.first:
+            # Rank 0 alone solves, and moments are too large to send
+            distributed.main_does(
+                lambda: subjects.update(subject_moments(model, hyper.layers, facts, report=inputs.report))
+            )
 
         def others(layer: int) -> Tensor | None:
             return subjects[layer].mean() * hyper.subject_weight if layer in subjects else None

@@ -49,11 +49,11 @@ class MemitHyper(HyperParams):
     stop_loss: float = 0.05
     clamp: float = 1.0
     kl: float = 0.0625
-    leverage: float = 2.5
+    leverage: float = 5.0
     subject_weight: float = 1.0
     first_layer: int = 0
     first_leverage: float = 5.0
-    lead_ins: int = 2
+    lead_ins: int = 1
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
     update: ClassVar[tuple[str, ...]] = (*("leverage", "subject_weight", "first_layer", "first_leverage"), "lead_ins")
 

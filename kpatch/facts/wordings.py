@@ -12,7 +12,7 @@ from kpatch.facts.relations import wordings_for
 from kpatch.reporter import SILENT, Reporter
 
 Mode = Literal["none", "given", "auto"]
-LEARNED = 2  # wordings a fact is learned in besides its prompt, where it brings none
+LEARNED = 3  # wordings a fact is learned in besides its prompt, where it brings none
 
 
 def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -> tuple[Fact, ...]:

@@ -109,7 +109,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "again": make("single-again.patch", "--set", "leverage=0.5", "--json"),
         "rome": [
             *("make", str(facts), "--model", str(model), "-o", str(folder / "single-rome.patch"), "--method", "rome"),
-            *("--layers", "1", "--tokens", "400", "--set", "lead_ins=1", "--set", "steps=2"),
+            *("--layers", "1", "--tokens", "400", "--set", "prefixes=2", "--set", "steps=2"),
         ],
         "trace": ["trace", str(known), "--facts", str(to_trace), *TRACE],
     }
