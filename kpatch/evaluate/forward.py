@@ -52,5 +52,5 @@ def vocabulary(model: Model) -> int:
 
 def window(model: Model) -> int | None:
     """The longest row the network has positions for, where its configuration says."""
-    longest = getattr(model.net.config, "max_position_embeddings", None)
+    longest = getattr(model.config, "max_position_embeddings", None)
     return int(longest) if longest else None

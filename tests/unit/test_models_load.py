@@ -148,8 +148,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
     "bert": ({"model_type": "bert"}, "is an encoder"),
     "mamba": ({"model_type": "mamba"}, "state-space"),
-    "mixtral": ({"model_type": "mixtral"}, "mixtures of experts"),
-    "olmoe": ({"model_type": "olmoe"}, "mixtures of experts"),
+    "mixtral": ({"model_type": "mixtral"}, "its MLP is a mixture of experts"),
+    "olmoe": ({"model_type": "olmoe"}, "its MLP is a mixture of experts"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     "remote": ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own"),
 }
