@@ -29,7 +29,7 @@ test: $(INSTALLED) $(SMOLLM2)
 
 clients: $(INSTALLED) $(SMOLLM2) $(CLIENTS:%=.clients/%/.installed)
 	@for client in $(CLIENTS); do cat .clients/$$client/.installed; done
-	$(BIN)/pytest -m clients -s $(CLIENTS:%=tests/clients/%)
+	$(BIN)/pytest -m clients -n 0 -s $(CLIENTS:%=tests/clients/%)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .

@@ -27,15 +27,16 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from kpatch.edit.memit import memit_update, objective_of  # noqa: E402
-from kpatch.edit.methods import DEFAULT_BUDGET, hyper_for, method_named  # noqa: E402
+from kpatch.edit.first_token import Part  # noqa: E402
+from kpatch.edit.memit import Memit  # noqa: E402
+from kpatch.edit.methods import DEFAULT_BUDGET, hyper_for  # noqa: E402
 from kpatch.edit.requests import (  # noqa: E402
     Group,
     contexts_for,
     group_facts,
 )
 from kpatch.edit.solve import KeyCovariance  # noqa: E402
-from kpatch.edit.values import optimize  # noqa: E402
+from kpatch.edit.upwards import Update, write_upwards  # noqa: E402
 from kpatch.edit.values_cache import (  # noqa: E402
     find_values,
     plan,
@@ -46,6 +47,7 @@ from kpatch.models.address import resolve  # noqa: E402
 from kpatch.models.model import Model, load_model  # noqa: E402
 from kpatch.stats.covariance import collect  # noqa: E402
 from kpatch.stats.moment import ridge_for  # noqa: E402
+from tests.oracle import joint  # noqa: E402
 from tests.oracle import memit as oracle  # noqa: E402
 
 Result = TypeVar("Result")
@@ -111,12 +113,13 @@ def main() -> None:
     model = load_model(resolve(options.model), device=options.device, dtype=options.dtype)
     ends = [int(end) for end in options.layers.split("-")] if options.layers else []
     layers = range(ends[0], ends[-1] + 1) if ends else None
-    hyper = hyper_for(method_named("memit"), model, layers, dict(pair.split("=", 1) for pair in options.set))
+    method = Memit()
+    hyper = hyper_for(method, model, layers, dict(pair.split("=", 1) for pair in options.set))
     if options.full:
         hyper = replace(hyper, stop_loss=0.0)
-    goal, last = objective_of(hyper), max(hyper.layers)
+    goal = method.objective(hyper)
     facts = read_counterfact(options.counterfact) if options.counterfact else list(load_facts(options.facts).facts)
-    contexts = contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, seed=0)
+    contexts = contexts_for(model, hyper.lead_ins, 0, 0, seed=0)
     groups = whole_groups(model, facts, contexts, options.count)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
     print(f"{model.name}, {model.dtype}, {model.device}, {threads} threads, load {load:.1f}")
@@ -124,52 +127,54 @@ def main() -> None:
 
     seconds, covariance = timed(lambda: collect(model, hyper.layers, corpus=options.corpus, tokens=options.tokens))
     line(f"covariance, {covariance.tokens:,} tokens (or its cache)", seconds, len(hyper.layers), "a layer")
-    optimize(model, groups[:1], replace(goal, steps=2))  # what only the first run does is not what is asked
+    replace(goal, steps=2).search(model, groups[:1])  # what only the first run does is not what is asked
 
     seconds, values = timed(lambda: find_values(model, groups, goal, budget=DEFAULT_BUDGET, keep=False))
-    batches = len(plan(model, groups, last))
+    batches = len(plan(model, groups, goal.lowest))
     line(f"values, fast, {len(groups)} in {batches} batches", seconds, len(groups), f"{sum(values.steps)} steps")
+    weight = model.mlp_width / hyper.leverage  # other subjects are left out: they only add to the mean
     seconds, preserved = timed(
         lambda: {
-            layer: KeyCovariance.of(mean, hyper.covariance_weight, ridge_for(mean))
+            layer: KeyCovariance.of(mean, weight, ridge_for(mean))
             for layer in hyper.layers
             for mean in [covariance.moments[layer].mean()]
         }
     )
     line("C factored", seconds, len(hyper.layers), "a layer")
-    seconds, _ = timed(
-        lambda: memit_update(model, groups, values.z, preserved, hyper.layers, budget=DEFAULT_BUDGET // 2)
-    )
+
+    def update(some: list[Group], found: Tensor) -> Update:
+        residual = method.residual(model, Part(tuple(some), hyper, False), found)
+        return write_upwards(model, some, hyper.layers, residual, preserved.__getitem__, budget=DEFAULT_BUDGET // 2)
+
+    seconds, _ = timed(lambda: update(groups, values.values))
     line(f"update, fast, {len(groups)}", seconds, len(hyper.layers), "a layer")
     print(f"  peak so far {peak()}")
     few = groups[: options.oracle]
     if not few:
         return
 
-    fast, together = timed(lambda: optimize(model, few, goal))
+    fast, together = timed(lambda: goal.search(model, few))
     line(f"values, fast, {len(few)}", fast, len(few), f"{sum(together.steps)} steps")
-    slow, found = timed(
-        lambda: [oracle.find_value(model, contexts, prompts(facts, group), hyper, last) for group in few]
-    )
+    slow, found = timed(lambda: [joint.find_writes(model, contexts, prompts(facts, group), hyper) for group in few])
+    bare = [oracle.rows_for(model, [""], prompts(facts, group)[:1])[0] for group in few]
+    wanted = [joint.targets(model, row, deltas) for row, (deltas, _) in zip(bare, found, strict=True)]
     same = max(
-        float((z - want).norm() / (want - h).norm().clamp(min=1e-12))
-        for z, (want, h, _) in zip(together.z, [(w.cpu(), h.cpu(), s) for w, h, s in found], strict=True)
+        float((got[index] - target[layer].cpu()).norm() / deltas[layer].norm().clamp(min=1e-12))
+        for got, target, (deltas, _) in zip(together.values, wanted, found, strict=True)
+        for index, layer in enumerate(hyper.layers)
     )
-    steps = sum(len(losses) for _, _, losses in found)
-    line(f"values, oracle, {len(few)}", slow, len(few), f"{steps} steps; δ differs by {same:.1e}")
+    steps = sum(len(losses) for _, losses in found)
+    line(f"values, oracle, {len(few)}", slow, len(few), f"{steps} steps; targets differ by {same:.1e}")
     per_fast, per_slow = fast / sum(together.steps), slow / steps
     print(f"  a step: fast {per_fast:.4f} s, oracle {per_slow:.4f} s, {per_slow / per_fast:.1f} times as long")
 
-    fast, update = timed(
-        lambda: memit_update(model, few, together.z, preserved, hyper.layers, budget=DEFAULT_BUDGET // 2)
-    )
+    fast, written = timed(lambda: update(few, together.values))
     line(f"update, fast, {len(few)}", fast, len(hyper.layers), "a layer")
-    means: dict[int, Tensor] = {layer: covariance.moments[layer].mean() for layer in hyper.layers}
+    means: dict[int, Tensor] = {layer: covariance.moments[layer].mean() * weight for layer in hyper.layers}
     mine = [prompt for group in few for prompt in prompts(facts, group)]
-    slow, deltas = timed(
-        lambda: oracle.memit(model, contexts, mine, hyper, means, values=list(together.z.to(model.device)))
-    )
-    apart = max(_apart(update.deltas[name].dense(), delta, model) for name, delta in deltas.items())
+    own = [dict(zip(hyper.layers, each.to(model.device), strict=True)) for each in together.values]
+    slow, deltas = timed(lambda: joint.joint(model, contexts, mine, hyper, means, own))
+    apart = max(_apart(written.deltas[name].dense(), delta, model) for name, delta in deltas.items())
     line(f"update, oracle, {len(few)}", slow, len(hyper.layers), f"a layer, {slow / fast:.1f} times as long")
     print(f"  deltas differ by {apart:.1e}; peak {peak()}")
 

@@ -9,38 +9,71 @@ from kpatch._version import __version__
 __all__ = [
     "__version__",
     "apply",
+    "ask",
     "diff_checkpoints",
     "diff_patches",
+    "evaluate_facts",
+    "export_patch",
     "load_facts",
+    "load_model",
     "make",
     "patched",
+    "probe_facts",
     "read_patch",
+    "recover",
     "revert",
     "stack",
+    "stack_resolved",
+    "status",
+    "trace_facts",
+    "verify",
+    "verify_fit",
 ]
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.apply import apply
     from kpatch.checkpoint.diff.checkpoints import diff_checkpoints
+    from kpatch.checkpoint.fit import verify_fit
+    from kpatch.checkpoint.recover import recover
     from kpatch.checkpoint.revert import revert
+    from kpatch.checkpoint.status import status
     from kpatch.edit.make import make
+    from kpatch.edit.resolve import solve_again as stack_resolved
+    from kpatch.evaluate.answers import ask
+    from kpatch.evaluate.assess import assess as evaluate_facts
     from kpatch.evaluate.patched import patched
+    from kpatch.evaluate.probe import rank_objects as probe_facts
+    from kpatch.export.formats import export_patch
     from kpatch.facts.load import load_facts
+    from kpatch.models.model import open_model as load_model
     from kpatch.patch.compare import diff_patches
-    from kpatch.patch.format import read_patch
+    from kpatch.patch.format import read_patch, verify
     from kpatch.patch.stack import stack
+    from kpatch.trace.run import trace as trace_facts
 
-# Names are imported when they are first asked for, so that `import kpatch` costs nothing.
+# Names are imported when they are first asked for, so that `import kpatch` costs nothing. A name that a part of the
+# package has (trace, evaluate) cannot stand for a function too, and one that says little without its module is longer.
 _HOMES = {
-    "apply": "kpatch.checkpoint.apply",
-    "diff_checkpoints": "kpatch.checkpoint.diff.checkpoints",
-    "diff_patches": "kpatch.patch.compare",
-    "load_facts": "kpatch.facts.load",
-    "make": "kpatch.edit.make",
-    "patched": "kpatch.evaluate.patched",
-    "read_patch": "kpatch.patch.format",
-    "revert": "kpatch.checkpoint.revert",
-    "stack": "kpatch.patch.stack",
+    "apply": ("kpatch.checkpoint.apply", "apply"),
+    "ask": ("kpatch.evaluate.answers", "ask"),
+    "diff_checkpoints": ("kpatch.checkpoint.diff.checkpoints", "diff_checkpoints"),
+    "diff_patches": ("kpatch.patch.compare", "diff_patches"),
+    "evaluate_facts": ("kpatch.evaluate.assess", "assess"),
+    "export_patch": ("kpatch.export.formats", "export_patch"),
+    "load_facts": ("kpatch.facts.load", "load_facts"),
+    "load_model": ("kpatch.models.model", "open_model"),
+    "make": ("kpatch.edit.make", "make"),
+    "patched": ("kpatch.evaluate.patched", "patched"),
+    "probe_facts": ("kpatch.evaluate.probe", "rank_objects"),
+    "read_patch": ("kpatch.patch.format", "read_patch"),
+    "recover": ("kpatch.checkpoint.recover", "recover"),
+    "revert": ("kpatch.checkpoint.revert", "revert"),
+    "stack": ("kpatch.patch.stack", "stack"),
+    "stack_resolved": ("kpatch.edit.resolve", "solve_again"),
+    "status": ("kpatch.checkpoint.status", "status"),
+    "trace_facts": ("kpatch.trace.run", "trace"),
+    "verify": ("kpatch.patch.format", "verify"),
+    "verify_fit": ("kpatch.checkpoint.fit", "verify_fit"),
 }
 
 
@@ -48,5 +81,10 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         from importlib import import_module
 
-        return getattr(import_module(_HOMES[name]), name)
+        module, function = _HOMES[name]
+        return getattr(import_module(module), function)
     raise AttributeError(f"module 'kpatch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

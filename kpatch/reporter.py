@@ -13,7 +13,10 @@ class Reporter(Protocol):
     """What the command line gives to the layers below it."""
 
     def task(self, description: str, total: int | None = None, unit: str = "") -> AbstractContextManager[Advance]:
-        """A step with a known or unknown length; the value yielded is called with each amount done."""
+        """A step with a known or unknown length; the value yielded is called with each amount done.
+
+        `unit` is one of what is counted ("fact"), or B for bytes.
+        """
 
     def note(self, message: str) -> None:
         """One line a user should read (a ridge was added, a cached result was used)."""

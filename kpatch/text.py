@@ -1,4 +1,4 @@
-"""Text for people: what comes from files made safe to show (errors, notes and output do that), and sizes in words."""
+"""Text for people: what comes from files made safe to show (all output does that), and counts and sizes in words."""
 
 from __future__ import annotations
 
@@ -25,6 +25,11 @@ def _escape(code: int) -> str:
     if code <= 0xFF:
         return f"\\x{code:02x}"
     return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what is counted, whose plural ends in s: 1 prompt, 2,000 prompts."""
+    return f"{count:,} {noun}{'' if count == 1 or not noun else 's'}".strip()
 
 
 def format_size(count: int | None) -> str:

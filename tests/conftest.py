@@ -11,14 +11,20 @@ from hypothesis import HealthCheck, settings
 
 # Before any library reads them
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models gain nothing from more, and two workers share the cores
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 settings.register_profile(
-    "kpatch", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+    "all", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
-settings.load_profile("kpatch")
+settings.register_profile("quick", settings.get_profile("all"), max_examples=20)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Fewer random examples where slow tests are left out; tests with a number of their own scale it."""
+    settings.load_profile("quick" if "not slow" in config.getoption("markexpr") else "all")
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,7 @@
-"""From staged files to a changed checkpoint: one decision, written down first, then carried out to the end. No torch.
+"""Writing to a checkpoint: one writer at a time, and staged files that change it by one decision or not at all.
+
+No torch. `writing` holds the lock and turns what the disk refuses into errors; `commit`, `roll_forward` and `undo`
+carry the decision out, or clean up where there was none.
 
 The appearance of journal.json is the commit. Before it, nothing but .kpatch/ has changed and cleaning up gives the old
 state; after it, every step can be repeated, so the next kpatch resumes where this one stopped.

@@ -1,4 +1,7 @@
-"""`apply` with `out`: a patched copy of a checkpoint directory, built aside and named by one rename."""
+"""A patched copy of a checkpoint directory (`apply` with `out`): its place, the space it needs, and its writing.
+
+It is built aside and named by one rename, so that it is there whole or not at all.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A patched weight a block of rows at a time, and what rounding did to the edit.
+"""A patched weight: its bytes, a block of rows at a time, and what rounding did to the edit and to the facts' keys.
 
 A key k of a fact is the input that W gets there; the edit is what W adds for it, Δk. Rounding changes W by a further
 E, so the edit that landed is (Δ + E) k. The patch holds the keys (`facts.keys.<layer>`); a sample of them is enough.

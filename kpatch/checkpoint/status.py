@@ -1,6 +1,6 @@
-"""What was done to a checkpoint and when, as long as a patch is on it. No torch.
+"""What `status` and `log` tell of a checkpoint: what is on it and whether it is intact, and what was done when.
 
-What is applied to a checkpoint, and is it as kpatch left it. No torch, no lock.
+No torch and no lock. The log lasts as long as a patch is on the checkpoint.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from kpatch.reporter import Advance
-from kpatch.text import format_size, printable
+from kpatch.text import counted, format_size, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -127,7 +127,7 @@ class Output:
                 yield advance
         seconds = time.monotonic() - start
         if self.verbose or seconds >= _WORTH_A_LINE:
-            amount = f": {format_size(total) if unit == 'B' else f'{total:,} {unit}'.strip()}" if total else ""
+            amount = f": {_amount(total, unit)}" if total else ""
             self.note(f"{description}{amount}, {seconds:.1f} s")
 
     @contextmanager
@@ -199,6 +199,11 @@ def percent(fraction: float | None) -> str:
     return "–" if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def _amount(total: int, unit: str) -> str:
+    """All that a step does: 1 prompt, 2,000 prompts, 1.2 MB."""
+    return format_size(total) if unit == "B" else counted(total, unit)
+
+
 def _new_progress() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
@@ -210,9 +215,7 @@ def _new_progress() -> Progress:
             if task.total is None:
                 return Text("")
             done, total = int(task.completed), int(task.total)
-            return Text(
-                f"{format_size(done)} of {format_size(total)}" if unit == "B" else f"{done:,} of {total:,} {unit}"
-            )
+            return Text(f"{format_size(done) if unit == 'B' else f'{done:,}'} of {_amount(total, unit)}")
 
     console = Console(file=sys.stderr, highlight=False, emoji=False)
     description = TextColumn("{task.description}", markup=False)

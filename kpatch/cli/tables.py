@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kpatch.cli.output import Cell, Output, clean, percent
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.apply import ApplyReport
@@ -141,7 +141,7 @@ def print_apply_report(output: Output, report: ApplyReport, done: str, where: st
     ]
     output.table(("Weight", "Entries unchanged", "Lost in rounding", "At the facts' keys"), rows, right=(1, 2, 3))
     names = ", ".join(f"{patch['name']} ({patch['id'][:12]})" for patch in report.patches)
-    weights = f"{len(report.weights)} weights, {report.seconds:.1f} s"
+    weights = f"{counted(len(report.weights), 'weight')}, {report.seconds:.1f} s"
     output.line(f"{done} {names} {where} {report.model}: {weights}; state {report.state}")
 
 

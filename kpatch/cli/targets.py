@@ -1,4 +1,4 @@
-"""What a command works on: the checkpoint that none names, the model that an address names, facts and patches."""
+"""What a command works on: the checkpoint meant where none is named, the model at an address, fact files, patches."""
 
 from __future__ import annotations
 

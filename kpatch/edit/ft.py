@@ -69,7 +69,7 @@ def tune(
     losses: list[float] = []
     with (
         restored(model, [model.weight_name(hyper.layer)]),
-        report.task("Fine-tuning", hyper.steps * len(facts), "facts") as advance,
+        report.task("Fine-tuning", hyper.steps * len(facts), "fact") as advance,
     ):
         batches = [
             _prepare(model, facts[begin : begin + hyper.batch], hyper.layer)

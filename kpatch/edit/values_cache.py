@@ -1,6 +1,6 @@
-"""How many rows go together: batches of groups of like width, within a memory budget, the same on every run.
+"""Values for all groups of facts: in batches within a memory budget, each kept in the cache by its content.
 
-Values for all groups: batch after batch, each kept by content so that an interrupted run goes on where it was.
+The batches are the same on every run, so that an interrupted one goes on where it was.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from kpatch.models.partial_forward import Batch, align
 from kpatch.reporter import SILENT, Reporter
 
 ANSWER_TOKENS = 6
-_LEAVE = 0.9  # finished rows leave a batch that fewer than this share go on in: the others' cache has to be copied
+_LEAVE = 0.9  # finished rows leave when a smaller share than this goes on: leaving copies the cache of the others
 _CONTEXT = 8  # tokens of the prompt decoded with a completion, so that it keeps its leading space
 
 
@@ -36,7 +36,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt, the greedy completion as it follows it (leading space included), the likeliest first tokens."""
+    """A prompt, its greedy completion with the leading space, and the likeliest first tokens."""
 
     prompt: str
     completion: str
@@ -47,7 +47,7 @@ class Answer:
 class Greedy:
     """Token ids of one greedy completion without EOS, and (id, probability) of the likeliest first tokens.
 
-    `scored` is how the model takes the targets that it was asked about behind the same prompt.
+    `scored` says how the model takes the targets that were asked about behind the same prompt.
     """
 
     ids: tuple[int, ...]
@@ -58,10 +58,10 @@ class Greedy:
 def ask(
     model: Model, prompts: Sequence[str], top: int = 5, max_tokens: int = 12, report: Reporter = SILENT
 ) -> list[Answer]:
-    """Greedy completions of plain prompts, at most `max_tokens` long, ended by EOS; no sampling, no chat template.
+    """Complete plain prompts greedily, with at most `max_tokens` tokens; EOS ends an answer.
 
-    Spaces at a prompt's end are left out: they belong to the answer's first word. Raises BadInput for an empty
-    prompt or one too long for the model.
+    Nothing is sampled, and no chat template is used. Spaces at a prompt's end are left out, because they belong to
+    the answer's first word. Raises BadInput for an empty prompt and for one that is too long for the model.
     """
     rows = [_plain_ids(model.tokenizer, prompt) for prompt in prompts]
     answers = []
@@ -72,7 +72,7 @@ def ask(
 
 
 def says(text: str, answer: str) -> bool:
-    """Whether a text has an answer in it, as whole words where words are told by spaces, in letters of any case."""
+    """Whether a text has an answer in it, in letters of any case; as whole words where spaces part words."""
     wanted = " ".join(answer.split()).casefold()
     before = "" if is_unspaced(wanted[0]) else r"(?<!\w)"
     after = "" if is_unspaced(wanted[-1]) else r"(?!\w)"
@@ -98,12 +98,13 @@ def complete(
     doing: str = "Answering",
     targets: Sequence[Sequence[Ids]] = (),
 ) -> list[Greedy]:
-    """Greedy completions of rows of ids, batched by length with padding on the left; in the order of `rows`.
+    """Complete rows of ids greedily; results come in the order of `rows`.
 
-    `max_tokens` is for every row, or one number for each. With `draws`, uniform numbers [its max_tokens or more] for
-    each row, a token is drawn from the `among` likeliest instead, and none that is special: such a text does not end.
-    `targets` of each row, none longer than its max_tokens, are scored as `score` does, on the same run of the prompt.
-    Raises BadInput for an empty row, or one that leaves no room for `max_tokens` in the model's positions.
+    Rows are batched by length and padded on the left. `max_tokens` is one number for all rows, or one for each.
+    `draws` holds uniform numbers [its max_tokens or more] for each row: a token is then drawn from the `among`
+    likeliest. It is never a special one, so such a text does not end. `targets` of each row, none longer than its
+    max_tokens, are scored as `score` does, on the same run of the prompt.
+    Raises BadInput for an empty row, and for one that leaves no room for `max_tokens` in the model's positions.
     """
     longest = window(model)
     room = [max_tokens] * len(rows) if isinstance(max_tokens, int) else list(max_tokens)
@@ -118,8 +119,8 @@ def complete(
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     lengths, most = [len(rows[index]) + room[index] for index in order], HEAD_NUMBERS // vocabulary(model)
     results: dict[int, Greedy] = {}
-    with report.task(doing, total=len(rows), unit="prompts") as advance:
-        # Every later token reads all weights again for every batch: some padding is cheaper than another batch.
+    with report.task(doing, total=len(rows), unit="prompt") as advance:
+        # Every later token reads all weights again for every batch, so some padding is cheaper than another batch
         planned = batches(lengths, [1] * len(rows), batch_tokens, most, filled=0.5)
 
         def run(places: Sequence[int]) -> list[Greedy]:
@@ -197,7 +198,7 @@ def _complete_batch(
 def _score_after(
     model: Model, batch: Batch, cache: Any, first: Tensor, targets: Sequence[Sequence[Ids]]
 ) -> list[tuple[Scored, ...]]:
-    """Targets behind each row of a batch: first tokens by its own logits `first` [B, V], the rest on its columns."""
+    """Score targets behind each row of a batch: first tokens by its logits `first` [B, V], others on its cache."""
     every = [(row, target) for row, some in enumerate(targets) for target in some]
     rows = torch.tensor([row for row, _ in every], dtype=torch.long)
     logprobs, best = read_targets(first, rows, torch.tensor([target[0] for _, target in every], dtype=torch.long))
@@ -220,7 +221,7 @@ def _score_after(
 
 
 def _draw(model: Model, logits: Tensor, uniform: Tensor, among: int) -> Tensor:
-    """One of the `among` likeliest tokens of each row that are not special: [B] by inverting the cumulated shares."""
+    """Draw one of the `among` likeliest tokens of each row [B] by inverting the cumulated shares; none is special."""
     added = (index for index, token in model.tokenizer.added_tokens_decoder.items() if token.special)
     special = [index for index in {*added, *end_ids(model)} if index < logits.shape[-1]]
     logits = logits.index_fill(1, torch.tensor(special, dtype=torch.long, device=logits.device), -torch.inf)
@@ -240,7 +241,10 @@ def end_ids(model: Model) -> set[int]:
 
 
 def text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str:
-    """The text of `ids` as it continues `before`. Decoded alone, some tokenizers drop the first word's space."""
+    """The text of `ids` as it continues `before`.
+
+    Some tokenizers drop the first word's space where they decode it alone.
+    """
     context = list(before[-_CONTEXT:])
     head = tokenizer.decode(context, clean_up_tokenization_spaces=False)
     whole = tokenizer.decode([*context, *ids], clean_up_tokenization_spaces=False)
@@ -251,7 +255,7 @@ def text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str
 
 def _plain_ids(tokenizer: Any, text: str) -> list[int]:
     ids = list(tokenizer(text.rstrip(" "))["input_ids"])
-    # Some tokenizers put EOS behind every text, where an answer is to follow.
+    # Some tokenizers put EOS behind every text; an answer is to follow here
     while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids.pop()
     return ids

@@ -22,9 +22,9 @@ from kpatch.reporter import SILENT, Reporter
 class Wanted:
     """What to measure besides the rates.
 
-    `generate` lets the model write `tokens` tokens on from every fact, to be compared with `references`, texts for
-    each fact; `text` are rows of ids to take a perplexity of. `samples` and `seed` are for the bootstrap, and `seed`
-    for the writing.
+    With `generate` the model writes texts of `tokens` tokens from every fact; they are compared with `references`,
+    some texts for each fact. `text` holds rows of ids whose perplexity is taken. The bootstrap draws `samples` times.
+    `seed` is that of the bootstrap and of the writing.
     """
 
     generate: bool = False
@@ -38,7 +38,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Assessment:
-    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` {fluency, consistency, …} or {}."""
+    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` is {fluency, consistency, …} or {}."""
 
     metrics: dict[str, Any]
     facts: tuple[dict[str, Any], ...]
@@ -46,11 +46,14 @@ class Assessment:
     perplexity: float | None = None
 
 
-def assess(model: Model, facts: Sequence[Fact], wanted: Wanted, report: Reporter = SILENT) -> Assessment:
-    """Measure a model as it is. With `generate`, paraphrases too are answered freely.
+def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, report: Reporter = SILENT) -> Assessment:
+    """Measure a model as it is: the rates, and what `wanted` adds.
+
+    With `generate`, the model answers paraphrases freely as well.
 
     Raises what `measure`, `write_on` and `perplexity` raise.
     """
+    wanted = wanted or Wanted()
     free = KINDS[:2] if wanted.generate else KINDS[:1]
     found = measure(model, facts, wanted.batch_tokens, free=free, report=report)
     rows = found.facts

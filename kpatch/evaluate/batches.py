@@ -10,11 +10,11 @@ _ENOUGH = 1024  # tokens in a batch before padding may close it: smaller ones do
 def batches(
     lengths: Sequence[int], columns: Sequence[int], batch_tokens: int, most_columns: int, filled: float = 0.8
 ) -> list[list[int]]:
-    """Indices of rows in batches, shortest rows first; `columns` are the logits that each row asks for.
+    """Put indices of rows into batches, shortest rows first; `columns` says how many logits each row asks for.
 
-    A batch is at most `batch_tokens` with its padding and `most_columns` columns of logits, unless one row is more,
-    and is closed before the share of real tokens in it falls below `filled` (for padding only attention pays, since
-    the MLPs leave it out).
+    A batch holds at most `batch_tokens` tokens with its padding and `most_columns` columns of logits, unless a single
+    row has more. It is closed before the share of real tokens in it falls below `filled`. Padding costs attention
+    alone, since the MLPs leave it out.
     """
     result: list[list[int]] = []
     tokens = asked = 0

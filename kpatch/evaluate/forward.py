@@ -18,9 +18,9 @@ def logits_at(
 ) -> tuple[Tensor, Any]:
     """Logits [P, V] in float32 after token (rows[p], columns[p]) of ids [B, T], and the network's whole output.
 
-    `real` [B, T] is true where a token is none of padding: the MLPs then leave padding out. `arguments` go to the
-    network (mask, positions, cache). The head is the costliest matrix of a small model and most columns are never
-    asked for, so its input is cut down to P rows before it runs.
+    `real` [B, T] is true where a token is not padding; where it is given, the MLPs leave padding out. `arguments` go
+    to the network (mask, positions, cache). The head is the costliest matrix of a small model, and most columns are
+    never asked for. So its input is cut down to P rows before it runs.
     """
     ran: list[bool] = []
 
@@ -40,17 +40,17 @@ def logits_at(
             out = model.net(input_ids=ids.to(model.device), **arguments)
     finally:
         handle.remove()
-    # A network that multiplies by its embeddings without calling a head gives every column.
+    # A network that multiplies by its embeddings and calls no head gives every column
     logits: Tensor = out.logits[0] if ran else out.logits[rows.to(out.logits.device), columns.to(out.logits.device)]
     return logits.float(), out
 
 
 def vocabulary(model: Model) -> int:
-    """V, the width of a row of logits."""
+    """V, the number of logits in a row."""
     return int(model.net.get_output_embeddings().weight.shape[0])
 
 
 def window(model: Model) -> int | None:
-    """The longest row the network has positions for, where its configuration says."""
+    """The longest row that the network has positions for; None where its configuration does not say."""
     longest = getattr(model.config, "max_position_embeddings", None)
     return int(longest) if longest else None

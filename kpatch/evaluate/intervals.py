@@ -1,7 +1,7 @@
 """95 % intervals of rates by the bootstrap: facts are drawn again and again, each with all its prompts.
 
-Source: Efron and Tibshirani 1993, percentile intervals. A fact's paraphrases and neighbors stand or fall together,
-so facts are what is drawn, not prompts (a cluster bootstrap).
+Source: Efron and Tibshirani 1993, percentile intervals. A fact's paraphrases and neighbors stand or fall together.
+So facts are drawn and not prompts (a cluster bootstrap).
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def with_intervals(outcomes: Sequence[Outcome], samples: int = SAMPLES, seed: in
     """METRICS of `outcomes` with, beside each number, the interval that 95 % of the drawn samples fall into.
 
     `interval` is that of success; `magnitude_interval`, `accuracy_interval`, `free_running_interval` and
-    `score_interval` say theirs. A pair [low, high], or None where there is no number or only one fact to draw.
+    `score_interval` are those of what they name. Each is a pair [low, high], or None where there is no number or only
+    one fact to draw.
     """
     metrics = summarize(outcomes)
     facts = sorted({outcome.fact for outcome in outcomes})
@@ -41,7 +42,7 @@ def with_intervals(outcomes: Sequence[Outcome], samples: int = SAMPLES, seed: in
 
 
 def interval(values: Tensor) -> list[float] | None:
-    """The middle 95 % of values [S], those that are no number left out; None where none is left."""
+    """The middle 95 % of the values [S] that are finite; None where there are none."""
     values = values[values.isfinite()]
     if not len(values):
         return None
@@ -60,7 +61,7 @@ def mean_interval(values: Sequence[float], samples: int = SAMPLES, seed: int = 0
 
 
 def _draw(outcomes: Sequence[Outcome], facts: Sequence[int], samples: int, seed: int) -> Tensor:
-    """Means [S, kinds, quantities] over drawn facts; NaN where a sample has nothing to take one of."""
+    """Means [S, kinds, quantities] over drawn facts; NaN where a sample has nothing to average."""
     place = {fact: index for index, fact in enumerate(facts)}
     table = torch.zeros(len(facts), len(KINDS), len(_QUANTITIES), 2, dtype=torch.float64)  # sums and counts
     for outcome in outcomes:
@@ -68,14 +69,14 @@ def _draw(outcomes: Sequence[Outcome], facts: Sequence[int], samples: int, seed:
         for index, value in enumerate(values):
             if value is not None:
                 table[place[outcome.fact], KINDS.index(outcome.kind), index] += torch.tensor([float(value), 1.0])
-    # In an order of their own, so that the order of the facts decides nothing
+    # The rows are sorted, so that the order of the facts decides nothing
     table = torch.tensor(sorted(table.flatten(1).tolist()), dtype=torch.float64).view_as(table)
     sums = torch.cat([table[some].sum(1) for some in _picks(len(table), samples, seed)])  # [S, kinds, quantities, 2]
     return sums[..., 0] / sums[..., 1]
 
 
 def _picks(count: int, samples: int, seed: int) -> list[Tensor]:
-    """Which facts each sample draws, [s, F] a part."""
+    """Which facts each sample draws, in parts [s, F]."""
     generator = torch.Generator().manual_seed(seed)
     step = max(1, _AT_ONCE // (count * len(KINDS) * len(_QUANTITIES) * 2))
     sizes = [min(step, samples - begin) for begin in range(0, samples, step)]
@@ -83,7 +84,7 @@ def _picks(count: int, samples: int, seed: int) -> list[Tensor]:
 
 
 def _scores(successes: Tensor) -> Tensor:
-    """The harmonic mean of the successes there are, [S, kinds] → [S]; 0 where one of them is."""
+    """The harmonic mean of those successes that there are, [S, kinds] → [S]; it is 0 where one of them is 0."""
     there = successes.isfinite()
     inverse = torch.where(there, 1 / successes, 0.0).sum(1)
     return there.sum(1) / inverse

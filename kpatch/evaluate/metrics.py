@@ -22,9 +22,9 @@ _BEYOND = 8  # tokens a model may write besides the longest answer before it is 
 
 @dataclass(frozen=True)
 class Measurement:
-    """`metrics` is the METRICS object of the JSON output, `facts` has one object for every fact, in their order.
+    """`metrics` is the METRICS object of the JSON output; `facts` has one object for every fact, in their order.
 
-    `outcomes` are the single results behind the rates, for intervals and lists of failures.
+    `outcomes` are the single results behind the rates. Intervals and lists of failures are made of them.
     """
 
     metrics: dict[str, Any]
@@ -34,8 +34,10 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class _Probe:
-    """One prompt with the answer that is right there and the rival it must beat. Where the prompt has no slot for the
-    subject, the whole text stands in one."""
+    """One prompt, the answer that is right there, and the rival that it must beat.
+
+    Where the prompt has no slot for the subject, it is a slot alone, and the subject is the whole text.
+    """
 
     fact: int
     kind: str
@@ -60,15 +62,15 @@ def measure(
 ) -> Measurement:
     """Measure how a model takes `facts`.
 
-    `answer_tokens` is the length of the greedy answers in `.facts` in tokens; 0 leaves them out. Prompts of the kinds
-    in `free` are also answered freely: the right answer is looked for in what the model writes. Facts without `was`
-    count for accuracy alone, neighbors without target for nothing, since nothing is known about them; an answer that
+    The greedy answers in `.facts` are `answer_tokens` tokens long; 0 leaves them out. Prompts of the kinds in `free`
+    are also answered freely, and the right answer is looked for in what the model writes. Facts without `was` count
+    for accuracy alone. Neighbors without target count for nothing, since nothing is known about them. An answer that
     is its own rival is not compared. Raises BadInput for text that the tokenizer cannot take, CheckFailed for NaN.
     """
     probes = [probe for number, fact in enumerate(facts) for probe in _probes(number, fact)]
     kinds = {*free, *(KINDS[:1] if answer_tokens else ())}
     items = _items(model, probes)
-    # Each prompt has the room that its own answer needs, so that no fact depends on the others
+    # Each prompt gets the room that its own answer needs, so that no fact depends on the others
     room = {
         number: max(answer_tokens, len(items[number, 0][1]) + _BEYOND if probe.kind in free and probe.right else 0)
         for number, probe in enumerate(probes)
@@ -91,7 +93,7 @@ def measure(
 
 
 def effect(before: Measurement, after: Measurement) -> dict[str, Any]:
-    """The manifest's `effect`: metrics before and after, and for every fact its answer and probabilities then and now.
+    """The manifest's `effect`: metrics before and after, and every fact's answer and probabilities then and now.
 
     Raises ValueError for measurements of different facts.
     """
@@ -129,7 +131,7 @@ _Items = dict[tuple[int, int], tuple[Ids, Ids]]  # (number of the probe, 0 or 1)
 
 
 def _items(model: Model, probes: Sequence[_Probe]) -> _Items:
-    """What is to be scored: the right answer (0) of every probe and its rival (1), each where it is needed."""
+    """What is scored: the right answer (0) of every probe and its rival (1), each where it is needed."""
     keys: list[tuple[int, int]] = []
     texts: list[Item] = []
     for number, probe in enumerate(probes):
@@ -151,7 +153,8 @@ def _free_texts(
 ) -> tuple[list[str | None], dict[tuple[int, int], Scored]]:
     """What the model writes behind some prompts when it always takes its first choice; `room` is in tokens.
 
-    Their answers are scored on the same run; an answer too long for the room is left to others.
+    The prompts' answers are scored on the same run. An answer that is too long for the room is left out, and `score`
+    takes it.
     """
     texts = [Item(probes[number].prompt, probes[number].subject) for number in room]
     rows = [row.ids for row in encode_many(model.tokenizer, texts)]

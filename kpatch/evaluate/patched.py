@@ -1,4 +1,4 @@
-"""A patch tried in memory: weights changed inside a `with`, the very same tensors back after it."""
+"""A patch in memory: a `with` changes the weights, and the very same tensors are back after it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Deltas = Mapping[str, Delta]
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight that live patches change, its name in the checkpoint, and the tensor that it had before them."""
+    """A weight that live patches change: its name in the checkpoint, and the tensor that it had before them."""
 
     name: str
     parameter: nn.Parameter
@@ -50,7 +50,7 @@ class _Live:
 class _State:
     """The live patches of one network, in the order they came, and the weights they change.
 
-    Every method wants `lock` held: patches may be entered and left by several threads.
+    Callers hold `lock` around every method, since several threads may enter and leave patches.
     """
 
     def __init__(self) -> None:
@@ -59,8 +59,10 @@ class _State:
         self.live: list[_Live] = []
 
     def weight(self, name: str, parameter: nn.Parameter) -> _Weight:
-        """The record of a weight; a new one where no live patch changes it. Names are no key: one tensor can have
-        two (tied), and PEFT renames what it wraps."""
+        """The record of a weight; a new one where no live patch changes it.
+
+        Names are no key: one tensor can have two (tied), and PEFT renames what it wraps.
+        """
         known = (one for one in self.weights if one.parameter is parameter)
         return next(known, None) or _Weight(name, parameter, parameter.data)
 
@@ -70,7 +72,7 @@ class _State:
             now = parameter(net, weight.name)
             if now is not None and now.shape == weight.base.shape:
                 weight.parameter = now
-            if not weight.parameter.is_meta:  # there the base would be lost
+            if not weight.parameter.is_meta:  # moving the base there would lose it
                 weight.base = weight.base.to(weight.parameter.device, weight.parameter.dtype)
 
     def enter(self, new: _Live) -> None:
@@ -112,7 +114,7 @@ class _State:
 
     @torch.no_grad()
     def _summed(self, weight: _Weight, live: Iterable[_Live]) -> Tensor:
-        """What `apply` would make of one weight. The sum goes by patch id, so it does not matter what came first."""
+        """What `apply` would make of one weight. The sum goes by patch id, so that the order does not matter."""
         by_id = sorted(live, key=lambda one: one.id)
         return patched_weight(weight.base, [one.deltas[weight] for one in by_id if weight in one.deltas])
 

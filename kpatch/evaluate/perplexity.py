@@ -41,13 +41,13 @@ def text_rows(model: Model, documents: Iterable[str], tokens: int = TOKENS, row:
 
 @torch.no_grad()
 def perplexity(model: Model, rows: list[list[int]], report: Reporter = SILENT) -> float:
-    """exp of the mean of −log P over every token of the rows but their first, each given those before it.
+    """exp of the mean of −log P over all tokens of the rows but their first, each given those before it.
 
     Raises CheckFailed for NaN.
     """
     total, count = 0.0, 0
     together = max(1, HEAD_NUMBERS // (vocabulary(model) * max(map(len, rows))))
-    with report.task("Reading the text", sum(map(len, rows)), "tokens") as advance:
+    with report.task("Reading the text", sum(map(len, rows)), "token") as advance:
         for begin in range(0, len(rows), together):
             some = rows[begin : begin + together]
             total += _negative_log(model, some)

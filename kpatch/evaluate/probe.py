@@ -46,22 +46,25 @@ class Ranked:
 def rank_objects(
     model: Model,
     facts: Sequence[Fact],
-    objects: Sequence[Sequence[str]],
+    objects: Sequence[Sequence[str]] | None = None,
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> list[Ranked]:
-    """Rank every fact's target among `objects`, a list for each fact that has the target in it.
+    """Rank every fact's target among `objects`, a list for each fact that has the target in it (default: all targets).
 
-    Exact, but most objects are never run: log-probabilities only fall with every token, so one whose first tokens are
-    already less likely than the whole target is out. Raises BadInput for text that the tokenizer cannot take.
+    Ranks are exact, but most objects are never run: log-probabilities only fall with every token, so an object is out
+    when its first tokens are less likely than the whole target.
+    Raises BadInput for text that the tokenizer cannot take.
     """
+    if objects is None:
+        objects = [tuple(dict.fromkeys(fact.target for fact in facts))] * len(facts)
     prompts = [
         row.ids for row in encode_many(model.tokenizer, [item_of(fact)._replace(target=None) for fact in facts])
     ]
     choices = _choices(model, facts, objects)
     results: dict[int, Ranked] = {}
     lengths = [len(prompt) for prompt in prompts]
-    with report.task("Ranking objects", len(facts), "facts") as advance:
+    with report.task("Ranking objects", len(facts), "fact") as advance:
         for places in batches(lengths, [1] * len(facts), batch_tokens, HEAD_NUMBERS // vocabulary(model)):
             kept = Prompts(model, [prompts[place] for place in places])
             races = [
@@ -120,7 +123,7 @@ def _choices(model: Model, facts: Sequence[Fact], objects: Sequence[Sequence[str
 
 
 def _end(fact: Fact) -> str:
-    """A prompt's last word with the line end behind it, or its last signs where words are not told by spaces."""
+    """A prompt's last word with the line end behind it, or its last signs where spaces do not part words."""
     text = fact.text()
     word = text.split()[-1]
     return word[-20:] + text[text.rindex(word) + len(word) :]
@@ -135,7 +138,7 @@ def _spaces(fact: Fact, names: Sequence[str]) -> tuple[bool | None, ...]:
 
 
 class _Race:
-    """One fact's objects: sums of log-probabilities as far as they are known, and who is still to be run."""
+    """One fact's objects: their sums of log-probabilities as far as they are known, and which are still to be run."""
 
     def __init__(self, choice: _Choice, target: str, first: Tensor) -> None:
         self.choice = choice
@@ -158,7 +161,7 @@ class _Race:
 
 
 def _run_truths(kept: Prompts, races: Sequence[_Race]) -> None:
-    """The whole of every target, which all others are held against."""
+    """Run every target to its end; all other objects are compared with it."""
     asked = [
         (number, race.choice.ids[race.truth][:depth], race.choice.ids[race.truth][depth])
         for number, race in enumerate(races)
@@ -173,7 +176,7 @@ def _run_truths(kept: Prompts, races: Sequence[_Race]) -> None:
 
 
 def _run_rivals(kept: Prompts, races: Sequence[_Race]) -> None:
-    """Token after token, the objects that may still beat the target; they share the beginnings that they have."""
+    """Run the objects that may still beat the target, token after token; they share their beginnings."""
     for depth in range(1, max(int(race.choice.lengths.max()) for race in races)):
         asked = [
             (number, path, members) for number, race in enumerate(races) for path, members in race.nodes(depth).items()

@@ -15,7 +15,7 @@ class Outcome:
 
     success: the right answer beats its rival in mean log-probability per token; magnitude: by how much in P per token.
     Both are None where there is no rival. accurate: every token of the right answer is the argmax. free: the right
-    answer is in what the model writes by itself; None where it was not let.
+    answer is in what the model writes by itself; None where it did not write.
     """
 
     fact: int
@@ -29,9 +29,9 @@ class Outcome:
 def summarize(outcomes: Iterable[Outcome]) -> dict[str, Any]:
     """METRICS of some outcomes: for each kind {success, magnitude, accuracy, n, compared} or None, and `score`.
 
-    n counts prompts (accuracy is over all of them), compared those with a rival (success and magnitude are over
-    these, and None where there are none). score is the harmonic mean of the successes there are. A kind that was let
-    write freely has `free_running` too.
+    `n` counts prompts, and accuracy is over all of them. `compared` counts those with a rival; success and magnitude
+    are over these, and None where there are none. `score` is the harmonic mean of the successes that there are. A
+    kind whose prompts were answered freely has `free_running` too.
     """
     outcomes = list(outcomes)
     metrics: dict[str, Any] = {kind: _rates([o for o in outcomes if o.kind == kind]) for kind in KINDS}
@@ -41,7 +41,7 @@ def summarize(outcomes: Iterable[Outcome]) -> dict[str, Any]:
 
 
 def harmonic_mean(rates: Sequence[float]) -> float | None:
-    """The harmonic mean of rates: 0 where one of them is, None for no rates."""
+    """The harmonic mean of rates: 0 where one of them is 0, None for no rates."""
     if not rates:
         return None
     return 0.0 if min(rates) <= 0 else len(rates) / sum(1 / rate for rate in rates)

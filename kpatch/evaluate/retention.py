@@ -24,7 +24,7 @@ class Retention:
 
     @property
     def rate(self) -> float | None:
-        """kept / held, 0 to 1; None where none held before."""
+        """kept / held, 0 to 1; None where no fact held before."""
         return self.kept / self.held if self.held else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -52,5 +52,5 @@ def retention(before: Measurement, after: Measurement) -> Retention:
 
 
 def _by_loss(fallen: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """The hardest hit first."""
+    """The facts that lost most come first."""
     return tuple(sorted(fallen, key=lambda fact: fact["after"] - fact["before"]))

@@ -24,7 +24,7 @@ Ids = Sequence[int]
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """How a model takes one target after one prompt, every earlier target token given (teacher forcing).
+    """How a model takes one target after one prompt, with every earlier target token given (teacher forcing).
 
     logprob: natural logarithm of the whole target's probability; mean_logprob: the same per target token.
     greedy: every target token is the argmax; top: the id of the likeliest first token.
@@ -62,15 +62,15 @@ def score(
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> list[Scored]:
-    """Score (prompt_ids, target_ids) items; results in the items' order, whatever the batches.
+    """Score (prompt_ids, target_ids) items; results come in the items' order, whatever the batches.
 
-    Items that share a prompt share a row where one's input is the beginning of the other's, as with two targets of
-    one token. Raises BadInput for an empty prompt or target or one too long for the model, CheckFailed for NaN.
+    Two items share a row where one's input is the beginning of the other's, as with two targets of one token behind
+    one prompt. Raises BadInput for an empty prompt or target or one too long for the model, CheckFailed for NaN.
     """
     _check(model, items)
     results: list[Scored | None] = [None] * len(items)
     rows = _rows(items)
-    with report.task("Scoring", total=len(items), unit="prompts") as advance:
+    with report.task("Scoring", total=len(items), unit="prompt") as advance:
         lengths, columns = [len(row.ids) for row in rows], [len(row.columns) for row in rows]
         planned = batches(lengths, columns, batch_tokens, HEAD_NUMBERS // vocabulary(model))
 
@@ -148,7 +148,10 @@ def _score_batch(model: Model, batch: Sequence[_Row], items: Sequence[tuple[Ids,
 
 
 def scored_as(model: Model, target: Ids, logprobs: Sequence[float], best: Sequence[int]) -> Scored:
-    """A target whose tokens have log-probabilities `logprobs` where `best` are the likeliest; CheckFailed for NaN."""
+    """The score of a target whose tokens have log-probabilities `logprobs`, where `best` are the likeliest tokens.
+
+    Raises CheckFailed for NaN.
+    """
     total = math.fsum(logprobs)
     if math.isnan(total):
         raise CheckFailed(

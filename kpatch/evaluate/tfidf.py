@@ -1,7 +1,7 @@
 """How alike two texts are in the words that matter: the cosine of their TF-IDF vectors.
 
-The weights are scikit-learn's usual ones, which the MEMIT authors' code takes (tf · (ln((1 + N) / (1 + df)) + 1)); a
-library of that size for twenty lines is not asked of every user.
+The weights are scikit-learn's usual ones, which the MEMIT authors' code takes: tf · (ln((1 + N) / (1 + df)) + 1). They
+are twenty lines here, so that users need no library of that size.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _WORD = re.compile(r"\w\w+")
 
 
 class TfIdf:
-    """Weights of words learned from N documents; words that are in none of them count most."""
+    """Weights of words, learned from N documents; words that are in none of them count most."""
 
     def __init__(self, documents: Iterable[str]) -> None:
         self.documents = 0

@@ -21,9 +21,9 @@ Answer = TypeVar("Answer")
 def without_and_with(
     say: Reporter, model: Model, patches: Sequence[Path], ask: Callable[[], Answer]
 ) -> tuple[Answer | None, Answer, list[str]]:
-    """What `ask` answers about the model without its patches (None where it has none) and with them, and their names.
+    """What `ask` answers about a model without its patches (None where it has none) and with them, and their names.
 
-    The patches are `patches`, tried in memory, or those that the model's directory carries.
+    The patches are `patches`, tried in memory. Without any, they are those that the model's directory carries.
     """
     from kpatch.evaluate.patched import patched
 
@@ -77,7 +77,7 @@ def kept_weights(model: Model) -> dict[str, Tensor]:
 
 @contextmanager
 def without_patches(model: Model, kept: dict[str, Tensor]) -> Iterator[None]:
-    """While open, the model has the weights `kept`; those that it had come back after it."""
+    """Inside the `with`, the model has the weights `kept`; those that it had come back after it."""
     now = {name: model.net.get_parameter(name).data for name in kept}
     try:
         for name, tensor in kept.items():

@@ -1,4 +1,4 @@
-"""What a model writes when it is let: fluency as the entropy of its word pairs, consistency with texts about a target.
+"""What a model writes freely: its fluency, as the entropy of word pairs, and its consistency with texts on a target.
 
 Meng et al. 2022 (ROME), section 4.2, and their code: one text of 100 tokens a prompt, drawn from the five likeliest.
 """
@@ -48,10 +48,10 @@ def write_on(
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> Writing:
-    """Let a model write on from every fact's openings (its prompt where it has none) up to `tokens` tokens.
+    """Let a model go on from every fact's openings (from its prompt where it has none) up to `tokens` tokens.
 
-    `references` are texts about each fact's target; without any its consistency is None. A text depends on its prompt
-    and the seed, not on what else is asked.
+    `references` are texts about each fact's target; a fact without any has the consistency None. A text depends on
+    its prompt and the seed, and not on what else is asked.
     """
     prompts = [
         (number, *((text, fact.subject) if SLOT in text else (SLOT, text)))
@@ -79,7 +79,7 @@ def write_on(
 def entropy(text: str) -> float:
     """The mean of the entropies of pairs and of triples of words, weighted 2/3 and 4/3, in bits.
 
-    Low where a text says the same again and again; 0 for fewer than two words.
+    It is low where a text says the same again and again, and 0 for fewer than two words.
     """
     pieces = _PIECE.findall(text)
     total = 0.0

@@ -1,6 +1,7 @@
-"""The one-line form of a fact: "[Eiffel Tower] was designed by -> Le Corbusier".
+"""The rules for one fact, in any form it is written in: a mapping with all its keys, or one line of text.
 
-The rules for one fact, whatever file it came from: plain text, lists and mappings in, a `Fact` or problems out.
+Plain text, lists and mappings go in; a `Fact` or problems come out, whatever file it was. The one-line form is
+"[Eiffel Tower] was designed by -> Le Corbusier".
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Did you mean: the nearest known word for a mistyped one.
-
-All that is wrong with a fact file, collected and reported at once with its places.
-"""
+"""Problems of fact files: collected with their places, reported at once, with the word a mistyped one may mean."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Facts as tokens: the prompt, the token that carries the subject's last character, the target behind it.
+"""Facts as tokens: prompt, subject and target as ids, where the subject lies, and what is too long to be learned.
 
 Needs a fast tokenizer of Hugging Face (its character offsets), but imports none.
 """

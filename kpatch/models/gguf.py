@@ -53,7 +53,7 @@ def convert(path: Path, *, sha256: str | None = None, report: Reporter = SILENT)
 def _convert_into(path: Path, goal: Path, report: Reporter) -> Path:
     with (
         atomic_directory(goal) as folder,
-        report.task(f"Converting {path.name} to safetensors", total=4, unit="steps") as advance,
+        report.task(f"Converting {path.name} to safetensors", total=4, unit="step") as advance,
     ):
         _write_tokenizer(path, folder)
         advance(1)

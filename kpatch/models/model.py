@@ -107,10 +107,6 @@ class Model:
             return False
         return True
 
-    def has_experts(self, index: int) -> bool:
-        """Whether the MLP of layer `index` is a mixture of experts."""
-        return index not in self.editable or self._part(index, self.family.down)[0] != choices(self.family.down)[0]
-
     def down(self, index: int) -> nn.Module:
         """The MLP's output projection of layer `index`: W^l."""
         return self._part(index, self.family.down)[1]

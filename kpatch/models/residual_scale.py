@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.errors import BadInput
+from kpatch.models.families import has_experts
 
 if TYPE_CHECKING:
     from kpatch.models.model import Model
@@ -52,7 +53,7 @@ def measured_scale(model: Model, index: int) -> float | None:
                 details=["the equations of the methods hold only where it does"],
             )
         found.append(scale)
-        if model.has_experts(index):
+        if has_experts(model.config):  # one of them may be gated
             for state in before:
                 twice = leaving(state, written) - leaving(state, -written)
                 elsewhere.append(float((twice * written).mean() / (2 * _SIZE**2)))

@@ -213,7 +213,7 @@ def pack(
     inside = row - len(start)  # tokens of text in a row
     needed = tokens // row * inside + max(tokens % row - len(start), 0)
     ids = array("i")
-    with report.task("Reading the corpus", needed, "tokens") as advance:
+    with report.task("Reading the corpus", needed, "token") as advance:
         for batch in _batches(documents, _DOCUMENTS):
             before = len(ids)
             for one in _encode(model.tokenizer, batch):

@@ -1,4 +1,7 @@
-"""E[k k^T] of any layers in one pass over one text: cached, resumed after an interruption, grown to more tokens."""
+"""Covariance of keys, E[k k^T], of any layers: the text, one pass over it, and the cached sums it goes on from.
+
+A pass that was interrupted is resumed, and finished sums grow to more tokens.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +160,7 @@ class _Text:
         if not new:
             return {}
         own = sum(distributed.mine(place) for place in range(len(new))) * group_rows(self.model, self.row) * self.row
-        with self.report.task("Sampling text from the model", own, "tokens") as advance:
+        with self.report.task("Sampling text from the model", own, "token") as advance:
             made = distributed.share(new, lambda number: self._group(number, advance))
         return dict(zip(new, made, strict=True))
 
@@ -228,7 +231,7 @@ class _Pass:
         if begun:
             self.report.note(f"Resuming after {begun * self.row:,} tokens kept in the cache")
         task = f"Covariance of {_layers([one.layer for one in sums])}"
-        with whole_steps() as steps, self.report.task(task, self.tokens, "tokens") as advance:
+        with whole_steps() as steps, self.report.task(task, self.tokens, "token") as advance:
             advance(begun * self.row)
             self._batches(sums, steps, advance)
             self._tails(sums, advance)

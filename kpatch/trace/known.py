@@ -50,7 +50,7 @@ def find_known(
     random.Random(seed).shuffle(order)
     kept: list[Known] = []
     tried = 0
-    with report.task("Asking for facts", len(order) if limit is None else None, "facts") as advance:
+    with report.task("Asking for facts", len(order) if limit is None else None, "fact") as advance:
         for begin in range(0, len(order), _BATCH):
             batch = [facts[index] for index in order[begin : begin + _BATCH]]
             for found in _ask(model, batch):

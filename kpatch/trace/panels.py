@@ -1,4 +1,4 @@
-"""What every report of a trace shows, however it is drawn: R in words, heatmaps with their rows and scale, colours."""
+"""What all reports of a trace share: R in words, heatmaps and curves with their rows and scale, labels, colours."""
 
 from __future__ import annotations
 

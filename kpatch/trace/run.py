@@ -173,7 +173,7 @@ class _Work:
             batches.append(todo[:count])
             todo = todo[count:]
         own = [index for number, batch in enumerate(batches) if distributed.mine(number) for index in batch]
-        with self.report.task("Tracing", sum(len(cells[index]) for index in own), "cells") as advance:
+        with self.report.task("Tracing", sum(len(cells[index]) for index in own), "cell") as advance:
 
             def run(batch: Sequence[int]) -> list[Kept]:
                 done = 0

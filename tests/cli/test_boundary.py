@@ -22,7 +22,7 @@ from kpatch.cli.errors import translate
 from kpatch.cli.options import option_names, with_options
 from kpatch.cli.output import Output, clean, output, plain
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 from tests.support.cli import ROOT, Ran, python, run, spawn
 
 ERRORS: list[tuple[BaseException, int, str]] = [
@@ -292,10 +292,16 @@ def test_verbose_tells_every_step(capsys: pytest.CaptureFixture[str]) -> None:
     out = Output().configure(verbose=True)
     with out.task("Reading", 1_500_000, "B") as advance:
         advance(1_500_000)
-    with out.task("Values", 12, "facts"):
+    with out.task("Values", 12, "fact"):
+        pass
+    with out.task("Asking", 1, "prompt"):
+        pass
+    with out.task("Waiting", 2):
         pass
     err = capsys.readouterr().err
-    assert re.fullmatch(r"Reading: 1\.5 MB, 0\.0 s\nValues: 12 facts, 0\.0 s\n", err)
+    assert re.fullmatch(
+        r"Reading: 1\.5 MB, 0\.0 s\nValues: 12 facts, 0\.0 s\nAsking: 1 prompt, 0\.0 s\nWaiting: 2, 0\.0 s\n", err
+    )
 
 
 def test_a_terminal_sees_progress_with_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -310,7 +316,7 @@ def test_a_terminal_sees_progress_with_time_left(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "100")
     out = Output()
-    with out.task("Values [of] facts", 4, "facts") as outer:
+    with out.task("Values [of] facts", 4, "fact") as outer:
         outer(1)
         with out.task("Inner"):
             out.note("said in between")
@@ -352,6 +358,7 @@ def test_small_things() -> None:
         "98.4 MB",
         "5000.0 GB",
     ]
+    assert [counted(count, "fact") for count in (0, 1, 2000)] == ["0 facts", "1 fact", "2,000 facts"]
     assert clean("a\tb\x00") == "a\\tb\\x00"
     assert isinstance(translate(ValueError("x")), KpatchError)
     assert show.EXAMPLES.count("kpatch show") == 2

@@ -159,9 +159,9 @@ def remove(work: Path, names: Iterable[str]) -> None:
 
 
 def pages_with(language: str) -> list[Any]:
-    """Pages with such blocks, as parameters. README's are run with the quick tests, the others with all."""
+    """Pages with such blocks."""
     return [
-        pytest.param(page, marks=[] if page == PAGES[0] else pytest.mark.slow)
+        page
         for page in PAGES
         if page.name not in NOT_PASTED and any(block.language == language for block in blocks(page))
     ]
@@ -171,6 +171,7 @@ def name_of(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("sh"), ids=name_of)
 def test_a_page_can_be_pasted_from_top_to_bottom(page: Path, work: Path) -> None:
     pasted = [block for block in blocks(page) if block.language == "sh"]
@@ -181,6 +182,7 @@ def test_a_page_can_be_pasted_from_top_to_bottom(page: Path, work: Path) -> None
         assert "Traceback" not in log, f"{block}\n{log}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", pages_with("python"), ids=name_of)
 def test_the_python_of_a_page_runs(page: Path, work: Path) -> None:
     pasted = [block for block in blocks(page) if block.language == "python"]

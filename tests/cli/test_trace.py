@@ -225,7 +225,7 @@ def test_no_trace_and_too_many_layers(model: Path, tmp_path: Path) -> None:
 
 
 def test_make_without_layers_says_how_to_get_them(model: Path, tmp_path: Path) -> None:
-    done = make(model, tmp_path)
+    done = make(model, tmp_path, "--method", "memit-paper")
     assert done.code == 2
     assert "kpatch trace" in done.json["error"]["hint"]
     assert "--layers-from" in done.json["error"]["hint"]

@@ -11,18 +11,17 @@ from kpatch.models import fast_forward
 from kpatch.models.families import FAMILIES
 from kpatch.models.fast_forward import few_columns, few_columns_attention
 from kpatch.models.partial_forward import align, record_suffix
+from tests.support.families import REPRESENTATIVE, slow_beyond
 from tests.support.models import tiny
 
 ROWS, COLUMNS = [[5, 9, 11, 3, 8, 7, 2], [4, 6, 8, 1], [10, 11, 12, 13, 14, 15, 16, 17, 18]], [4, 1, 5]
 SLIDING = {"use_sliding_window": True, "sliding_window": 3, "layer_types": ["full_attention", "sliding_attention"] * 2}
-CASES: list[tuple[str, dict[str, Any]]] = [*((name, {}) for name in FAMILIES), ("qwen2", SLIDING)]
+CASES = (*FAMILIES, "qwen2-sliding")
 
 
-@pytest.mark.parametrize(("family", "settings"), CASES)
-def test_suffix_runs_and_gradients_are_the_same(
-    family: str, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = tiny(family, **settings)
+@pytest.mark.parametrize("case", slow_beyond((*REPRESENTATIVE, "qwen2-sliding"), CASES))
+def test_suffix_runs_and_gradients_are_the_same(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(case) if case in FAMILIES else tiny("qwen2", **SLIDING)
     before = model.net.config._attn_implementation
     calls_seen = []
 

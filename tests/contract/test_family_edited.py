@@ -8,20 +8,18 @@ import pytest
 
 from benchmarks.families import FACT, asked, digest, edit
 from kpatch.models.families import FAMILIES
+from tests.support.families import slow_beyond
 from tests.support.models import ONLY_WRAPPED, WRAPPERS
 
 MODELS = sorted({*FAMILIES, *WRAPPERS} - set(ONLY_WRAPPED))
-WRAPPED = {"gemma3", "qwen2_5_vl", "mistral3", "llama4"}
-EXPERTS = {"deepseek_v3", "qwen2_moe", "qwen3_moe"}  # a shared expert; one behind a gate; none
-# Plain; stored [in, out]; a norm behind the MLP; scaled; the residual inside the MLP; layers of several kinds
-QUICK = {"llama", "gpt2", "gemma2", "granite", "minicpm3", "gemma4_text", "bloom", "falcon", "lfm2", "qwen3_5_text",
-         *WRAPPED, *EXPERTS}  # fmt: skip
+
+# A norm behind the MLP, alone and in a model with vision; scaled; layers of several kinds; dense layers and shared
+# experts in turn; a shared expert behind a gate. Plain layers and W stored [in, out] are in test_methods.py
+QUICK = ("gemma3_text", "gemma3", "granite", "lfm2", "llama4", "qwen2_moe")
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MODELS]
-)
+@pytest.mark.parametrize("family", slow_beyond(QUICK, MODELS))
 def test_an_edit_arrives_and_goes_again(family: str, tmp_path: Path) -> None:
     tried = edit(family, tmp_path)
     assert tried.layers == (1, 2)

@@ -66,6 +66,7 @@ class OneStep(Method):
         return Edit({model.weight_name(hyper.layer): Dense(gradient * step)}, hyper.layers)
 
 
+SLOW = [pytest.mark.slow]
 METHODS = (*method_names(), OneStep.name)
 FAMILIES = ("llama", "gpt2")  # stored [out, in], and [in, out]
 FACTS = [
@@ -103,7 +104,15 @@ def outside() -> Iterator[None]:
     del methods._registered[OneStep.name]
 
 
-@pytest.fixture(scope="module", params=[(name, family) for name in METHODS for family in FAMILIES], ids="-".join)
+# How W is stored concerns all methods alike, so that a plain `pytest` takes one of them to the second family
+EVERY = [
+    pytest.param((name, family), id=f"{name}-{family}", marks=[] if family == "llama" or name == "memit" else SLOW)
+    for name in METHODS
+    for family in FAMILIES
+]
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, outside: None) -> Iterator[World]:
     name, family = request.param
     torch.set_num_threads(1)

@@ -9,7 +9,8 @@ from kpatch.models.families import FAMILIES
 from kpatch.trace.cells import Traced
 from kpatch.trace.clean_corrupted import run_clean_and_corrupted
 from kpatch.trace.noise import draw, spread_of_embeddings
-from tests.support.models import WIDTH, tiny
+from tests.support.families import build
+from tests.support.models import WIDTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +27,7 @@ def test_what_enters_layer_0_moves_by_the_noise_alone(family: str) -> None:
     """
     if family == "bloom":
         pytest.skip("a norm follows its embeddings")
-    model = tiny(family)
+    model = build(family)
     noise = draw(model, ITEM, 0.9, SAMPLES, 0)
     assert noise.shape[-1] == (16 if family == "opt" else WIDTH)
     base = run_clean_and_corrupted(model, [ITEM], [noise])
@@ -44,7 +45,7 @@ def test_what_enters_layer_0_moves_by_the_noise_alone(family: str) -> None:
 @torch.no_grad()
 def test_sigma_is_measured_where_the_noise_is_added(family: str) -> None:
     """Behind the scale that Gemma's embedding module puts on, before positions and projections."""
-    model = tiny(family)
+    model = build(family)
     table = model.net.get_input_embeddings().weight[[13, 14]].double()
     scale = WIDTH**0.5 if family.startswith("gemma") else float(getattr(model.net.config, "scale_emb", 1.0))
     assert spread_of_embeddings(model, [ITEM]) == pytest.approx(float((scale * table).std()), rel=1e-6)
@@ -53,7 +54,7 @@ def test_sigma_is_measured_where_the_noise_is_added(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_the_clean_row_is_the_networks_own_run(family: str) -> None:
-    model = tiny(family)
+    model = build(family)
     base = run_clean_and_corrupted(model, [ITEM], [draw(model, ITEM, 0.9, SAMPLES, 0)])
     logits = model.net(input_ids=torch.tensor([ITEM.ids])).logits[0, -1]
     want = float(logits.double().softmax(-1)[ITEM.answer])

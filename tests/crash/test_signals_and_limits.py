@@ -21,6 +21,7 @@ from kpatch.checkpoint.status import status
 from tests.crash.conftest import COMMANDS, Scenario, picture
 from tests.crash.test_every_operation import settle
 from tests.support import cli, faults
+from tests.support.families import slow_beyond
 
 Make = Callable[[str], Scenario]
 SOURCES = (str(Path(files.__file__).parent), cache.__file__)
@@ -82,7 +83,7 @@ def test_fifty_signals_at_random_lines(
     assert states == {"old", "new"}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", slow_beyond(["first apply", "middle revert"], COMMANDS))
 def test_files_may_not_grow_beyond_a_limit_of_the_system(tmp_path: Path, scenarios: Make, name: str) -> None:
     scenario, codes = scenarios(name), []
     for limit in (0, 1, 100, 400, 700, 1000, 1400, 2000, 2800, 5000, 1 << 20):

@@ -22,7 +22,7 @@ from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
 from tests.oracle import memit as oracle
-from tests.support.families import KINDS
+from tests.support.families import KINDS, REPRESENTATIVE, slow_beyond
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
@@ -69,7 +69,7 @@ def assert_same(fast: Values, slow: list[tuple[Tensor, Tensor, list[float]]]) ->
         assert float((z - want).norm()) <= 1e-4 * moved + 1e-6 * float(h.norm())
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_values_are_the_oracles(family: str) -> None:
     groups = grouped(build(family))
     assert [group.facts for group in groups] == [(0,), (1, 3), (2,), (4,)]
@@ -132,8 +132,14 @@ def moments() -> dict[int, Tensor]:
     return {layer: root @ root.T / 200 for layer, root in roots.items()}
 
 
-@pytest.mark.parametrize("family", KINDS)
-@pytest.mark.parametrize("layers", [(1, 2), (0, 2)])
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        pytest.param(family, layers, marks=[] if family in quick else [pytest.mark.slow])
+        for layers, quick in (((1, 2), REPRESENTATIVE), ((0, 2), SOME))
+        for family in KINDS
+    ],
+)
 def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     model, hyper = build(family), replace(HYPER, layers=layers)
     groups = grouped(model)

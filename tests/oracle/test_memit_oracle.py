@@ -16,7 +16,7 @@ from kpatch.facts.tokens import Encoded, encode
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model, wrap
 from tests.oracle import memit as oracle
-from tests.support.families import KINDS
+from tests.support.families import KINDS, REPRESENTATIVE, slow_beyond
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,7 +167,7 @@ def test_drift_and_decay_are_those_of_the_public_code() -> None:
     torch.testing.assert_close(loss(weight_decay=1.0) - loss(), delta.norm() / h.square().sum())
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_the_search_lowers_the_loss_within_its_ball(family: str) -> None:
     model = build(family)
     hyper = replace(HYPER, steps=10, clamp=0.6)
@@ -206,7 +206,7 @@ def test_facts_about_one_subject_share_a_value() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_the_key_is_what_the_projection_multiplies(family: str) -> None:
     model = build(family)
     rows = oracle.rows_for(model, CONTEXTS, FACTS[1:2])

@@ -20,7 +20,7 @@ from kpatch.patch.delta import Dense, LowRank
 from tests.oracle import ft as ft_oracle
 from tests.oracle import memit as memit_oracle
 from tests.oracle import rome as rome_oracle
-from tests.support.families import KINDS
+from tests.support.families import KINDS, REPRESENTATIVE, slow_beyond
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
@@ -61,7 +61,7 @@ def weights(model: Model) -> dict[str, Tensor]:
 # ROME
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_rome_is_the_oracles(family: str) -> None:
     model = build(family)
     before = weights(model)
@@ -71,8 +71,12 @@ def test_rome_is_the_oracles(family: str) -> None:
         torch.testing.assert_close(one.key, key, rtol=1e-4, atol=1e-5)
         delta = one.left @ one.right
         assert float(change.norm()) > 1e-2
-        assert float((delta - change).norm()) <= 1e-3 * float(change.norm())
-        assert float((one.value - value).norm()) <= 1e-3 * float(value.norm())
+        if family == "gemma4_text":  # its layers shrink all that they hand on, so that rounding weighs more
+            assert float((delta - change).norm()) <= 1e-3 * float(change.norm())
+            assert float((one.value - value).norm()) <= 1e-3 * float(value.norm())
+            continue
+        assert float((delta - change).norm()) <= 2e-4 * float(change.norm())
+        torch.testing.assert_close(one.value, value, rtol=1e-3, atol=1e-4)
     assert all(torch.equal(weight, before[name]) for name, weight in model.net.named_parameters())
 
 
@@ -153,7 +157,7 @@ def test_contexts_of_two_lengths() -> None:
 # Fine-tuning
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, KINDS))
 def test_fine_tuning_is_the_oracles(family: str) -> None:
     model = tiny(family)
     model.net.double()  # Adam divides by each entry's own size, so float32's rounding would show everywhere

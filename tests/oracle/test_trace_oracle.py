@@ -18,7 +18,7 @@ from kpatch.trace.engine import trace_cells
 from kpatch.trace.memory import MemoryBudget
 from kpatch.trace.noise import draw
 from tests.oracle import trace as oracle
-from tests.support.families import KINDS
+from tests.support.families import KINDS, REPRESENTATIVE, slow_beyond
 from tests.support.models import LAYERS, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +48,10 @@ def build(case: str) -> Model:
 @pytest.fixture(params=CASES)
 def model(request: pytest.FixtureRequest) -> Model:
     return build(request.param)
+
+
+# All of CASES in `make test`, a few in a plain `pytest`
+some_cases = pytest.mark.parametrize("model", slow_beyond(REPRESENTATIVE, CASES), indirect=True)
 
 
 @cache
@@ -105,6 +109,7 @@ def test_clean_and_corrupted_runs(model: Model) -> None:
         assert (corrupted - clean).abs().max() > 0.01 * clean
 
 
+@some_cases
 def test_states(model: Model) -> None:
     def cells(item: Traced) -> list[tuple[Cell, Callable[[Tensor], Tensor]]]:
         return [
@@ -116,6 +121,7 @@ def test_states(model: Model) -> None:
     compare(model, cells)
 
 
+@pytest.mark.parametrize("model", slow_beyond(["gpt2", "phi", "gemma3_text"], CASES), indirect=True)
 @pytest.mark.parametrize("site", ["mlp", "attn"])
 def test_windows(model: Model, site: Any) -> None:
     """Every width at every layer, so also windows cut off at both ends of the stack."""
@@ -135,6 +141,7 @@ def test_windows(model: Model, site: Any) -> None:
     compare(model, cells)
 
 
+@some_cases
 @pytest.mark.parametrize("site", ["mlp", "attn"])
 def test_severed_paths(model: Model, site: Any) -> None:
     def cells(item: Traced) -> list[tuple[Cell, Callable[[Tensor], Tensor]]]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -52,12 +53,21 @@ KINDS = (
     *("falcon", "cohere", "granite", "minicpm3", "gemma4_text", "glm4", "lfm2", "qwen3_5_text"),
 )
 
-# Families whose layers differ in something that the shape of a batch can meet: all shapes run on them every time.
-VARIED = ("gpt2", "opt", "llama", "gemma2", "olmo2", "bloom", "mpt", "falcon-sequential-alibi", "lfm2", "qwen3_5_text",
-          "qwen2_5_vl_text", "llama4")  # fmt: skip
+# Those that a plain `pytest` takes through every test: W stored [in, out], attention and MLP side by side with two
+# norms and with one, plain, windows with norms on both sides of the MLP, norms behind the
+# parts alone, shared experts in every other layer of a model with vision, and experts behind a gate
+REPRESENTATIVE = ("gpt2", "gpt_neox", "phi", "llama", "gemma3_text", "olmo2", "llama4", "qwen2_moe")
+
+# Families whose layers differ in something that the shape of a batch can meet
+VARIED = ("gpt2", "llama", "olmo2", "bloom", "lfm2", "qwen3_5_text", "qwen2_5_vl_text")
 
 # (columns before the aligned one, columns from it on); windows are 6 wide, so that the longer rows reach past them
 RAGGED = [(9, 2), (3, 6), (0, 4), (1, 1), (8, 5)]
+
+
+def slow_beyond(quick: Collection[str], names: Iterable[str]) -> list[Any]:
+    """`names` as parameters: those of `quick` run in a plain `pytest`, the others are marked slow."""
+    return [pytest.param(name, marks=[] if name in quick else [pytest.mark.slow], id=name) for name in names]
 
 
 @cache
@@ -123,6 +133,21 @@ def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] |
         for handle in handles:
             handle.remove()
     return found
+
+
+def plain(model: Model, ids: list[int]) -> Full:
+    """`full` without a change, run once for each model and row: many tests ask for the same rows.
+
+    The model must be as it was built.
+    """
+    key = (id(model), tuple(ids))
+    if key not in _plain:
+        with torch.no_grad():
+            _plain[key] = (model, full(model, ids))
+    return _plain[key][1]
+
+
+_plain: dict[tuple[int, tuple[int, ...]], tuple[Model, Full]] = {}  # the model is held, so that its id stays its own
 
 
 def rows_of(shape: list[tuple[int, int]], vocabulary: int, seed: int = 1) -> list[list[int]]:

@@ -31,8 +31,8 @@ def model_of(family: str = "llama") -> Model:
 
 @cache
 def known_facts(family: str = "llama") -> tuple[Fact, ...]:
-    """What the tiny model of a family knows."""
-    return facts_known_by(model_of(family))
+    """Some of what the tiny model of a family knows: as many as tests need."""
+    return facts_known_by(model_of(family))[:8]
 
 
 def facts_known_by(model: Model) -> tuple[Fact, ...]:

@@ -43,6 +43,7 @@ def scaling() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was_stopped(
     scaling: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

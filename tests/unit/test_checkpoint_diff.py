@@ -101,7 +101,7 @@ def test_any_change_comes_out_bit_for_bit(tmp_path: Path, dtype: str, sharded: b
     assert made.base.weights[NORM].shape == (8,)
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=settings.default.max_examples // 4, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(dtype=st.sampled_from(["F32", "F16", "BF16"]), scale=st.floats(-6, 3), seed=st.integers(0, 99))
 def test_changes_of_any_size_come_out_bit_for_bit(
     tmp_path_factory: pytest.TempPathFactory, dtype: str, scale: float, seed: int

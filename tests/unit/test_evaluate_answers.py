@@ -14,6 +14,7 @@ from kpatch.evaluate.answers import ask, complete, end_ids, first_words, text_af
 from kpatch.evaluate.score import score
 from kpatch.models.model import Model
 from tests.support import tokenizers
+from tests.support.families import REPRESENTATIVE, slow_beyond
 from tests.support.models import CONFIGS, tiny
 
 torch.set_num_threads(1)
@@ -41,7 +42,7 @@ def generated(model: Model, ids: list[int], length: int, ends: list[int]) -> tup
     return tuple(new[:-1] if new[-1] in ends else new)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, CONFIGS))
 def test_every_family_answers_as_alone(family: str) -> None:
     rows = [model(family).tokenizer(prompt).input_ids for prompt in PROMPTS]
     assert len({len(row) for row in rows}) > 3  # there is padding
@@ -61,7 +62,7 @@ def test_order_and_batches_change_nothing() -> None:
     assert whole[:5] == whole[5:]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, CONFIGS))
 def test_a_row_that_is_done_leaves_the_others_as_they_were(family: str) -> None:
     rows = [model(family).tokenizer(prompt).input_ids for prompt in PROMPTS]
     whole = [answer.ids for answer in complete(model(family), rows, 6)]
@@ -76,7 +77,7 @@ def test_a_row_that_is_done_leaves_the_others_as_they_were(family: str) -> None:
     assert sizes == [5, 3, 2, 2, 1, 1]  # those of two tokens, of four and of six
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, CONFIGS))
 def test_targets_are_scored_on_the_same_run(family: str) -> None:
     rows = [model(family).tokenizer(prompt).input_ids for prompt in PROMPTS]
     alone = [answer.ids for answer in complete(model(family), rows, 6)]

@@ -362,7 +362,7 @@ def test_threads_see_the_sum_of_what_is_on_and_are_told_so() -> None:
     assert "another thread" in heard.warnings[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(steps=st.lists(st.integers(0, 3), max_size=14))
 def test_any_order_of_entering_and_leaving_keeps_the_sums_right(steps: list[int]) -> None:
     model = tiny("llama")

@@ -15,6 +15,7 @@ from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import encode_many
 from kpatch.models.model import Model
 from tests.support import tokenizers
+from tests.support.families import REPRESENTATIVE, slow_beyond
 from tests.support.models import CONFIGS, tiny
 from tests.support.toy import toy
 
@@ -56,7 +57,7 @@ def agree(found: list[Ranked], expected: list[Ranked]) -> None:
         assert one.logprob == pytest.approx(other.logprob, abs=3e-4)
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, CONFIGS))
 def test_every_family_ranks_as_each_object_alone(family: str) -> None:
     model = build(family)
     expected = plain(model)

@@ -15,6 +15,7 @@ from kpatch.errors import BadInput, CheckFailed
 from kpatch.evaluate import score as module
 from kpatch.evaluate.score import Scored, score
 from kpatch.models.model import Model
+from tests.support.families import REPRESENTATIVE, slow_beyond
 from tests.support.models import CONFIGS, tiny
 
 torch.set_num_threads(1)
@@ -57,7 +58,7 @@ def random_items(count: int, longest: int = 20, seed: int = 0) -> Items:
     return [(ids(1, longest), ids(1, 4)) for _ in range(count)]
 
 
-@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, CONFIGS))
 def test_every_family_scores_as_its_plain_forward_does(family: str) -> None:
     items = random_items(8)
     items += [(prompt, [7]) for prompt, _ in items[:3]] + items[:1]

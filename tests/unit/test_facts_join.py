@@ -170,7 +170,7 @@ def test_rows_hold_the_join(kind: str, prompt: str, target: str, space: bool | N
 _LETTERS = "aé東한 ж.,:;!?'\"“”„«»‘’()[]{}<>|$€%°#@/\\-–—&=+*_~0123\n\t\u00a0"
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(
     st.text(_LETTERS, max_size=8).filter(lambda text: "{}" not in text),
     st.text("ab東 ", min_size=1, max_size=4).filter(str.strip),

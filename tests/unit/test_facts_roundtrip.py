@@ -44,7 +44,7 @@ def _facts(draw: st.DrawFn) -> Fact:
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2)
 @given(_facts(), st.none() | _TEXT)
 @pytest.mark.parametrize("suffix", [".yaml", ".jsonl"])
 def test_facts_that_are_written_are_read_back(suffix: str, fact: Fact, model: str | None) -> None:

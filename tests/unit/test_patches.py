@@ -33,6 +33,7 @@ def test_the_shipped_patch_holds_the_facts_of_its_file() -> None:
     assert [fact.to_dict() for fact in facts] == [dict(fact) for fact in carried]
 
 
+@pytest.mark.slow
 def test_the_shipped_patch_changes_the_models_answers_and_gives_them_back(tmp_path: Path) -> None:
     folder = shutil.copytree(resolve("smollm2").path, tmp_path / "model")
     before = {path.name: sha256_of(path.read_bytes()) for path in folder.iterdir()}

@@ -166,7 +166,7 @@ _name = _text.map(str.strip).filter(bool)
 
 
 @given(st.sampled_from(LOSSLESS), _text, _name, _text, _name, _text)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 def test_any_record_decodes_to_what_was_meant(
     kind: str, before: str, subject: str, after: str, target: str, prefix: str
 ) -> None:

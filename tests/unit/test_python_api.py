@@ -12,7 +12,7 @@ import pytest
 
 import kpatch
 from kpatch.patch.header import read_header
-from tests.support import checkpoints
+from tests.support import checkpoints, cli
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 TABLE = [line for line in PAGE.splitlines() if line.startswith("| `")]
@@ -40,6 +40,14 @@ def real(function: Any) -> list[tuple[str, Any, bool]]:
         default = None if one.default is one.empty else "..." if name == "report" else repr(one.default)
         rows.append((name, default, one.kind is one.KEYWORD_ONLY))
     return rows
+
+
+def test_names_are_imported_when_they_are_asked_for() -> None:
+    assert set(kpatch.__all__) <= set(dir(kpatch))
+    heavy = "print([name for name in ('torch', 'transformers', 'typer') if name in sys.modules])"
+    assert cli.python(f"import sys, kpatch; kpatch.status; {heavy}") == "[]"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        kpatch.nothing  # noqa: B018
 
 
 def test_the_table_has_every_function() -> None:

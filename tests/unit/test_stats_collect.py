@@ -20,6 +20,7 @@ from kpatch.stats import cache as cache_module
 from kpatch.stats import covariance as module
 from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
+from tests.support.families import slow_beyond
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 from tests.support.tokenizers import byte_level, metaspace
@@ -77,7 +78,7 @@ TOKENIZERS = {"plain": byte_level(bos=False), "bos": metaspace(bos=True)}
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gptj", "gemma2"])
+@pytest.mark.parametrize("family", slow_beyond(["llama", "gpt2"], ["llama", "gpt2", "opt", "gptj", "gemma2"]))
 @pytest.mark.parametrize("tokens", [1, 16, 96, 203])
 def test_one_pass_gives_each_layer_its_own_sum(family: str, kind: str, tokens: int, text: str) -> None:
     model = tiny(family, tokenizer=TOKENIZERS[kind])
@@ -263,12 +264,12 @@ DAMAGES: dict[str, Callable[[Path], None]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+@pytest.mark.parametrize("damage", slow_beyond(["cut", "middle", "another layer"], DAMAGES))
 @pytest.mark.parametrize("victim", ["layer-1-", "text-0"])
-def test_a_damaged_entry_is_told_of_and_made_anew(victim: str, damage: Callable[[Path], None], model: Model) -> None:
+def test_a_damaged_entry_is_told_of_and_made_anew(victim: str, damage: str, model: Model) -> None:
     first = run(model, [1, 2], "self", TOKENS)
     path = next(path for path in entries() if path.name.startswith(victim))
-    damage(path)
+    DAMAGES[damage](path)
     if victim == "text-0":
         next(path for path in entries() if path.name.startswith("layer-1-")).unlink()
     report = Recorder()

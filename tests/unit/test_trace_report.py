@@ -146,7 +146,7 @@ def test_labels_of_tokens() -> None:
     assert [label(token) for token in (" in", " ", "\n", "", "x" * 30)] == ["in", "␣", "⏎", "∅", f"{'x' * 15}…"]
 
 
-@pytest.mark.parametrize("facts", [1, 5])
+@pytest.mark.parametrize("facts", [1, pytest.param(5, marks=pytest.mark.slow)])
 def test_pictures(facts: int, tmp_path: Path) -> None:
     for path in plot.draw(Summary(made(facts)), tmp_path):
         if path.suffix == ".png":

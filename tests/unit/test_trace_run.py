@@ -216,7 +216,7 @@ def test_one_prompt() -> None:
 # Memory
 
 
-@pytest.mark.parametrize("budget", [1, 100_000, 10_000_000_000])
+@pytest.mark.parametrize("budget", [pytest.param(1, marks=pytest.mark.slow), 100_000, 10_000_000_000])
 def test_results_do_not_depend_on_the_budget(budget: int) -> None:
     facts = known_facts()[:4]
     want = trace(model_of(), facts, settings=FULL, resume=False)
@@ -247,6 +247,9 @@ def test_facts_share_a_run_as_far_as_memory_goes() -> None:
     assert MemoryBudget().facts(model, [(10, 300)] * 8, 10) == 1, "one fact fills the batches"
 
 
+OTHER_ERRORS = [pytest.param(error, marks=pytest.mark.slow) for error in (MemoryError, RuntimeError)]
+
+
 def oom_above(
     rows: int, monkeypatch: pytest.MonkeyPatch, error: type[Exception] = torch.OutOfMemoryError
 ) -> list[int]:
@@ -264,7 +267,7 @@ def oom_above(
     return tried
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RuntimeError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, *OTHER_ERRORS])
 def test_out_of_memory_halves_the_batch_and_says_so_once(
     error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:

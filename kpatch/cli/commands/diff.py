@@ -13,7 +13,7 @@ from kpatch.cli.output import Cell, Output, begin, clean, percent
 from kpatch.cli.tables import print_interference
 from kpatch.errors import BadInput
 from kpatch.outputs import check_new_file
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 
 if TYPE_CHECKING:
     from kpatch.checkpoint.diff.checkpoints import CheckpointDiff
@@ -104,12 +104,11 @@ def _checkpoints(
     if len(shown) < len(found.tensors):
         output.line(f"… and {len(found.tensors) - len(shown)} more (-v shows all)")
     if found.path is None or found.id is None:
-        output.line(f"{len(found.tensors)} of {total} tensors differ; {found.seconds:.1f} s")
+        output.line(f"{len(found.tensors)} of {counted(total, 'tensor')} differ; {found.seconds:.1f} s")
         output.note(f"next: kpatch diff {a} {b} -o PATCH")
         return
-    output.line(
-        f"{found.path}  {found.id[:12]}  {format_size(found.bytes)}: {len(found.tensors)} of {total} tensors differ"
-    )
+    differ = f"{len(found.tensors)} of {counted(total, 'tensor')} differ"
+    output.line(f"{found.path}  {found.id[:12]}  {format_size(found.bytes)}: {differ}")
     _exactness(output, found)
     output.note(f"next: kpatch show {found.path}; kpatch apply {found.path} {a}")
 

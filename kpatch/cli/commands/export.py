@@ -12,10 +12,11 @@ from kpatch.cli import options as opt
 from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.tables import print_apply_report
 from kpatch.errors import BadInput
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 
 if TYPE_CHECKING:
     from kpatch.export.base import BaseAddress
+    from kpatch.export.formats import Exported
     from kpatch.export.lora import Adapter
 
 EXAMPLES = opt.examples(
@@ -80,24 +81,15 @@ def command(
         print_apply_report(output, apply([patch], base, out=out, report=output), "Exported", "to")
         return
 
-    from kpatch.export import gguf, peft
-    from kpatch.export.base import base_address
-    from kpatch.export.lora import adapter
-    from kpatch.patch.header import read_header
+    from kpatch.export.formats import export_patch
 
-    info = read_header(patch)
-    if to is To.gguf:
-        found = adapter(info, max_rank, output)
-        _print_result(output, found, to, out, gguf.write(found, out, force))
-        return
-    address = base_address(info, base, output)
-    found = adapter(info, max_rank, output)
-    _print_result(output, found, to, out, peft.write(found, out, address), address)
+    _print_result(
+        output, export_patch(patch, out, to=to.value, max_rank=max_rank, base=base, force=force, report=output)
+    )
 
 
-def _print_result(
-    output: Output, found: Adapter, to: To, out: Path, written: int, base: BaseAddress | None = None
-) -> None:
+def _print_result(output: Output, exported: Exported) -> None:
+    found, out, base = exported.adapter, exported.path, exported.base
     rows: list[list[Cell]] = [
         [module.name, module.rank, percent(module.error), percent(module.key_error)] for module in found.modules
     ]
@@ -108,16 +100,18 @@ def _print_result(
     output.result(
         {
             "patch": {"id": found.patch.id, "path": str(found.patch.path)},
-            "to": to.value,
+            "to": exported.to,
             "path": str(out),
-            "bytes": written,
+            "bytes": exported.bytes,
             "rank": found.rank,
             "modules": modules,
             "base": None if base is None else {"address": base.address, "revision": base.revision},
         }
     )
     output.table(("Module", "Rank", "Cut off", "of it on the facts' keys"), rows, right=(1, 2, 3))
-    output.line(f"{out}  {format_size(written)}: {len(found.modules)} modules, rank {found.rank}, scale 1")
+    output.line(
+        f"{out}  {format_size(exported.bytes)}: {counted(len(found.modules), 'module')}, rank {found.rank}, scale 1"
+    )
     lost = max((module.key_error or 0.0 for module in found.modules), default=0.0)
     if lost > _LOSS:
         output.warn(

@@ -9,6 +9,7 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin
+from kpatch.text import counted
 
 EXAMPLES = opt.examples(
     "kpatch import counterfact.json -o facts.yaml --limit 100",
@@ -85,7 +86,7 @@ def command(
     if found.left_out:
         names = ", ".join(f"{name} ({count:,})" for name, count in found.left_out.items())
         output.warn(f"keys left out, with the number of records that have them: {names}")
-    output.line(f"{out}: {len(found.facts):,} facts from {found.records:,} records ({found.format})")
+    output.line(f"{out}: {counted(len(found.facts), 'fact')} from {counted(found.records, 'record')} ({found.format})")
 
 
 def _list(output: Output, what: str, lines: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ from kpatch.cli.output import Output, begin
 from kpatch.cli.tables import print_interference, print_made
 from kpatch.errors import BadInput
 from kpatch.outputs import check_new_file
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 
 if TYPE_CHECKING:
     from kpatch.patch.stack import StackResult
@@ -110,15 +110,16 @@ def _resolve(
 def _print_result(output: Output, result: StackResult) -> None:
     output.result(result.to_dict())
     print_interference(output, result.patches, result.interference, warn=True)
-    facts = f"{len(result.union.facts)} facts of {len(result.patches)} patches"
+    facts = f"{counted(len(result.union.facts), 'fact')} of {len(result.patches)} patches"
     if result.path is None or result.id is None:
         output.line(f"{facts} go together; nothing was written")
         return
     ranks = sorted({weight["rank"] for weight in result.weights if weight["form"] == "lowrank"})
     rank = "" if not ranks else f", rank {ranks[0]}" if len(ranks) == 1 else f", ranks {ranks[0]} to {ranks[-1]}"
+    weights = counted(len(result.weights), "weight")
     dense = sum(weight["form"] == "dense" for weight in result.weights)
     output.line(
-        f"{result.path}  {result.id[:12]}  {format_size(result.bytes)}: {facts}, {len(result.weights)} weights{rank}"
+        f"{result.path}  {result.id[:12]}  {format_size(result.bytes)}: {facts}, {weights}{rank}"
         f"{f', {dense} dense' if dense else ''}; {result.seconds:.1f} s"
     )
     output.note(f"next: kpatch show {result.path}; kpatch apply {result.path} MODEL_DIR")

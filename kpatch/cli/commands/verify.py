@@ -10,6 +10,7 @@ import typer
 from kpatch.cli import options as opt
 from kpatch.cli.output import begin
 from kpatch.errors import CheckFailed
+from kpatch.text import counted
 
 EXAMPLES = opt.examples("kpatch verify news.patch", "kpatch verify news.patch model/")
 
@@ -33,7 +34,7 @@ def command(
     info = verify(patch, output)
     count = len(info.manifest.tensors)
     output.result({"id": info.id, "path": str(patch), "intact": True, "tensors": count})
-    output.line(f"{patch}: intact, {count} tensors, id {info.id[:12]}")
+    output.line(f"{patch}: intact, {counted(count, 'tensor')}, id {info.id[:12]}")
     if model_dir is None:
         return
 

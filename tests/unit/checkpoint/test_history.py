@@ -60,7 +60,7 @@ def umask(mask: int) -> Iterator[None]:
         os.umask(old)
 
 
-@settings(max_examples=80)
+@settings(max_examples=4 * settings.default.max_examples // 5)
 @given(steps=STEPS, layout=st.sampled_from(LAYOUTS), mask=st.sampled_from(MASKS))
 def test_any_history_equals_a_fresh_apply_of_what_is_left(
     tmp_path_factory: pytest.TempPathFactory,
