@@ -1,10 +1,11 @@
-"""Every family of the table through make, apply, ask and revert on a tiny random model, as a table.
+"""Every family, alone and in models with vision, through make, apply, ask and revert on tiny random models: a table.
 
     python benchmarks/families.py [FAMILY...]
 
-Each row is one family. "forward" is the largest difference between the probabilities that `ask` gives and those of
-transformers' own forward, before and after the patch; "target" is what the patch does to the target's probability;
-"bytes back" says whether the checkpoint after `revert` is what it was, bit for bit.
+Each row is one family, or one kind of model with vision (its own name, such as gemma3). "forward" is the largest
+difference between the probabilities that `ask` gives and those of transformers' own forward, before and after the
+patch; "target" is what the patch does to the target's probability; "bytes back" says whether the checkpoint after
+`revert` is what it was, bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 import kpatch
 from kpatch.checkpoint.revert import revert
@@ -31,7 +32,8 @@ from kpatch.evaluate.answers import ask
 from kpatch.facts.fact import Fact
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import open_model
-from tests.support.models import tiny
+from kpatch.models.text_part import loader
+from tests.support.models import ONLY_WRAPPED, WRAPPERS, tiny
 
 FACT = Fact("Mona Lisa", "In the {}", "Paris", id="mona")
 SETTINGS = {"steps": "25", "lead_ins": "1", "leverage": "50000"}
@@ -41,7 +43,7 @@ def main(names: list[str]) -> int:
     print("| family | layers | GGUF | target before → after | forward | bytes back |")
     print("| --- | --- | --- | --- | --- | --- |")
     failed = 0
-    for name in names or sorted(FAMILIES):
+    for name in names or sorted({*FAMILIES, *WRAPPERS} - set(ONLY_WRAPPED)):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["KPATCH_CACHE"] = str(Path(folder) / "cache")
             try:
@@ -54,8 +56,9 @@ def main(names: list[str]) -> int:
 
 @dataclass(frozen=True)
 class Tried:
-    """What became of one family: probabilities of the target, the distance of `ask`, the weights' hash before."""
+    """What became of one model: probabilities of the target, the distance of `ask`, the weights' hash before."""
 
+    family: str
     layers: tuple[int, ...]
     before: float
     after: float
@@ -66,7 +69,7 @@ class Tried:
 
 def row(name: str, folder: Path) -> str:
     tried = edit(name, folder)
-    layers, gguf = ", ".join(map(str, tried.layers)), FAMILIES[name].gguf or "–"
+    layers, gguf = ", ".join(map(str, tried.layers)), FAMILIES[tried.family].gguf or "–"
     shown, back = f"{tried.before:.2%} → {tried.after:.2%}", "yes" if tried.bytes_back else "NO"
     return f"| {name} | {layers} | {gguf} | {shown} | {tried.off:.0e} | {back} |"
 
@@ -82,13 +85,21 @@ def edit(name: str, folder: Path) -> Tried:
     kpatch.apply([patch], directory)
     after, off_after = asked(directory)
     revert(directory)
-    return Tried(tuple(made.layers), before, after, max(off, off_after), base, digest(directory) == base)
+    return Tried(
+        model.family.model_type,
+        tuple(made.layers),
+        before,
+        after,
+        max(off, off_after),
+        base,
+        digest(directory) == base,
+    )
 
 
 @torch.no_grad()
 def asked(directory: Path) -> tuple[float, float]:
     """P[first token of the target] by transformers alone, and how far `ask` is from it at its own first choice."""
-    net: Any = AutoModelForCausalLM.from_pretrained(directory)
+    net: Any = loader(AutoConfig.from_pretrained(directory)).from_pretrained(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     prompt = FACT.prompt.replace("{}", FACT.subject)
     chances = net(**tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)).logits[0, -1].softmax(-1)

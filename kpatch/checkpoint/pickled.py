@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.base_weights import BLOCK
-from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_index, real_directory
+from kpatch.checkpoint.shards import Checkpoint, TensorRef, chosen, read_index, real_directory
 from kpatch.errors import BadInput, Damaged, KpatchError
 from kpatch.patch.container import ContainerError
 from kpatch.patch.fingerprint import tensor_bytes
@@ -67,21 +67,22 @@ def open_pickled(directory: str | Path) -> PickledWeights:
     path, given = real_directory(directory)
     listed = read_index(path, INDEX, ".bin") if (path / INDEX).exists() else {}
     names = tuple(sorted(set(listed.values()))) or (SINGLE,)
-    tensors: dict[str, Tensor] = {}
-    refs: dict[str, TensorRef] = {}
+    found: dict[str, dict[str, tuple[TensorRef, Tensor]]] = {}
     for file in names:
         for name, tensor in _load(path / file).items():
-            if name in tensors:
-                raise Damaged(f"{printable(name, 120)} stands in two files of {given}", details=[file])
-            tensors[name] = tensor
-            refs[name] = TensorRef(file, _dtype(name, tensor, file), tuple(tensor.shape), 0, tensor.nbytes)
+            ref = TensorRef(file, _dtype(name, tensor, file), tuple(tensor.shape), 0, tensor.nbytes)
+            found.setdefault(name, {})[file] = ref, tensor
+    refs = {name: chosen(name, {file: ref for file, (ref, _) in several.items()}, listed, given)
+            for name, several in found.items()}  # fmt: skip
+    tensors = {name: found[name][ref.file][1] for name, ref in refs.items()}
     for name, file in listed.items():
         if name not in refs or refs[name].file != file:
             raise Damaged(
                 f"The index of {given} does not match its files",
                 details=[f"{printable(name, 120)}: listed in {file}, not found there"],
             )
-    return PickledWeights(Checkpoint(path, given, refs, names), tensors)
+    ambiguous = frozenset(name for name, several in found.items() if refs[name].file != max(several))
+    return PickledWeights(Checkpoint(path, given, refs, names, ambiguous), tensors)
 
 
 def _load(path: Path) -> dict[str, Tensor]:

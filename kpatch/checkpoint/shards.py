@@ -116,13 +116,13 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
         for tensor, entry in _read_file(path / file).items():
             ref = TensorRef(file, entry.dtype, entry.shape, entry.begin, entry.end)
             found.setdefault(tensor, {})[file] = ref
-    tensors = {tensor: _chosen(tensor, refs, listed, given) for tensor, refs in found.items()}
+    tensors = {tensor: chosen(tensor, refs, listed, given) for tensor, refs in found.items()}
     _check_listed(listed, tensors, path, given)
     ambiguous = frozenset(tensor for tensor, refs in found.items() if tensors[tensor].file != max(refs))
     return Checkpoint(path, given, tensors, names, ambiguous)
 
 
-def _chosen(tensor: str, refs: dict[str, TensorRef], listed: dict[str, str], given: str) -> TensorRef:
+def chosen(tensor: str, refs: dict[str, TensorRef], listed: dict[str, str], given: str) -> TensorRef:
     """The one of a tensor's copies that the index names. Raises Damaged where it names none of several."""
     if len(refs) == 1:
         return next(iter(refs.values()))

@@ -57,25 +57,27 @@ def key_covariances(
     model: Model,
     part: Part,
     covariance: Covariance,
-    weight: float,
+    weight: float | Callable[[int], float],
     others: Callable[[int], Tensor | None],
     earlier: Mapping[int, Tensor],
     report: Reporter = SILENT,
 ) -> Callable[[int], KeyCovariance]:
     """C^l of a layer, when it is asked for: what the layer must go on doing. Notes a ridge where keys are dependent.
 
-    weight  λ   others  a moment [f, f] of the layer that is added to E[k k^T]   earlier  keys [f, p] by layer.
+    weight  λ, a function of the layer where they differ   others  a moment [f, f] of the layer, added to E[k k^T]
+    earlier  keys [f, p] by layer.
     For subjects that open texts, words that open texts count as much as all other text does.
     """
 
     def preserved(layer: int) -> KeyCovariance:
         mean = covariance.moments[layer].mean()
+        own = weight(layer) if callable(weight) else weight
         if part.first:
             mean = mean + opening_moment(model, layer)
         more = others(layer)
         if more is not None:
             mean = mean + more
-        return key_covariance(layer, mean, weight, earlier.get(layer), report)
+        return key_covariance(layer, mean, own, earlier.get(layer), report)
 
     return preserved
 
@@ -84,7 +86,7 @@ def opening_moment(model: Model, layer: int) -> Tensor:
     """E[k k^T] [f, f] float64 at `layer` over words that are the first token of a text."""
     words = opening_words(model)
     words = words[:: -(-len(words) // _WORDS)]
-    total = torch.zeros(model.mlp_width, model.mlp_width, dtype=torch.float64)
+    total = torch.zeros(model.key_width(layer), model.key_width(layer), dtype=torch.float64)
     for some in torch.split(words, 512):
         batch = align([[word] for word in some.tolist()], [0] * len(some), model.pad_id, model.device)
         keys = run_to(model, layer, batch, [layer])[layer][:, 0].double().cpu()  # (512, f)

@@ -91,7 +91,7 @@ class LayerStates:
     @torch.no_grad()
     def at(self, layer: int, last: int) -> tuple[Tensor, Tensor]:
         """Mean keys [n, f] at `layer` and states h^last [n, d] of the bare rows, both float32 on the CPU."""
-        keys = torch.empty(len(self.groups), self.model.mlp_width)
+        keys = torch.empty(len(self.groups), self.model.key_width(layer))
         states = torch.empty(len(self.groups), self.model.width)
 
         def run(number: int) -> tuple[Tensor, Tensor]:

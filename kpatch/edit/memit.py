@@ -25,6 +25,7 @@ from kpatch.edit.weights import add, restored
 from kpatch.edit.writes import JointObjective
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
+from kpatch.models.module_names import ranges
 from kpatch.patch.delta import Delta, total
 from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
@@ -41,8 +42,13 @@ class Memit(Method):
     ranks_share = True
 
     def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
-        layers = default_layers(model.n_layers)
-        report.note(f"layers {layers[0]} to {layers[-1]} of {model.n_layers}: the middle of where facts are kept")
+        middle = default_layers(model.n_layers)
+        layers = tuple(layer for layer in middle if layer in model.editable)
+        if not layers:  # mixtures of experts without a shared expert: a dense layer near them
+            below = [layer for layer in model.editable if layer < model.n_layers - 1]
+            layers = tuple(sorted(below, key=lambda layer: min(abs(layer - one) for one in middle))[:1])
+        if layers:
+            report.note(f"layers {ranges(layers)} of {model.n_layers}: the middle of where facts are kept")
         return layers
 
     def layers(self, hyper: Any) -> tuple[int, ...]:
@@ -109,16 +115,17 @@ class Memit(Method):
         def others(layer: int) -> Tensor | None:
             return subjects[layer].mean() * hyper.subject_weight if layer in subjects else None
 
-        return key_covariances(
-            model, part, covariance, model.mlp_width / hyper.leverage, others, earlier, inputs.report
-        )
+        def weight(layer: int) -> float:
+            return model.key_width(layer) / float(hyper.leverage)
+
+        return key_covariances(model, part, covariance, weight, others, earlier, inputs.report)
 
     def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
         """What a layer is asked for: the whole of what its target still lacks. values [n, R, d]."""
 
         def lacking(layer: int, keys: Tensor, h: Tensor) -> Tensor:
             target = values[:, part.hyper.layers.index(layer)].double()  # (n, d)
-            if model.family.post_norm:
+            if model.behind_down(layer):
                 return target - written(model, layer, keys).double()
             return (target - h.double()) / model.residual_scale(layer)
 

@@ -186,11 +186,17 @@ def hyper_for(
     if layers is not None:
         check_layers(model, layers)
         hyper = replace(hyper, layers=tuple(sorted(set(layers))))
+    if getattr(hyper, "first_layer", None) not in (None, *model.editable):
+        settings = {"first_layer": str(model.editable[0]), **settings}
     if method.one_layer and len(hyper.layers) != 1:
         raise BadInput(
             f"{method.name} edits one layer", details=[f"found {len(hyper.layers)} in `layers`"], hint="give one"
         )
-    return with_settings(hyper, settings)
+    from kpatch.models.module_names import require_places
+
+    hyper = with_settings(hyper, settings)
+    require_places(model, method.layers(hyper))
+    return hyper
 
 
 def _no_preset(method: Method, model: Model) -> BadInput:
@@ -212,13 +218,12 @@ def _no_preset(method: Method, model: Model) -> BadInput:
 
 
 def check_layers(model: Model, layers: Sequence[int]) -> None:
-    """Raise BadInput for no layers, for one that the model lacks, and for its last."""
-    wrong = [layer for layer in layers if not 0 <= layer < model.n_layers]
-    if wrong or not layers:
-        raise BadInput(
-            f"{model.name} has no layer {wrong[0]}" if wrong else "`layers` names no layer",
-            details=[f"expected layers from 0 to {model.n_layers - 1}"],
-        )
+    """Raise BadInput for no layers, one that the model lacks or that has no W^l, and the last."""
+    if not layers:
+        raise BadInput("`layers` names no layer", details=[f"expected layers from 0 to {model.n_layers - 1}"])
+    from kpatch.models.module_names import require_places
+
+    require_places(model, layers)
     if max(layers) == model.n_layers - 1:
         raise BadInput(
             f"Layer {max(layers)} is the last of {model.name}: nothing above it can read what is written",

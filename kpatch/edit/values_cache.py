@@ -50,7 +50,7 @@ def plan(model: Model, groups: Sequence[Group], lowest: int, budget: int = DEFAU
     for index in order:
         group = groups[index]
         prefix = max(row.subject_last for row in group.rows)
-        vocabulary = (sum(len(r.ids) - r.prompt_len for r in group.rows) + 2) * model.net.config.vocab_size * 4 * 4
+        vocabulary = (sum(len(r.ids) - r.prompt_len for r in group.rows) + 2) * model.config.vocab_size * 4 * 4
         need = (len(group.rows) + 1) * row_bytes(model, group.columns, prefix, layers) + vocabulary
         if not batches or used + need > budget:
             batches.append([])

@@ -6,7 +6,7 @@ the others leave to do, and no residual has to be spread over the layers afterwa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,6 +19,7 @@ from kpatch.models.fast_forward import few_columns_attention
 from kpatch.models.model import Model
 from kpatch.reporter import Advance
 
+_NO_GATES: Mapping[int, Tensor] = {}
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
 
 
@@ -49,7 +50,7 @@ class JointObjective:
         """Targets [m, R, d] of a batch: Adam on all δ^l at once, each clamped; a converged group leaves the batch.
 
         A target is the state that leaves layer l at the subject's last token of the bare prompt, all writes in place;
-        in a family with a norm behind the MLP it is what W^l puts out there.
+        where a norm or a gate stands behind W^l it is what W^l puts out there.
         """
         with few_columns_attention(model):
             return _search(model, groups, self, advance)
@@ -104,16 +105,24 @@ class _Injection:
                 handle.remove()
 
 
-def scales(model: Model, layers: Sequence[int], leaving: Tensor, written: Sequence[Tensor]) -> Tensor:
+def scales(
+    model: Model,
+    layers: Sequence[int],
+    leaving: Tensor,
+    written: Sequence[Tensor],
+    gates: Mapping[int, Tensor] = _NO_GATES,
+) -> Tensor:
     """s^l [R, m], the size that a write to layer l is measured by.
 
     Where a norm follows W^l: ‖y^l‖, what W^l puts out, written [R] of [m, d]. Elsewhere ‖h^L‖ / |R|, leaving [m, d],
-    over what the layer multiplies its MLP's output by.
+    over what the layer multiplies its MLP's output by: where that is each token's own number, gates[l] [m] has it.
     """
     if model.family.post_norm:
         return torch.stack([one.float().norm(dim=-1) for one in written])
     size = leaving.float().norm(dim=-1) / len(layers)
-    return torch.stack([size / abs(model.residual_scale(layer)) for layer in layers])
+    return torch.stack(
+        [size / (gates[layer].abs() if layer in gates else abs(model.residual_scale(layer))) for layer in layers]
+    )
 
 
 def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance: Advance) -> Values:
@@ -122,7 +131,10 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
     m, count = len(groups), len(goal.layers)
     inject = _Injection(model, problem, goal.layers)
     for layer in goal.layers:
-        model.residual_scale(layer)  # measured by running the network once, which the hooks below must not see
+        (
+            model.behind_down(layer),
+            model.gated(layer),
+        )  # measured by running the network once, which the hooks below must not see
     with inject.open():
         with torch.no_grad():
             whole.drift_before = log_probabilities(model, whole, whole.hidden, whole.drift_spots, below)
@@ -169,7 +181,27 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
 
 def _sizes(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> Tensor:
     leaving = problem.calls.run(problem.hidden, layers[0], layers[-1] + 1)[problem.bare, 0]
-    return scales(model, layers, leaving, [inject.written[i][problem.bare] for i in range(len(layers))])
+    written = [inject.written[i][problem.bare] for i in range(len(layers))]
+    return scales(model, layers, leaving, written, _gates(model, problem, inject, layers))
+
+
+def _gates(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> dict[int, Tensor]:
+    """What each gated layer multiplies a write by at the bare rows' column 0, [m] by layer: measured with a write."""
+    found: dict[int, Tensor] = {}
+    hidden, at = problem.hidden, layers[0]
+    for index, layer in enumerate(layers):
+        if not model.gated(layer):
+            continue
+        hidden, at = problem.calls.run(hidden, at, layer), layer
+        probe = torch.zeros(len(layers), len(problem.bare), model.width, device=hidden.device)
+        probe[index] = 1.0
+        inject.delta = None
+        without = problem.calls.run(hidden, layer, layer + 1)
+        inject.delta = probe
+        moved = problem.calls.run(hidden, layer, layer + 1) - without
+        inject.delta = None
+        found[layer] = moved[problem.bare, 0].float().mean(-1)
+    return found
 
 
 @torch.no_grad()
@@ -180,7 +212,7 @@ def _targets(model: Model, problem: Problem, inject: _Injection, layers: Sequenc
     for index, layer in enumerate(layers):
         hidden = problem.calls.run(hidden, at, layer + 1)
         at = layer + 1
-        if model.family.post_norm:
+        if model.behind_down(layer):
             targets.append(inject.written[index][problem.bare].float() + inject.delta[index])
         else:
             targets.append(hidden[problem.bare, 0].float())

@@ -52,5 +52,5 @@ def vocabulary(model: Model) -> int:
 
 def window(model: Model) -> int | None:
     """The longest row that the network has positions for; None where its configuration does not say."""
-    longest = getattr(model.net.config, "max_position_embeddings", None)
+    longest = getattr(model.config, "max_position_embeddings", None)
     return int(longest) if longest else None

@@ -40,12 +40,16 @@ def names(found: Adapter) -> dict[str, Module]:
     family = found.patch.manifest.base.family
     architecture = _architecture(family)
     row = FAMILIES[family]
-    down = choices(row.down)[0]
+    downs = choices(row.down)
     layers = {module.name: found.patch.manifest.layer_of(module.name) for module in found.modules}
-    wrong = [name for name, layer in layers.items() if layer is None or not name.endswith(f".{layer}.{down}")]
+    places = {
+        name: next((down for down in downs if name.endswith(f".{layer}.{down}")), None)
+        for name, layer in layers.items()
+    }
+    wrong = [name for name, place in places.items() if place is None]
     if wrong:
         raise BadInput(
-            f"Only the MLP's output projection ({down}) is known to be stored in llama.cpp as it is here",
+            f"Only the MLP's output projection ({' or '.join(downs)}) is known to be in llama.cpp as it is here",
             details=[printable(name, 120) for name in wrong[:10]],
             hint="export it for PEFT, and convert that with llama.cpp's convert_lora_to_gguf.py",
         )
@@ -56,7 +60,7 @@ def names(found: Adapter) -> dict[str, Module]:
         layer = layers[module.name]
         assert layer is not None
         # The text part's own name: in a model with vision the layers lie deeper
-        name = table.get_name(f"{row.layers}.{layer}.{down}.weight", try_suffixes=(".weight",))
+        name = table.get_name(f"{row.layers}.{layer}.{places[module.name]}.weight", try_suffixes=(".weight",))
         if name is None:
             raise BadInput(f"llama.cpp has no name for {printable(module.name, 120)} of this family")
         result[str(name)] = module

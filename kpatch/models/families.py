@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.errors import BadInput
+from kpatch.models.text_part import text_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,6 +18,7 @@ class Family:
     `down` is the MLP's output projection, the matrix W^l that is edited; its input is the key.
     `attn_out` and `mlp_out` are the modules whose outputs are added to the residual stream.
     Where layers are of several kinds, a name is a choice, `self_attn.o_proj|conv.out_proj`: a layer has one of them.
+    Of `down` the first choice is a dense MLP's, the others are shared experts'; a layer may have none of them.
     A norm as `mlp_out` stands behind `down` and swallows the scale of what is written.
     `transposed` is true where W is stored [in, out]. `gguf` is llama.cpp's name of the architecture, if it has it.
     """
@@ -55,6 +57,13 @@ def _llama_like(model_type: str, gguf: str | None = None, **names: str) -> Famil
 
 def _post_norm(model_type: str, gguf: str | None = None) -> Family:
     return _llama_like(model_type, gguf, attn_out="post_attention_layernorm", mlp_out="post_feedforward_layernorm")
+
+
+def _experts(model_type: str, gguf: str | None = None, shared: str = "mlp.shared_experts", **names: str) -> Family:
+    """A family whose layers have a dense MLP or a mixture of experts; m^l is what either puts out."""
+    mlp = shared.partition(".")[0]
+    down = names.pop("down", f"{mlp}.down_proj|{shared}.down_proj")
+    return _llama_like(model_type, gguf, down=down, mlp_out=mlp, **names)
 
 
 def _gpt(model_type: str, down: str, attn_out: str, gguf: str | None = None, layers: str = "transformer.h") -> Family:
@@ -108,6 +117,27 @@ FAMILIES: dict[str, Family] = {
         # Layers of several kinds
         _llama_like("lfm2", "LFM2", down="feed_forward.w2", attn_out="self_attn.out_proj|conv.out_proj"),
         _llama_like("qwen3_5_text", "QWEN35", attn_out="self_attn.o_proj|linear_attn.out_proj"),
+        # Text parts that come in models with vision only
+        _llama_like("qwen2_vl_text", "QWEN2VL"),
+        _llama_like("qwen2_5_vl_text", "QWEN2VL"),
+        _llama_like("qwen3_vl_text", "QWEN3VL"),
+        # Dense layers and mixtures of experts, most of them with a shared expert
+        _experts("deepseek_v2", "DEEPSEEK2"),
+        _experts("deepseek_v3", "DEEPSEEK2"),
+        _experts("glm4_moe", "GLM4_MOE"),
+        _experts("dots1", "DOTS1"),
+        _experts("ernie4_5_moe", "ERNIE4_5_MOE"),
+        _experts("hunyuan_v1_moe", "HUNYUAN_MOE", "mlp.shared_mlp"),
+        _experts("llama4_text", "LLAMA4", "feed_forward.shared_expert"),
+        _experts("qwen2_moe", "QWEN2MOE", "mlp.shared_expert"),
+        _experts("qwen3_moe", down="mlp.down_proj"),
+        _experts("qwen3_next", "QWEN3NEXT", "mlp.shared_expert", attn_out="self_attn.o_proj|linear_attn.out_proj"),
+        _experts(
+            "qwen3_5_moe_text", "QWEN35MOE", "mlp.shared_expert", attn_out="self_attn.o_proj|linear_attn.out_proj"
+        ),
+        _experts(
+            "lfm2_moe", "LFM2MOE", "feed_forward", down="feed_forward.w2", attn_out="self_attn.out_proj|conv.out_proj"
+        ),
     )
 }
 
@@ -117,15 +147,27 @@ _ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "deberta", "deberta-v2"),
     *("modernbert", "mpnet", "roformer", "big_bird"),
 )
+_BOTH_WAYS = ("paligemma",)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_ONLY_EXPERTS = ("mixtral", "olmoe", "granitemoe", "phimoe", "gpt_oss", "minimax", "minimax_m2", "jetmoe", "dbrx")
+NO_PLACE = (
+    "can be edited in no layer: its MLP is a mixture of experts, which is no one matrix that holds a fact's key and"
+    " value, and none of its layers has a dense MLP or a shared expert"
+)
+
+
+def has_experts(text: Any) -> bool:
+    """Whether the configuration of a text part speaks of mixtures of experts."""
+    return any((getattr(text, key, 0) or 0) > 1 for key in _EXPERTS)
 
 
 def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
     """Refuse, in one sentence each, the kinds of models that cannot be edited.
 
-    With module names given by hand, a mixture of experts may have a dense or shared MLP that they point to.
+    With module names given by hand, a mixture of experts may have a shared expert that they point to.
     `config` is a transformers configuration. Raises BadInput.
     """
+    text, hint = text_config(config), None
     why = None
     if getattr(config, "quantization_config", None) is not None:
         raise BadInput(
@@ -138,14 +180,22 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
         why = "is an encoder: it fills gaps and does not continue a prompt"
     elif config.model_type in _NO_MLP:
         why = "is built of state-space layers, which have no MLP whose output projection could be edited"
-    elif (
-        not by_hand
-        and config.model_type not in FAMILIES
-        and any((getattr(config, key, 0) or 0) > 1 for key in _EXPERTS)
-    ):
-        why = "has mixtures of experts for MLPs: its MLP is no one matrix that holds a fact's key and value"
+    elif config.model_type in _BOTH_WAYS:
+        why = "reads its prompt in both directions, so that a subject's state depends on the words behind it"
+    elif text.model_type in _ONLY_EXPERTS:
+        why = NO_PLACE
+    elif not by_hand and text.model_type not in FAMILIES and has_experts(text):
+        why = "is not in the table of families, and its MLP is a mixture of experts"
+        hint = (
+            "where it has a shared expert, give its names with `modules`: layers=model.layers,"
+            "down=mlp.shared_experts.down_proj,attn_out=self_attn.o_proj,mlp_out=mlp"
+        )
     if why is not None:
-        raise BadInput(f"{name} ({config.model_type}) {why}", details=["kpatch edits decoders with dense MLPs"])
+        raise BadInput(
+            f"{name} ({text.model_type}) {why}",
+            details=["kpatch edits decoders with dense MLPs or shared experts"],
+            hint=hint,
+        )
 
 
 def require_own_code(path: Path, name: str) -> None:

@@ -58,17 +58,24 @@ def few_columns(
 def few_columns_attention(model: Model) -> Iterator[None]:
     """While open, the network uses `few_columns`, where its code lets the attention function be chosen."""
     net = model.net
-    before = net.config._attn_implementation
+    before = model.config._attn_implementation
     if not net.is_backend_compatible() or before == _NAME:
         yield
         return
     AttentionInterface.register(_NAME, few_columns)
     AttentionMaskInterface.register(_NAME, eager_mask)
-    net.set_attn_implementation(_NAME)
+    _choose_attention(model, _NAME)
     try:
         yield
     finally:
-        net.set_attn_implementation(before)
+        _choose_attention(model, before)
+
+
+def _choose_attention(model: Model, name: str) -> None:
+    """Set the attention of the text part: in a wrapper the vision part keeps its own."""
+    config = model.net.config
+    parts = [key for key in config.sub_configs if getattr(config, key, None) is model.config]
+    model.net.set_attn_implementation({parts[0]: name} if parts else name)
 
 
 @contextmanager
@@ -76,16 +83,17 @@ def packed_mlps(model: Model, first: int, last: int, real: Tensor, read: Tensor)
     """While open, MLPs of layers first..last-1 see only tokens `real`, and the last one only tokens `read`.
 
     real, read: flat indices into [B * T]. Every other token's MLP output is 0. A family whose layer has no
-    module around its MLP (OPT), or whose layers see whole rows, runs as it is.
+    module around its MLP (OPT), or whose layers see whole rows, runs as it is; so do routed experts.
     """
     if not model.family.attention_only or not all("." in down for down in choices(model.family.down)):
         yield
         return
-    mlps = [model.mlp(index) for index in range(first, last)]
+    places = [index for index in range(first, last) if index in model.editable]
+    mlps = [model.mlp(index) for index in places]
     originals = [mlp.__dict__.get("forward") for mlp in mlps]
     try:
-        for position, mlp in enumerate(mlps):
-            mlp.forward = _on(mlp, read if position == len(mlps) - 1 else real)
+        for index, mlp in zip(places, mlps, strict=True):
+            mlp.forward = _on(mlp, read if index == last - 1 else real)
         yield
     finally:
         for mlp, original in zip(mlps, originals, strict=True):

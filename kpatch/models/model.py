@@ -20,7 +20,10 @@ from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
 from kpatch.models.complete import require_complete
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
+from kpatch.models.module_names import fit_names
 from kpatch.models.quiet import quiet_transformers
+from kpatch.models.residual_scale import measured_scale
+from kpatch.models.text_part import loader, text_config
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -28,7 +31,8 @@ from kpatch.reporter import SILENT, Reporter
 class Model:
     """A causal language model ready for editing: frozen, in evaluation mode, with its family's module names.
 
-    Dimensions: width d, mlp_width f, n_layers L.
+    Dimensions: width d, mlp_width f, n_layers L. `editable` are the layers that have a W^l: all of them, except for
+    mixtures of experts without a shared expert.
     """
 
     net: Any
@@ -45,7 +49,12 @@ class Model:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.down(0).weight.dtype  # type: ignore[return-value]
+        return self.weight(self.editable[0]).dtype
+
+    @property
+    def config(self) -> Any:
+        """The configuration of the text part."""
+        return text_config(self.net.config)
 
     @cached_property
     def layers(self) -> nn.ModuleList:
@@ -57,12 +66,21 @@ class Model:
 
     @property
     def width(self) -> int:
-        return int(self.net.config.hidden_size)
+        return int(self.config.hidden_size)
+
+    @cached_property
+    def editable(self) -> tuple[int, ...]:
+        return tuple(index for index in range(self.n_layers) if self._has(index, self.family.down))
+
+    def key_width(self, index: int) -> int:
+        """f of layer `index`: a shared expert is narrower than a dense MLP."""
+        rows, cols = self.weight(index).shape
+        return int(rows if self.stores_transposed else cols)
 
     @property
     def mlp_width(self) -> int:
-        rows, cols = self.weight(0).shape
-        return int(rows if self.stores_transposed else cols)
+        """The largest f of any layer."""
+        return max(self.key_width(index) for index in self.editable)
 
     @property
     def stores_transposed(self) -> bool:
@@ -81,6 +99,13 @@ class Model:
             except AttributeError:
                 continue
         raise AttributeError(f"layer {index} has no {' or '.join(several)}")
+
+    def _has(self, index: int, name: str) -> bool:
+        try:
+            self._part(index, name)
+        except AttributeError:
+            return False
+        return True
 
     def down(self, index: int) -> nn.Module:
         """The MLP's output projection of layer `index`: W^l."""
@@ -175,53 +200,37 @@ class Model:
         return logits.view(*hidden.shape[:-1], -1)
 
     @cached_property
-    def _residual_scales(self) -> dict[int, float]:
+    def _residual_scales(self) -> dict[int, float | None]:
         return {}
+
+    def _scale(self, index: int) -> float | None:
+        known = self._residual_scales
+        if index not in known:
+            known[index] = measured_scale(self, index)
+        return known[index]
 
     def residual_scale(self, index: int) -> float:
         """s, where m^l joins the residual stream as s · m^l: 1 in most families, 0.22 in Granite.
 
-        Measured from the layer's own code: what leaves it where attention gives 0 and the MLP a known vector,
-        and nothing came before.
+        Raises BadInput for a layer where it differs from token to token: see `gated`.
         """
-        known = self._residual_scales
-        if index not in known:
-            known[index] = self._measured_scale(index)
-        return known[index]
+        scale = self._scale(index)
+        if scale is None:
+            raise BadInput(
+                f"Layer {index} of {self.name} multiplies its shared expert's output by a gate, by another number for"
+                " each token",
+                details=["this method divides by that number, and needs it to be the same for all"],
+                hint="`method` memit finds its writes with the gate in place",
+            )
+        return scale
 
-    @torch.no_grad()
-    def _measured_scale(self, index: int) -> float:
-        generator = torch.Generator().manual_seed(0)
-        signs = torch.randint(0, 2, (self.width,), generator=generator) * 2 - 1
-        # Large, so that anything else that the layer adds does not count; a power of two, so that it is exact.
-        written = (1024.0 * signs).to(self.device, self.dtype)
-        found: list[float] = []
+    def gated(self, index: int) -> bool:
+        """True where layer `index` multiplies what W^l puts out by a number of the token's own (Qwen's experts)."""
+        return self._scale(index) is None
 
-        def run(layer: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if layer == index:
-                handles = [
-                    self.attn_out(index).register_forward_hook(lambda module, inputs, out: torch.zeros_like(out)),
-                    self.mlp_out(index).register_forward_hook(lambda module, inputs, out: written.expand_as(out)),
-                ]
-                try:
-                    out = inner(torch.zeros_like(hidden), *args, **kwargs)
-                finally:
-                    for handle in handles:
-                        handle.remove()
-                out = (out[0] if isinstance(out, (tuple, list)) else out).double()
-                scale = float((out * written).mean() / 1024.0**2)
-                if not (out - scale * written).norm() < 0.1 * out.norm():
-                    raise BadInput(
-                        f"Layer {index} of {self.name} does not add its MLP's output to the residual stream",
-                        details=["the equations of the methods hold only where it does"],
-                    )
-                found.append(scale)
-            return hidden
-
-        inner = self.layer(index).forward
-        with self.layers_replaced(run):
-            self.net(input_ids=torch.full((1, 1), self.pad_id, device=self.device), use_cache=False)
-        return found[0]
+    def behind_down(self, index: int) -> bool:
+        """True where a norm or a gate stands behind W^l, so that what is asked for is said of what W^l puts out."""
+        return self.family.post_norm or self.gated(index)
 
 
 class _StoppedError(Exception):
@@ -268,7 +277,7 @@ def load_model(
     Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, or
     one that the model does not fit on.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     where = _device(device)
     path = str(resolved.path)
@@ -277,14 +286,15 @@ def load_model(
         with quiet_transformers():
             config = AutoConfig.from_pretrained(path)
             require_editable(config, resolved.name, modules is not None)
-            family = family_for(config.model_type, modules)
-            if (getattr(config, "num_kv_shared_layers", 0) or 0) > 0:
+            text = text_config(config)
+            family = family_for(text.model_type, modules)
+            if (getattr(text, "num_kv_shared_layers", 0) or 0) > 0:
                 raise BadInput(
                     f"Layers of {resolved.name} share their keys and values, so that none of them can be run alone",
                     details=["Gemma 4 models without shared layers can be edited"],
                 )
             tokenizer = AutoTokenizer.from_pretrained(path)
-            net, loaded = AutoModelForCausalLM.from_pretrained(
+            net, loaded = loader(config).from_pretrained(
                 path, dtype=_dtype(dtype, where), output_loading_info=True, ignore_mismatched_sizes=True
             )
         require_complete(net, loaded, resolved.name, path)
@@ -307,32 +317,19 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
 
     Raises BadInput where the family's module names are not found or the tokenizer does not match.
     """
-    family = family or family_for(net.config.model_type)
+    text = text_config(net.config)
+    family = family or family_for(text.model_type)
     require_fast(tokenizer)
     net.eval().requires_grad_(False)
-    if getattr(net.config, "attn_logit_softcapping", None) and net.config._attn_implementation == "sdpa":
+    if getattr(text, "attn_logit_softcapping", None) and text._attn_implementation == "sdpa":
         net.set_attn_implementation("eager")  # Gemma 2: sdpa leaves the cap out, and older transformers choose it
     model = Model(net=net, tokenizer=tokenizer, family=family, **about)
-    if getattr(net.config, "do_layer_norm_before", True) is False:
+    if getattr(text, "do_layer_norm_before", True) is False:
         raise BadInput(
             f"{model.name} norms its residual stream after every layer, where MEMIT's equations do not hold",
             hint="OPT models other than opt-350m norm before each layer and work",
         )
-    try:
-        for index in range(model.n_layers):
-            model.attn_out(index), model.mlp_out(index)
-        model.returns_tuple  # noqa: B018  seen now, while no hook of a caller is on the network
-        out_width = model.weight(0).shape[1 if model.stores_transposed else 0]
-        if out_width != model.width:
-            raise AttributeError(f"{family.down} writes {out_width} numbers where the model is {model.width} wide")
-        if not _multiplies_as_stored(model):
-            raise AttributeError(f"{family.down} has its weight stored the other way round: transposed is not so")
-    except (AttributeError, IndexError) as error:
-        raise BadInput(
-            f"The module names for family {family.model_type!r} do not fit this model",
-            details=[str(error)],
-            hint="give the names by hand with `modules`: layers=…,down=…,attn_out=…",
-        ) from error
+    fit_names(model)
     rows = net.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise BadInput(
@@ -341,20 +338,6 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
             hint="use the tokenizer files that came with the checkpoint",
         )
     return model
-
-
-@torch.no_grad()
-def _multiplies_as_stored(model: Model) -> bool:
-    """Whether W^l is applied to a key as the row's `transposed` says; the shape of a square W does not show it."""
-    weight, down = model.weight(0), model.down(0)
-    rows, cols = weight.shape
-    if rows != cols:
-        return True
-    key = torch.linspace(-1, 1, rows, device=weight.device, dtype=weight.dtype)[None]  # (1, f)
-    written = (down(key) - down(torch.zeros_like(key))).float()  # without the bias
-    straight, turned = (key @ weight.T).float(), (key @ weight).float()
-    other = (written - straight).norm() > (written - turned).norm()
-    return bool(other) == model.stores_transposed
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -141,10 +141,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def _pick_arguments(call: Call, rows: Tensor, size: int, pick: Callable[[Any], Any]) -> Call:
     """A layer's arguments for some rows. Biases by distance (ALiBi) have no rows of their own, or one a head."""
     args, kwargs = call
-    picked = {}
+    picked: dict[str, Any] = {}
     for name, value in kwargs.items():
         if name == "alibi" and isinstance(value, Tensor):  # [B · heads, 1, T]
             picked[name] = value.view(size, -1, *value.shape[1:])[rows].flatten(0, 1)
+        elif name == "position_embeddings" and isinstance(value, tuple) and value[0].ndim == 4 and size > 1:
+            picked[name] = tuple(table[:, rows] for table in value)  # Qwen-VL's: [3, B, T, ·]
         else:
             picked[name] = value if name == "position_bias" else pick(value)  # MPT's: [heads, 1, T]
     return tuple(pick(value) for value in args), picked

@@ -24,6 +24,7 @@ from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.module_names import require_places
 from kpatch.models.partial_forward import Batch, run_to
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.stats.cache import CovarianceCache, LayerSums, canonical
@@ -72,27 +73,25 @@ def collect(
 ) -> Covariance:
     """The second moments of the keys of `layers` over the first `tokens` tokens of `corpus`, on the CPU.
 
-    `corpus` is self (sampled from the model with `seed`) or what `corpus.open_corpus` takes; `tokens` is 10 f unless
-    given; `row` tokens see each other (256, 128 of `self`, fewer where the model takes fewer); `batch_tokens` bounds
-    the memory. Layers and tokens that the cache holds are not computed again: at the same `batch_tokens`, resuming
-    after Ctrl-C and asking for more tokens give the same bits as one run. Nothing above the last layer still missing
-    is run. Ranks share the sampling of text; rank 0 alone runs over it, and alone has the moments.
+    `corpus` is self (sampled from the model with `seed`) or what `corpus.open_corpus` takes; `tokens` is 10 f of the
+    widest layer unless given; `row` tokens see each other (256, 128 of `self`, fewer where the model takes fewer);
+    `batch_tokens` bounds the memory. Layers and tokens that the cache holds are not computed again: at the same
+    `batch_tokens`, resuming after Ctrl-C and asking for more tokens give the same bits as one run. Nothing above the
+    last layer still missing is run. Ranks share the sampling of text; rank 0 alone runs over it, and alone has the
+    moments.
 
     Raises BadInput for a layer the model lacks, a text that is too short or cannot be read, keys that are not finite,
     and a full disk. Source: Meng et al. 2023 (MEMIT), eq. 15.
     """
     wanted = sorted(set(layers))
-    wrong = [layer for layer in wanted if not 0 <= layer < model.n_layers]
-    if wrong or not wanted:
-        raise BadInput(
-            f"{model.name} has no layer {wrong[0]}" if wrong else "No layers were given",
-            details=[f"expected layers from 0 to {model.n_layers - 1}"],
-        )
-    tokens = 10 * model.mlp_width if tokens is None else tokens
+    if not wanted:
+        raise BadInput("No layers were given", details=[f"expected layers from 0 to {model.n_layers - 1}"])
+    require_places(model, wanted)
+    tokens = 10 * max(map(model.key_width, wanted)) if tokens is None else tokens
     if tokens < 1:
         raise BadInput("The covariance needs tokens", details=[f"found `tokens={tokens}`"])
     row = row or (SELF_ROW if corpus == SELF else ROW)
-    row = max(2, min(row, int(getattr(model.net.config, "max_position_embeddings", None) or row)))
+    row = max(2, min(row, int(getattr(model.config, "max_position_embeddings", None) or row)))
     source = None if corpus == SELF else open_corpus(corpus)
     name = source.name if source is not None else SELF
     settings = _settings(model, source, row, seed, report)
@@ -182,8 +181,8 @@ class _Pass:
 
     def run(self, wanted: Sequence[int]) -> dict[int, LayerSums]:
         """The sums of each layer; none on other ranks than 0 where some were missing."""
-        width = self.model.mlp_width
-        done = {layer: kept for layer in wanted if (kept := self.cache.finished(layer, self.tokens, width))}
+        width = self.model.key_width
+        done = {layer: kept for layer in wanted if (kept := self.cache.finished(layer, self.tokens, width(layer)))}
         missing = distributed.main_does(lambda: [layer for layer in wanted if layer not in done])
         if not missing:
             self.report.note(
@@ -209,10 +208,10 @@ class _Pass:
 
     def _begin(self, layers: Sequence[int]) -> list[LayerSums]:
         """The sums of `layers` as far as the cache has them. Raises BadInput where the disk has no room for more."""
-        width = self.model.mlp_width
+        widths = {layer: self.model.key_width(layer) for layer in layers}
         full = self.tokens % (self.row * self.batch_rows) == 0
-        self.cache.require_space(width, len(layers) * (1 if full else 2))
-        size = len(layers) * width * (width + 1) // 2 * 8
+        self.cache.require_space(max(widths.values()), len(layers) * (1 if full else 2))
+        size = sum(width * (width + 1) // 2 * 8 for width in widths.values())
         if size > _LARGE:
             self.report.note(
                 f"The covariance of {len(layers)} layers takes {format_size(size)} of memory and of the cache"
@@ -220,8 +219,8 @@ class _Pass:
         device = _sums_on(self.model, size)
         sums = []
         for layer in layers:
-            kept = self.cache.furthest(layer, width, self.batch_rows, self.whole)
-            sums.append(kept or LayerSums(layer, SecondMoment(width), self.batch_rows))
+            kept = self.cache.furthest(layer, widths[layer], self.batch_rows, self.whole)
+            sums.append(kept or LayerSums(layer, SecondMoment(widths[layer]), self.batch_rows))
             sums[-1].sums.to(device)
         return sums
 
@@ -262,7 +261,7 @@ class _Pass:
             first = self.whole if columns == self.row else self.whole + rest
             keys = self._keys(first, rows, sums, columns)
             for one in sums:
-                one.tail = one.tail or SecondMoment(self.model.mlp_width)
+                one.tail = one.tail or SecondMoment(self.model.key_width(one.layer))
                 one.tail.add(keys.pop(one.layer))
             advance(rows * columns)
 

@@ -30,7 +30,7 @@ def group_rows(model: Model, row: int) -> int:
 
     It depends on nothing but the model, since it decides the text.
     """
-    config = model.net.config
+    config = model.config
     heads = _largest(config, "num_key_value_heads") or config.num_attention_heads
     size = _largest(config, "head_dim") or model.width // config.num_attention_heads
     rows = _GROUP_BYTES // (2 * model.n_layers * heads * size * model.dtype.itemsize * row)
@@ -68,7 +68,7 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
     kept = (
         Cache(layers=[_Preallocated(row) for _ in range(model.n_layers)])
         if model.family.attention_only
-        else DynamicCache(config=model.net.config)  # its layers keep more than keys and values
+        else DynamicCache(config=model.config)  # its layers keep more than keys and values
     )
     while done < row:
         logits = model.net(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits[:, -1]

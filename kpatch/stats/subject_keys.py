@@ -79,7 +79,7 @@ def _whole(
     cache = CovarianceCache(settings, {"model": model.name, "corpus": "subjects"}, keep=True, report=report)
     with cache.locked():
         count = len(everyone)
-        kept = {layer: cache.finished(layer, count, model.mlp_width) for layer in layers}
+        kept = {layer: cache.finished(layer, count, model.key_width(layer)) for layer in layers}
         found = {layer: sums.moment() for layer, sums in kept.items() if sums is not None}
         missing = [layer for layer in layers if layer not in found]
         if missing:
@@ -93,7 +93,7 @@ def _whole(
 def _sums(
     model: Model, layers: Sequence[int], spoken: Sequence[tuple[str, str]], report: Reporter
 ) -> dict[int, SecondMoment]:
-    sums = {layer: SecondMoment(model.mlp_width) for layer in layers}
+    sums = {layer: SecondMoment(model.key_width(layer)) for layer in layers}
     rows = encode_many(model.tokenizer, [Item(template, name) for template, name in spoken])
     rows = sorted((row for row in rows if row.subject_last > 0), key=lambda row: row.subject_last)
     with report.task("Keys of other subjects", len(rows), "subjects") as advance:

@@ -124,8 +124,11 @@ def _kept_outputs(model: Model, shape: Sequence[int], into: dict[Site, list[Tens
     """While open, every layer's m^l and a^l are added to the lists of `into`, each [*shape, d]."""
 
     def keep(kept: list[Tensor]) -> Callable[..., None]:
-        # A copy: Falcon adds attention's output to the MLP's in place
-        return lambda module, inputs, out: kept.append(out.reshape(*shape, out.shape[-1]).clone())
+        def hook(module: nn.Module, inputs: Any, out: Any) -> None:
+            out = out[0] if isinstance(out, tuple) else out  # Llama 4's experts say where they sent the tokens
+            kept.append(out.reshape(*shape, out.shape[-1]).clone())  # Falcon adds attention's output in place
+
+        return hook
 
     handles = []
     for layer in range(model.n_layers):

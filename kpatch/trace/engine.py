@@ -174,7 +174,8 @@ def _outputs_set(
             if edits is None:
                 continue
 
-            def hook(module: nn.Module, inputs: Any, out: Tensor, edits: _Edits = edits) -> None:
+            def hook(module: nn.Module, inputs: Any, out: Any, edits: _Edits = edits) -> None:
+                out = out[0] if isinstance(out, tuple) else out  # Llama 4's experts say where they sent the tokens
                 edits.put(out.view(shape[0], -1, out.shape[-1])[:, -shape[1] :])  # the last of whole rows
 
             stack.callback(module.register_forward_hook(hook).remove)

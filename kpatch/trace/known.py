@@ -83,7 +83,7 @@ _Row = tuple[tuple[int, ...], int]  # ids, the subject's last token
 
 def _rows(model: Model, facts: Sequence[Fact]) -> list[tuple[_Row, int]]:
     """Each prompt's ids with its subject's last and first token. Raises BadInput for one that is too long."""
-    longest = getattr(model.net.config, "max_position_embeddings", None)
+    longest = getattr(model.config, "max_position_embeddings", None)
     rows = []
     for fact, (row, first, _) in zip(
         facts, encode_spans(model.tokenizer, [(fact.prompt, fact.subject, None, "") for fact in facts]), strict=True

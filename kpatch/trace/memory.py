@@ -97,7 +97,7 @@ def runs_bytes(model: Model, tokens: int, samples: int) -> int:
 def row_bytes(model: Model, columns: int, tokens: int) -> int:
     """What one row of a batch takes at its peak: about 10 vectors of width d and 4 of width f a column, the joined
     keys and values of all tokens, and the attention scores."""
-    heads = int(getattr(model.net.config, "num_attention_heads", 1) or 1)
+    heads = int(getattr(model.config, "num_attention_heads", 1) or 1)
     numbers = (
         columns * (10 * model.width + 4 * model.mlp_width) + 6 * tokens * model.width + 2 * heads * columns * tokens
     )

@@ -139,6 +139,34 @@ def test_an_index_that_does_not_match_its_files_is_refused(pickled: Path) -> Non
     assert "does not match" in refused(pickled, Damaged).message
     (pickled / "second.bin").write_bytes((pickled / BIN).read_bytes())
     (pickled / INDEX).write_text(json.dumps({"weight_map": {**dict.fromkeys(tensors, BIN), "ghost": "second.bin"}}))
+    assert "does not match" in refused(pickled, Damaged).message
+
+
+def test_a_tensor_in_two_files_counts_where_the_index_and_transformers_agree(pickled: Path, tmp_path: Path) -> None:
+    """As with safetensors: files are read in the order of their names, so the last wins whatever the index says."""
+    tensors = torch.load(pickled / BIN, weights_only=True)
+    last = "second.bin"
+    torch.save({WEIGHTS[0]: tensors[WEIGHTS[0]]}, pickled / last)
+    torch.save({**tensors, WEIGHTS[0]: torch.zeros_like(tensors[WEIGHTS[0]])}, pickled / BIN)
+
+    def name(listed: dict[str, str]) -> None:
+        (pickled / INDEX).write_text(json.dumps({"weight_map": {**dict.fromkeys(tensors, BIN), **listed}}))
+
+    name({WEIGHTS[0]: last})
+    apply([tmp_path / "a.patch"], pickled, out=tmp_path / "patched")
+    apply([tmp_path / "a.patch"], tmp_path / "source")
+    expected = load_file(tmp_path / "source" / "model.safetensors")
+    found = {name: tensor for file in (tmp_path / "patched").glob("*.safetensors")
+             for name, tensor in load_file(file).items()}  # fmt: skip
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    name({"other": last})
+    torch.save({WEIGHTS[0]: tensors[WEIGHTS[0]], "other": torch.zeros(2)}, pickled / last)
+    error = refused(pickled, Refused)
+    assert "does not fit" in error.message
+    assert "stands in two files" in error.details[0]
+    table = {"weight_map": {"other": last, **{name: BIN for name in tensors if name != WEIGHTS[0]}}}
+    (pickled / INDEX).write_text(json.dumps(table))
     assert "stands in two files" in refused(pickled, Damaged).message
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kpatch.errors import BadInput
 from kpatch.models.families import FAMILIES, family_for
 from kpatch.models.model import Model, wrap
 from kpatch.models.partial_forward import Calls, align, captured_inputs, record, record_suffix, run_to
@@ -32,7 +33,7 @@ from tests.support.families import (
     slow_beyond,
     stored_product,
 )
-from tests.support.models import CONFIGS, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
+from tests.support.models import CONFIGS, EXPERT_WIDTH, LAYERS, MLP_WIDTH, WIDTH, tiny, tiny_net
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,6 +49,14 @@ def model(request: pytest.FixtureRequest) -> Model:
 some_families = pytest.mark.parametrize("model", slow_beyond(REPRESENTATIVE, CASES), indirect=True)
 
 POST_NORM = {"gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3", "exaone4", "glm4"}
+# Layers whose MLP is a mixture of experts: with a shared one, with none, and with one behind a gate
+SHARED = {
+    **{name: {1, 2, 3} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe")},
+    **{"hunyuan_v1_moe": {0, 1, 2, 3}, "llama4_text": {1, 3}, "qwen3_next": {1, 2, 3}},
+    "qwen3_5_moe_text": {0, 1, 2, 3},
+}
+ROUTED = {"qwen3_moe": {0, 3}, "lfm2_moe": {3}}
+GATED = {name: SHARED[name] for name in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")}
 SCALES = {"granite": 0.22, "minicpm3": 1.4 / LAYERS**0.5, "gemma4_text": 0.6}
 
 # The modules
@@ -58,14 +67,18 @@ def test_every_family_has_a_tiny_model() -> None:
 
 
 def test_sizes_and_names(model: Model) -> None:
-    wide = model.family.model_type in {"bloom", "mpt"}  # they have no setting for it: f = 4 d
-    mlp_width = 4 * WIDTH if wide else MLP_WIDTH
-    assert (model.width, model.mlp_width, model.n_layers) == (WIDTH, mlp_width, LAYERS)
+    family = model.family.model_type
+    wide = family in {"bloom", "mpt"}  # they have no setting for it: f = 4 d
+    shared = SHARED.get(family, set())
+    assert (model.width, model.n_layers) == (WIDTH, LAYERS)
+    assert set(model.editable) == set(range(LAYERS)) - ROUTED.get(family, set())
     stored = dict(model.net.named_parameters())
-    for layer in range(LAYERS):
+    for layer in model.editable:
         assert stored[model.weight_name(layer)] is model.weight(layer)
-    expected = (mlp_width, WIDTH) if model.stores_transposed else (WIDTH, mlp_width)
-    assert tuple(model.weight(0).shape) == expected
+        f = 4 * WIDTH if wide else EXPERT_WIDTH if layer in shared and family != "hunyuan_v1_moe" else MLP_WIDTH
+        assert tuple(model.weight(layer).shape) == ((f, WIDTH) if model.stores_transposed else (WIDTH, f))
+        assert model.key_width(layer) == f
+    assert model.mlp_width == max(map(model.key_width, model.editable))
     assert model.stores_transposed == (model.family.model_type == "gpt2")
     assert not any(weight.requires_grad for weight in model.net.parameters())
 
@@ -73,8 +86,9 @@ def test_sizes_and_names(model: Model) -> None:
 @torch.no_grad()
 def test_the_key_times_the_stored_weight_is_the_projections_output(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
-    for layer in range(LAYERS):
-        assert run.keys[layer].shape == (12, model.mlp_width)
+    assert set(run.keys) == set(model.editable)
+    for layer in model.editable:
+        assert run.keys[layer].shape == (12, model.key_width(layer))
         check(stored_product(model, run.keys[layer], layer), run.down[layer])
 
 
@@ -83,7 +97,7 @@ def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
     for layer in range(LAYERS):
         attn, mlp = run.attn[layer], run.mlp[layer]
-        scale = model.residual_scale(layer)
+        scale = SCALES.get(model.family.model_type, 1.0)
         before = run.states[layer] * (scale if model.family.model_type == "gemma4_text" else 1)  # scales it all
         check(before + scale * (attn + mlp), run.states[layer + 1])
         assert attn.norm() > 0.1
@@ -93,14 +107,20 @@ def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
 @torch.no_grad()
 def test_only_post_norm_families_norm_what_the_projection_wrote(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
-    same = all(torch.equal(run.down[layer], run.mlp[layer]) for layer in range(LAYERS))
+    dense = [layer for layer in model.editable if layer not in SHARED.get(model.family.model_type, ())]
+    same = all(torch.equal(run.down[layer], run.mlp[layer]) for layer in dense)
     assert same is not model.family.post_norm
     assert model.family.post_norm == (model.family.model_type in POST_NORM)
 
 
 def test_what_the_layer_multiplies_the_mlps_output_by(model: Model) -> None:
     want = SCALES.get(model.family.model_type, 1.0)
-    for layer in range(LAYERS):
+    for layer in model.editable:
+        assert model.gated(layer) == (layer in GATED.get(model.family.model_type, set()))
+        if model.gated(layer):
+            with pytest.raises(BadInput, match="a gate, by another number for each token"):
+                model.residual_scale(layer)
+            continue
         assert model.residual_scale(layer) == pytest.approx(want, rel=1e-6)
         assert want != 1.0 or model.residual_scale(layer) == 1.0  # exactly, so that nothing is changed by it
 
@@ -238,7 +258,7 @@ def test_a_layer_with_its_key(model: Model) -> None:
     calls = record(model, batch)
     hidden = calls.run(calls.start, 0, 1)
     out, key = calls.run_with_key(hidden, 1)
-    assert key.shape == (*batch.ids.shape, model.mlp_width)
+    assert key.shape == (*batch.ids.shape, model.key_width(1))
     for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
         real = slice(batch.column - before, batch.column + after)
         run = plain(model, row)
@@ -252,13 +272,13 @@ def test_keys_up_to_a_layer_and_nothing_above_it(model: Model) -> None:
     calls = [0] * LAYERS
     with counted(model, calls):
         keys = run_to(model, 2, batch, [1, 2])
-    assert calls == [1, 1, 1, 0]
+    assert calls == [int(layer in model.editable and layer <= 2) for layer in range(LAYERS)]
     assert sorted(keys) == [1, 2]
     for index, ((before, after), row) in enumerate(zip(RAGGED, rows, strict=True)):
         real = slice(batch.column - before, batch.column + after)
         run = plain(model, row)
         for layer, key in keys.items():
-            assert key.shape == (*batch.ids.shape, model.mlp_width)
+            assert key.shape == (*batch.ids.shape, model.key_width(layer))
             check(key[index, real], run.keys[layer])
 
 
@@ -272,7 +292,7 @@ def counted(model: Model, calls: list[int]) -> Iterator[None]:
 
         return hook
 
-    handles = [model.down(index).register_forward_hook(counter(index)) for index in range(LAYERS)]
+    handles = [model.down(index).register_forward_hook(counter(index)) for index in model.editable]
     try:
         yield
     finally:
@@ -319,7 +339,10 @@ def test_a_planted_rank_one_update_changes_what_the_algebra_says(model: Model) -
     before = full(model, row)
     layer = 2
     generator = torch.Generator().manual_seed(3)
-    out_side, in_side = torch.randn(WIDTH, generator=generator), torch.randn(model.mlp_width, generator=generator)
+    out_side, in_side = (
+        torch.randn(WIDTH, generator=generator),
+        torch.randn(model.key_width(layer), generator=generator),
+    )
     edited.weight(layer).add_(
         torch.outer(in_side, out_side) if edited.stores_transposed else out_side[:, None] * in_side
     )
@@ -331,9 +354,15 @@ def test_a_planted_rank_one_update_changes_what_the_algebra_says(model: Model) -
     check(after.down[layer] - before.down[layer], delta_k)
     if model.family.post_norm:
         check(after.mlp[layer], model.mlp_out(layer)(before.down[layer] + delta_k))
+    elif model.gated(layer):
+        moved = after.mlp[layer] - before.mlp[layer]
+        gate = (moved * delta_k).sum(-1, keepdim=True) / delta_k.square().sum(-1, keepdim=True)  # [T, 1]
+        check(moved, gate * delta_k)
+        assert gate.std() > 0.01
+        assert ((gate > 0) & (gate < 1)).all()
     else:
         check(after.mlp[layer] - before.mlp[layer], delta_k)
-    scale = model.residual_scale(layer)
+    scale = SCALES.get(model.family.model_type, 1.0)
     check(after.states[layer + 1] - before.states[layer + 1], scale * (after.mlp[layer] - before.mlp[layer]))
     check(after.states[layer], before.states[layer])
     assert not torch.allclose(after.logits, before.logits, atol=1e-3)

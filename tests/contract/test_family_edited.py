@@ -9,13 +9,17 @@ import pytest
 from benchmarks.families import FACT, asked, digest, edit
 from kpatch.models.families import FAMILIES
 from tests.support.families import slow_beyond
+from tests.support.models import ONLY_WRAPPED, WRAPPERS
 
-# A norm behind the MLP; scaled; layers of several kinds. Plain layers and W stored [in, out] are in test_methods.py
-QUICK = ("gemma3_text", "granite", "lfm2")
+MODELS = sorted({*FAMILIES, *WRAPPERS} - set(ONLY_WRAPPED))
+
+# A norm behind the MLP, alone and in a model with vision; scaled; layers of several kinds; dense layers and shared
+# experts in turn; a shared expert behind a gate. Plain layers and W stored [in, out] are in test_methods.py
+QUICK = ("gemma3_text", "gemma3", "granite", "lfm2", "llama4", "qwen2_moe")
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("family", slow_beyond(QUICK, FAMILIES))
+@pytest.mark.parametrize("family", slow_beyond(QUICK, MODELS))
 def test_an_edit_arrives_and_goes_again(family: str, tmp_path: Path) -> None:
     tried = edit(family, tmp_path)
     assert tried.layers == (1, 2)

@@ -5,9 +5,9 @@ what W^l puts out at the subject's last token, for all l of R:
 
     loss(δ) = mean over rows and target tokens of −log P + kl · Σ P_now (log P_now − log P_before) on "{subject} is a"
     Adam with a step of learning_rate · s^l / √d a coordinate, and ‖δ^l‖ ≤ clamp · s^l
-    s^l = ‖h^L‖ / |R| over the layer's scale; ‖y^l‖ where a norm follows W^l
+    s^l = ‖h^L‖ / |R| over the layer's scale or the token's gate; ‖y^l‖ where a norm follows W^l
 
-The target of layer l is the state that leaves it with all δ in place (y^l + δ^l where a norm follows), and for l
+The target of layer l is the state that leaves it with all δ in place (y^l + δ^l where a norm or a gate follows), for l
 rising Δ^l = R K^T (C + K K^T)^{-1} with the whole of what is missing under the weights so far.
 """
 
@@ -62,7 +62,26 @@ def sizes(model: Model, row: Encoded, layers: Sequence[int]) -> dict[int, float]
             paper.forward(model, row.ids)
         return {layer: float(seen[layer].norm()) for layer in layers}
     size = float(paper.state(model, row, max(layers)).norm()) / len(layers)
-    return {layer: size / abs(paper.mlp_scale(model, layer)) for layer in layers}
+    gates = {
+        layer: gate(model, row, layer) if gated(model, layer) else paper.mlp_scale(model, layer) for layer in layers
+    }
+    return {layer: size / abs(gates[layer]) for layer in layers}
+
+
+def gated(model: Model, layer: int) -> bool:
+    return hasattr(getattr(model.layer(layer), "mlp", None), "shared_expert_gate")
+
+
+@torch.no_grad()
+def gate(model: Model, row: Encoded, layer: int) -> float:
+    """What the shared expert's output is multiplied by at the row's subject: a sigmoid of what enters the experts."""
+    module, seen = model.layer(layer).mlp.shared_expert_gate, []
+    handle = module.register_forward_hook(lambda _, args, out: seen.append(out.reshape(len(row.ids), -1)))
+    try:
+        paper.forward(model, row.ids)
+    finally:
+        handle.remove()
+    return float(seen[0][row.subject_last].sigmoid())
 
 
 def find_writes(
@@ -111,10 +130,9 @@ def find_writes(
 def targets(model: Model, row: Encoded, deltas: Mapping[int, Tensor]) -> dict[int, Tensor]:
     """What each layer of R is asked for, [d], given the writes; `row` is the bare prompt."""
     with writing(model, row, deltas) as seen:
-        if not model.family.post_norm:
-            return {layer: paper.state(model, row, layer) for layer in deltas}
-        paper.forward(model, row.ids)
-    return {layer: seen[layer] + delta for layer, delta in deltas.items()}
+        states = {layer: paper.state(model, row, layer) for layer in deltas}
+    behind = {layer for layer in deltas if model.family.post_norm or gated(model, layer)}
+    return {layer: seen[layer] + delta if layer in behind else states[layer] for layer, delta in deltas.items()}
 
 
 def joint(
@@ -138,7 +156,7 @@ def joint(
         for group, row, target in zip(groups, bare, wanted, strict=True):
             k = paper.keys(work, contexts, group, layer)
             with torch.no_grad():
-                if model.family.post_norm:
+                if model.family.post_norm or gated(model, layer):
                     lacking = target[layer] - work.down(layer)(k.to(work.dtype))
                 else:
                     lacking = (target[layer] - paper.state(work, row, layer)) / paper.mlp_scale(work, layer)

@@ -24,13 +24,14 @@ from tests.oracle import joint as oracle
 from tests.oracle import memit as paper
 from tests.oracle.test_fast_path import CONTEXTS, FACTS
 from tests.support.families import KINDS
-from tests.support.models import MLP_WIDTH, WIDTH, tiny
+from tests.support.models import WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 HYPER = MemitHyper(layers=(1, 2), steps=5, stop_loss=0.0)
 SOME = ["gpt2", "llama", "gemma2", "granite"]  # Conv1D, plain, a norm behind the MLP, a scale behind it
+EXPERTS = ["deepseek_v3", "qwen2_moe", "llama4"]  # shared experts; behind a gate; in every other layer, in a wrapper
 METHOD = Memit()
 
 build = cache(tiny)
@@ -63,7 +64,7 @@ def assert_same(model: Model, fast: Values, slow: list[tuple[dict[int, Tensor], 
             assert float((got[index] - target[layer]).norm()) <= 2e-3 * float(delta.norm()) + 1e-5
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", [*KINDS, *EXPERTS])
 def test_targets_are_the_oracles(family: str) -> None:
     model = build(family)
     assert_same(model, METHOD.objective(HYPER).search(model, grouped(model)), found(family))
@@ -104,26 +105,34 @@ def test_a_tokenizer_that_adds_a_bos() -> None:
     assert_same(model, METHOD.objective(HYPER).search(model, grouped(model)), sought(model, HYPER))
 
 
-def covariances() -> dict[int, Tensor]:
+def covariances(model: Model) -> dict[int, Tensor]:
     generator = torch.Generator().manual_seed(3)
-    roots = {layer: torch.randn(MLP_WIDTH, 200, generator=generator, dtype=torch.float64) for layer in (0, 1, 2)}
+    roots = {
+        layer: torch.randn(model.key_width(layer), 200, generator=generator, dtype=torch.float64)
+        for layer in (0, 1, 2)
+    }
     return {layer: root @ root.T / 200 for layer, root in roots.items()}
 
 
-@pytest.mark.parametrize("family", KINDS)
+@pytest.mark.parametrize("family", [*KINDS, *EXPERTS])
 @pytest.mark.parametrize("layers", [(1, 2), (0, 2)])
 def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     model, hyper = build(family), replace(HYPER, layers=layers)
     groups = grouped(model)
     generator = torch.Generator().manual_seed(5)
     asked = [{layer: 2 * torch.randn(WIDTH, generator=generator) for layer in layers} for _ in groups]
-    slow = oracle.joint(model, CONTEXTS, FACTS, hyper, covariances(), asked)
+    slow = oracle.joint(model, CONTEXTS, FACTS, hyper, covariances(model), asked)
     values = torch.stack([torch.stack([target[layer] for layer in layers]) for target in asked])
     residual = METHOD.residual(model, Part(tuple(groups), hyper, False), values)
     before = {name: weight.clone() for name, weight in model.net.named_parameters()}
     for budget in (1, DEFAULT_BUDGET):
         fast = write_upwards(
-            model, groups, layers, residual, lambda layer: KeyCovariance.of(covariances()[layer], 1.0), budget=budget
+            model,
+            groups,
+            layers,
+            residual,
+            lambda layer: KeyCovariance.of(covariances(model)[layer], 1.0),
+            budget=budget,
         )
         assert list(fast.deltas) == list(slow)
         for name, delta in fast.deltas.items():

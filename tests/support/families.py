@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from kpatch.models.families import FAMILIES
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align
-from tests.support.models import WIDTH, tiny
+from tests.support.models import ONLY_WRAPPED, WIDTH, WRAPPERS, tiny
 
 # Every family, and the settings of some that change how their layers are put together.
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{name: (name, {}) for name in FAMILIES},
+    **{name: (name, {}) for name in WRAPPERS if name not in ONLY_WRAPPED.values()},
     "falcon-sequential-alibi": ("falcon", {"parallel_attn": False, "alibi": True}),
     "falcon-new-decoder": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "stablelm-parallel": ("stablelm", {"use_parallel_residual": True, "qk_layernorm": True}),
@@ -53,11 +54,12 @@ KINDS = (
 )
 
 # Those that a plain `pytest` takes through every test: W stored [in, out], attention and MLP side by side with two
-# norms and with one, plain, windows with norms on both sides of the MLP, and norms behind the parts alone
-REPRESENTATIVE = ("gpt2", "gpt_neox", "phi", "llama", "gemma3_text", "olmo2")
+# norms and with one, plain, windows with norms on both sides of the MLP, norms behind the
+# parts alone, shared experts in every other layer of a model with vision, and experts behind a gate
+REPRESENTATIVE = ("gpt2", "gpt_neox", "phi", "llama", "gemma3_text", "olmo2", "llama4", "qwen2_moe")
 
 # Families whose layers differ in something that the shape of a batch can meet
-VARIED = ("gpt2", "llama", "olmo2", "bloom", "lfm2", "qwen3_5_text")
+VARIED = ("gpt2", "llama", "olmo2", "bloom", "lfm2", "qwen3_5_text", "qwen2_5_vl_text")
 
 # (columns before the aligned one, columns from it on); windows are 6 wide, so that the longer rows reach past them
 RAGGED = [(9, 2), (3, 6), (0, 4), (1, 1), (8, 5)]
@@ -76,11 +78,11 @@ def build(case: str) -> Model:
 
 @dataclass
 class Full:
-    """A row as the network runs it: states[l] enters layer l, states[L] leaves the last; all [T, ...]."""
+    """A row as the network runs it: states[l] enters layer l, states[L] leaves the last; by layer, all [T, ...]."""
 
     states: list[Tensor]
-    keys: list[Tensor]
-    down: list[Tensor]
+    keys: dict[int, Tensor]  # of layers that have a W^l
+    down: dict[int, Tensor]
     attn: list[Tensor]
     mlp: list[Tensor]
     logits: Tensor
@@ -88,7 +90,7 @@ class Full:
 
 def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] | None = None) -> Full:
     """The network's own forward on one bare row; `change(layer, hidden)` may replace what leaves a layer."""
-    found = Full([], [], [], [], [], torch.empty(0))
+    found = Full([], {}, {}, [], [], torch.empty(0))
     handles = []
 
     def flat(value: Any) -> Tensor:
@@ -108,14 +110,21 @@ def full(model: Model, ids: list[int], change: Callable[[int, Tensor], Tensor] |
 
         return hook
 
+    def note_key(index: int) -> Callable[..., None]:
+        return lambda _, args: found.keys.update({index: flat(args)})
+
+    def note_down(index: int) -> Callable[..., None]:
+        return lambda _, args, out: found.down.update({index: flat(out).clone()})  # Llama 4 adds to it in place
+
     def keep(into: list[Tensor]) -> Callable[..., None]:
         return lambda _, args, out: into.append(flat(out).clone())  # Falcon adds attention's output in place
 
     handles.append(model.layer(0).register_forward_pre_hook(keep_input))
     for index in range(model.n_layers):
         handles.append(model.layer(index).register_forward_hook(keep_output(index)))
-        handles.append(model.down(index).register_forward_pre_hook(lambda _, args: found.keys.append(flat(args))))
-        handles.append(model.down(index).register_forward_hook(keep(found.down)))
+        if index in model.editable:
+            handles.append(model.down(index).register_forward_pre_hook(note_key(index)))
+            handles.append(model.down(index).register_forward_hook(note_down(index)))
         handles.append(model.attn_out(index).register_forward_hook(keep(found.attn)))
         handles.append(model.mlp_out(index).register_forward_hook(keep(found.mlp)))
     try:

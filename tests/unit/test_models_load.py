@@ -112,6 +112,44 @@ def test_a_tied_head_is_no_hole(tmp_path: Path) -> None:
     assert torch.equal(open_model(str(tmp_path / "tied"), device="cpu").net.lm_head.weight, model.net.lm_head.weight)
 
 
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+def in_shards(directory: Path, folder: Path, extra: dict[str, str], twice: str | None = None) -> Path:
+    """A copy of a directory in two shards; `extra` goes into the index, and `twice` is in the first shard as zeros."""
+    copy = Path(shutil.copytree(directory, folder / "shards"))
+    weights = load_file(copy / "model.safetensors")
+    (copy / "model.safetensors").unlink()
+    names = sorted(weights)
+    shards = {FIRST: names[: len(names) // 2], SECOND: names[len(names) // 2 :]}
+    for file, own in shards.items():
+        held = {name: weights[name] for name in own}
+        if file == FIRST and twice is not None:
+            held[twice] = torch.zeros_like(weights[twice])
+        save_file(held, copy / file, metadata={"format": "pt"})
+    listed = {name: file for file, own in shards.items() for name in own}
+    index = {"metadata": {"total_size": 1}, "weight_map": {**listed, **extra}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    return copy
+
+
+def test_a_tied_head_that_the_index_lists_and_no_shard_holds_is_no_hole(tmp_path: Path) -> None:
+    model = tiny("llama", tie_word_embeddings=True)
+    model.net.save_pretrained(tmp_path / "tied")
+    model.tokenizer.save_pretrained(tmp_path / "tied")
+    copy = in_shards(tmp_path / "tied", tmp_path, {"lm_head.weight": SECOND})
+    assert torch.equal(open_model(str(copy), device="cpu").net.lm_head.weight, model.net.lm_head.weight)
+
+
+def test_a_tensor_in_two_shards_of_which_the_index_names_the_last_is_loaded(llama: Path, tmp_path: Path) -> None:
+    name = "model.norm.weight"
+    want = load_file(llama / "model.safetensors")[name]
+    copy = in_shards(llama, tmp_path, {}, twice=name)
+    assert name in load_file(copy / FIRST)
+    assert name in load_file(copy / SECOND)
+    assert torch.equal(open_model(str(copy), device="cpu").net.get_parameter(name), want)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_numbers_are_named(llama: Path, tmp_path: Path, value: float) -> None:
     def spoil(weights: Weights) -> Weights:
@@ -148,8 +186,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "t5": ({"model_type": "t5", "is_encoder_decoder": True}, "encoder-decoder"),
     "bert": ({"model_type": "bert"}, "is an encoder"),
     "mamba": ({"model_type": "mamba"}, "state-space"),
-    "mixtral": ({"model_type": "mixtral"}, "mixtures of experts"),
-    "olmoe": ({"model_type": "olmoe"}, "mixtures of experts"),
+    "mixtral": ({"model_type": "mixtral"}, "its MLP is a mixture of experts"),
+    "olmoe": ({"model_type": "olmoe"}, "its MLP is a mixture of experts"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     "remote": ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own"),
 }

@@ -47,7 +47,7 @@ def command(
     covariance = collect(loaded, chosen, corpus=corpus, tokens=tokens, seed=seed, report=output)
     if not distributed.is_main():
         return
-    width = loaded.mlp_width
+    width = max(moment.width for moment in covariance.moments.values())
     output.result(
         {
             "model": loaded.name,
@@ -57,7 +57,10 @@ def command(
             "seconds": time.monotonic() - start,
         }
     )
-    packed = format_size(width * (width + 1) // 2 * 8)
-    rows = [(layer, f"{moment.count:,}", f"{width} × {width}", packed) for layer, moment in covariance.moments.items()]
+    rows = [
+        (layer, f"{moment.count:,}", f"{f} × {f}", format_size(f * (f + 1) // 2 * 8))
+        for layer, moment in covariance.moments.items()
+        for f in [moment.width]
+    ]
     output.table(("Layer", "Tokens", "Matrix", "Stored"), rows, right=(0, 1, 3))
     output.line(f"{loaded.name}: {covariance.corpus}, {covariance.tokens:,} tokens, id {covariance.id[:12]}")

@@ -1,0 +1,90 @@
+"""Whether the module names of a family's row fit a network, and in which of its layers a fact can be written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from kpatch.errors import BadInput
+from kpatch.models.families import NO_PLACE, has_experts
+from kpatch.models.text_part import find_layers
+
+if TYPE_CHECKING:
+    from kpatch.models.model import Model
+
+
+def fit_names(model: Model) -> None:
+    """Find the family's modules in the network; the model's row then says where its layers are.
+
+    Raises BadInput where they are not found or are not what the row says.
+    """
+    family = model.family
+    try:
+        model.family = replace(family, layers=find_layers(model.net, family.layers))
+        for index in range(model.n_layers):
+            model.attn_out(index), model.mlp_out(index)
+        if not model.editable and has_experts(model.config):
+            raise BadInput(f"{model.name} ({family.model_type}) {NO_PLACE}")
+        first = model.editable[0] if model.editable else 0
+        out_width = model.weight(first).shape[1 if model.stores_transposed else 0]
+        model.returns_tuple  # noqa: B018  seen now, while no hook of a caller is on the network
+        if out_width != model.width:
+            raise AttributeError(f"{family.down} writes {out_width} numbers where the model is {model.width} wide")
+        if not _multiplies_as_stored(model, first):
+            raise AttributeError(f"{family.down} has its weight stored the other way round: transposed is not so")
+    except (AttributeError, IndexError) as error:
+        raise BadInput(
+            f"The module names for family {family.model_type!r} do not fit this model",
+            details=[str(error)],
+            hint="give the names by hand with `modules`: layers=…,down=…,attn_out=…",
+        ) from error
+
+
+@torch.no_grad()
+def _multiplies_as_stored(model: Model, layer: int) -> bool:
+    """Whether W^l is applied to a key as the row's `transposed` says; the shape of a square W does not show it."""
+    weight, down = model.weight(layer), model.down(layer)
+    rows, cols = weight.shape
+    if rows != cols:
+        return True
+    key = torch.linspace(-1, 1, rows, device=weight.device, dtype=weight.dtype)[None]  # (1, f)
+    written = (down(key) - down(torch.zeros_like(key))).float()  # without the bias
+    straight, turned = (key @ weight.T).float(), (key @ weight).float()
+    other = (written - straight).norm() > (written - turned).norm()
+    return bool(other) == model.stores_transposed
+
+
+def require_places(model: Model, layers: Sequence[int]) -> None:
+    """Refuse layers that the model does not have, and mixtures of experts without a shared expert. Raises BadInput."""
+    wrong = [layer for layer in layers if not 0 <= layer < model.n_layers]
+    if wrong:
+        raise BadInput(
+            f"{model.name} has no layer {wrong[0]}", details=[f"expected layers from 0 to {model.n_layers - 1}"]
+        )
+    routed = sorted(set(layers) - set(model.editable))
+    if routed:
+        are = "Layer {} is a mixture" if len(routed) == 1 else "Layers {} are mixtures"
+        raise BadInput(
+            f"{are.format(_and(routed))} of experts without a shared expert",
+            details=[f"{model.name} can be edited in layers {ranges(model.editable)}"],
+            hint="give other `layers`",
+        )
+
+
+def _and(numbers: Sequence[int]) -> str:
+    *some, last = map(str, numbers)
+    return f"{', '.join(some)} and {last}" if some else last
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers for people: 0, 1, 2, 5 → 0-2, 5."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)
