@@ -49,7 +49,7 @@ class MemitHyper(HyperParams):
     stop_loss: float = 0.05
     clamp: float = 1.0
     kl: float = 0.0625
-    leverage: float = 5.0
+    leverage: float = 2.5
     subject_weight: float = 1.0
     first_layer: int = 0
     first_leverage: float = 5.0
