@@ -20,7 +20,7 @@ from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
 from kpatch.models.complete import require_complete
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
-from kpatch.models.module_names import fit_names
+from kpatch.models.module_names import fit_names, require_any_place
 from kpatch.models.quiet import quiet_transformers
 from kpatch.models.residual_scale import measured_scale
 from kpatch.models.text_part import loader, text_config
@@ -293,6 +293,7 @@ def load_model(
                     f"Layers of {resolved.name} share their keys and values, so that none of them can be run alone",
                     details=["Gemma 4 models without shared layers can be edited"],
                 )
+            require_any_place(config, family, resolved.name)
             tokenizer = AutoTokenizer.from_pretrained(path)
             net, loaded = loader(config).from_pretrained(
                 path, dtype=_dtype(dtype, where), output_loading_info=True, ignore_mismatched_sizes=True

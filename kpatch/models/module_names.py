@@ -4,16 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kpatch.errors import BadInput
-from kpatch.models.families import NO_PLACE, has_experts
-from kpatch.models.text_part import find_layers
+from kpatch.models.families import NO_PLACE, Family, choices, has_experts
+from kpatch.models.text_part import find_layers, loader, text_config
 
 if TYPE_CHECKING:
     from kpatch.models.model import Model
+
+
+def require_any_place(config: Any, family: Family, name: str) -> None:
+    """Refuse a mixture of experts of which no layer has a W^l, before its weights are loaded. Raises BadInput."""
+    if not has_experts(text_config(config)):
+        return
+    with torch.device("meta"):
+        net = loader(config).from_config(config)
+    try:
+        layers = net.get_submodule(find_layers(net, family.layers))
+    except AttributeError:
+        return  # `fit_names` says which names were tried
+    found = {inner for layer in layers for inner, _ in layer.named_modules()}
+    if not found.intersection(choices(family.down)):
+        raise BadInput(f"{name} ({family.model_type}) {NO_PLACE}")
 
 
 def fit_names(model: Model) -> None:
@@ -26,8 +41,8 @@ def fit_names(model: Model) -> None:
         model.family = replace(family, layers=find_layers(model.net, family.layers))
         for index in range(model.n_layers):
             model.attn_out(index), model.mlp_out(index)
-        if not model.editable and has_experts(model.config):
-            raise BadInput(f"{model.name} ({family.model_type}) {NO_PLACE}")
+        if not model.editable:
+            require_any_place(model.net.config, family, model.name)
         first = model.editable[0] if model.editable else 0
         out_width = model.weight(first).shape[1 if model.stores_transposed else 0]
         model.returns_tuple  # noqa: B018  seen now, while no hook of a caller is on the network

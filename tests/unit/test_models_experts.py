@@ -37,9 +37,10 @@ def test_a_model_of_experts_alone_is_refused_in_a_sentence() -> None:
     assert not caught.value.hint
 
 
-def test_a_directory_of_experts_alone_is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_a_directory_of_experts_alone_is_refused_before_its_weights_are_read(tmp_path: Path) -> None:
     tokenizer = tiny("llama").tokenizer
-    tiny_net("qwen3_moe", len(tokenizer), mlp_only_layers=[]).save_pretrained(tmp_path)
+    tiny_net("qwen3_moe", len(tokenizer), mlp_only_layers=[]).config.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"never read")
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(BadInput, match="its MLP is a mixture of experts"):
         open_model(str(tmp_path), device="cpu")

@@ -86,10 +86,12 @@ def _same_architecture(a: Checkpoint, b: Checkpoint) -> None:
 
 
 def model_type(checkpoint: Checkpoint) -> str | None:
-    """What config.json calls the architecture, None where it does not say."""
+    """What config.json calls the architecture, of the text part in a model with vision; None where it does not say."""
     path = checkpoint.path / "config.json"
     value = read_json(path, str(path)) if path.is_file() else {}
-    found = value.get("model_type") if isinstance(value, dict) else None
+    whole = value if isinstance(value, dict) else {}
+    text = whole.get("text_config")
+    found = (text.get("model_type") if isinstance(text, dict) else None) or whole.get("model_type")
     return found if isinstance(found, str) and found else None
 
 
