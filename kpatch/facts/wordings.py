@@ -35,7 +35,9 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     if new:
         report.note(f"{new} of {len(facts)} facts are learned in other wordings of their relation as well")
     if without:
-        report.note(f"{without} of {len(facts)} facts are learned in their prompt's wording alone: give `wordings`")
+        report.note(
+            f"{without} of {len(facts)} facts are learned in their prompt's wording alone; the file can give others"
+        )
     return found
 
 
