@@ -48,7 +48,7 @@ class Memit(Method):
             below = [layer for layer in model.editable if layer < model.n_layers - 1]
             layers = tuple(sorted(below, key=lambda layer: min(abs(layer - one) for one in middle))[:1])
         if layers:
-            report.note(f"layers {ranges(layers)} of {model.n_layers}: the middle of where facts are kept")
+            report.note(f"layers {ranges(layers)} of {model.n_layers}: chosen by the depth of the model")
         return layers
 
     def layers(self, hyper: Any) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
         report.note(f"{new} of {len(facts)} facts are learned in other wordings of their relation as well")
     if without:
         report.note(
-            f"{without} of {len(facts)} facts are learned in their prompt's wording alone; the file can give others"
+            f"{without} of {len(facts)} facts are learned in their prompt's words alone; the file can give others"
         )
     return found
 
