@@ -25,12 +25,12 @@ from kpatch.edit.weights import add, restored
 from kpatch.edit.writes import JointObjective
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
-from kpatch.models.module_names import ranges
 from kpatch.patch.delta import Delta, total
 from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
 from kpatch.stats.subject_keys import subject_moments
+from kpatch.text import ranges
 
 
 class Memit(Method):
