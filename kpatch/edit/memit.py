@@ -56,7 +56,7 @@ class Memit(Method):
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: Any, inputs: Inputs) -> Edit:
         """Contexts, rows, covariance, values, updates. Raises BadInput for too many facts on one subject."""
-        with inputs.report.task("Sampling contexts"):
+        with inputs.report.task("Choosing contexts"):
             contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
         again = facts_to_learn_again(inputs.on, facts, inputs.report)
         parts = split(group_facts(model, [*facts, *again], contexts), hyper)

@@ -134,11 +134,9 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
     m, count = len(groups), len(goal.layers)
     reach = _BEHIND_A_NORM if model.family.post_norm else 1.0
     inject = _Injection(model, problem, goal.layers)
-    for layer in goal.layers:
-        (
-            model.behind_down(layer),
-            model.gated(layer),
-        )  # measured by running the network once, which the hooks below must not see
+    for layer in goal.layers:  # measured by running the network once, which the hooks below must not see
+        model.behind_down(layer)
+        model.gated(layer)
     with inject.open():
         with torch.no_grad():
             whole.drift_before = log_probabilities(model, whole, whole.hidden, whole.drift_spots, below)
