@@ -106,7 +106,8 @@ def make(
     hyper = hyper_for(editor, edited, layers, settings or {}, report)
     carried = _carried(edited) if on is not None else ()
     budget = DEFAULT_BUDGET if memory is None else memory
-    inputs = Inputs(corpus, tokens, seed, budget, resume, carried, report=report)
+    protect = facts.protect if isinstance(facts, FactFile) else ()
+    inputs = Inputs(corpus, tokens, seed, budget, resume, carried, protect, report=report)
     return write_edit(edited, chosen, editor, hyper, inputs, out=out, force=force, started=started)
 
 
@@ -244,6 +245,7 @@ def _manifest(
         parents=tuple(patch.id for patch in inputs.on),
         effect=measured,
         groups=found.groups,
+        protect=tuple(one.to_dict() for one in inputs.protect),
         stack=stack,
     )
 

@@ -17,6 +17,7 @@ from kpatch.edit.earlier import facts_to_learn_again, keys_to_keep
 from kpatch.edit.first_token import Part, key_covariances, split, touched
 from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, HyperParams, MemitHyper
+from kpatch.edit.protect import joined, protected_keys
 from kpatch.edit.requests import Group, contexts_for, group_facts
 from kpatch.edit.solve import KeyCovariance
 from kpatch.edit.upwards import Residual, write_upwards, written
@@ -65,7 +66,8 @@ class Memit(Method):
             covariance = collect(
                 model, layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=inputs.report
             )
-            earlier = keys_to_keep(inputs.on, facts, layers)
+            held = protected_keys(model, inputs.protect, facts, layers)
+            earlier = joined(keys_to_keep(inputs.on, facts, layers), held)
             preserved = [self.preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
         with inputs.timed("values"):
             values = [self._values(model, part, inputs) for part in parts]

@@ -24,7 +24,7 @@ from kpatch.reporter import SILENT, Reporter
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from kpatch.facts.fact import Fact
+    from kpatch.facts.fact import Fact, Protected
     from kpatch.models.model import Model
     from kpatch.patch.delta import Delta
     from kpatch.patch.format import Patch
@@ -47,7 +47,7 @@ class Inputs:
 
     corpus, tokens  text for the covariance   seed  of every draw   budget  bytes that activations may take
     resume  take what an interrupted run left in the cache
-    on  patches that the checkpoint carries; what their keys [n, f] mean must stay
+    on  patches that the checkpoint carries; what their keys [n, f] mean must stay   protect  subjects to leave alone
     stored  values z [d] known already, by the facts (positions) and layers of their group
     seconds  what the steps took, filled by `timed`
     """
@@ -58,6 +58,7 @@ class Inputs:
     budget: int = DEFAULT_BUDGET
     resume: bool = True
     on: tuple[Patch, ...] = ()
+    protect: tuple[Protected, ...] = ()
     stored: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = field(default_factory=dict)
     report: Reporter = SILENT
     seconds: dict[str, float] = field(default_factory=lambda: {"covariance": 0.0, "values": 0.0, "update": 0.0})

@@ -22,7 +22,7 @@ from kpatch.edit.make import MakeResult, write_edit
 from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, Method, method_named
 from kpatch.edit.presets import HyperParams
 from kpatch.errors import BadInput, Refused
-from kpatch.facts.fact import Fact
+from kpatch.facts.fact import Fact, Protected
 from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
 from kpatch.models.aliases import alias_of
@@ -197,6 +197,7 @@ def solve_again(
         seed=settings.seed,
         budget=DEFAULT_BUDGET if memory is None else memory,
         stored=_stored(infos, union),
+        protect=_protect(infos),
         report=report,
     )
     result = write_edit(
@@ -258,6 +259,13 @@ def _address(base: Base) -> str:
         f"Where is {printable(base.name, 120)}, the model these patches were made for?",
         hint="name it with `model`: an alias, a hub id, a checkpoint directory or a GGUF file",
     )
+
+
+def _protect(infos: Sequence[PatchInfo]) -> tuple[Protected, ...]:
+    """What any of the patches holds, each once."""
+    rows = [one for info in infos for one in info.manifest.protect]
+    found = [Protected(str(one["subject"]), one.get("prompt"), float(one.get("weight", 1.0))) for one in rows]
+    return tuple(dict.fromkeys(found))
 
 
 def _stored(infos: Sequence[PatchInfo], union: FactUnion) -> Rows:

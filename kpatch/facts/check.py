@@ -13,7 +13,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kpatch.facts.conflicts import normal
-from kpatch.facts.fact import FACT_KEYS, NEIGHBOR_KEYS, RELATION_KEYS, SLOT, Fact, Neighbor, fill
+from kpatch.facts.fact import (
+    FACT_KEYS,
+    NEIGHBOR_KEYS,
+    PROTECT_KEYS,
+    RELATION_KEYS,
+    SLOT,
+    Fact,
+    Neighbor,
+    Protected,
+    fill,
+)
 from kpatch.facts.join import trimmed
 from kpatch.facts.problems import Path, Problems, cut, did_you_mean
 
@@ -75,6 +85,7 @@ class Checker:
         self.problems = problems
         self.relations: dict[str, Relation] = {}
         self.used: set[str] = set()
+        self.protect: list[Protected] = []
         self.spaced: list[Path] = []  # prompts with a space at their end, which is left out
 
     def relation(self, name: str, data: object, path: Path) -> None:
@@ -94,6 +105,25 @@ class Checker:
         self.learned_is_not_asked(wordings, paraphrases, path)
         question = self.optional(data, "question", path)
         self.relations[name] = Relation(prompt, space, wordings, question, paraphrases, self.neighbors(data, path))
+
+    def protected(self, data: object, path: Path) -> None:
+        """Check one entry of `protect` and keep it: a subject, or a mapping with a subject."""
+        if isinstance(data, str):
+            data = {"subject": data}
+        if not isinstance(data, Mapping):
+            return self.problems.add(path, f"expected a subject, or a mapping with 'subject', found {kind_of(data)}")
+        self.unknown_keys(data, PROTECT_KEYS, path, "a protected subject")
+        subject = self.needed(data, "subject", path)
+        prompt = None if _absent(data, "prompt") else self.prompt(data, path, subject)
+        text, weight = self.optional(data, "weight", path), 1.0
+        if text is not None:
+            try:
+                weight = float(text)
+            except ValueError:
+                weight = 0.0
+            if not 0 < weight < float("inf"):
+                self.problems.add((*path, "weight"), f"expected a number above 0, found {cut(repr(text))}")
+        self.protect.append(Protected(subject, prompt, weight))
 
     def fact(self, data: object, path: Path, where: str) -> Fact | None:
         """The fact in `data`, or None where something about it is wrong."""

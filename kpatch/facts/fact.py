@@ -12,7 +12,7 @@ VERSION = "1"
 SLOT = "{}"
 
 # facts.schema.json names the same keys; a test compares the two
-FILE_KEYS = ("version", "model", "relations", "facts")
+FILE_KEYS = ("version", "model", "relations", "protect", "facts")
 RELATION_KEYS = ("prompt", "space", "wordings", "question", "paraphrases", "neighbors")
 TEXT_LISTS = ("wordings", "paraphrases", "openings", "references")
 FACT_KEYS = (
@@ -20,6 +20,7 @@ FACT_KEYS = (
     *("wordings", "question", "paraphrases", "neighbors", "openings", "references"),
 )
 NEIGHBOR_KEYS = ("prompt", "target")
+PROTECT_KEYS = ("subject", "prompt", "weight")
 
 
 def fill(template: str, subject: str) -> str:
@@ -110,12 +111,30 @@ class Fact:
 
 
 @dataclass(frozen=True, slots=True)
+class Protected:
+    """A subject that an edit must leave as it is: in `prompt`, with one {}, or else in the prompts of the facts.
+
+    `weight` says how strongly it is held: as strongly as so many facts are written.
+    """
+
+    subject: str
+    prompt: str | None = None
+    weight: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form, in the order of `PROTECT_KEYS`; only what is there."""
+        own = {"subject": self.subject, "prompt": self.prompt, "weight": self.weight}
+        return {key: value for key, value in own.items() if value is not None}
+
+
+@dataclass(frozen=True, slots=True)
 class FactFile:
-    """Checked facts in the file's order, the model they are meant for, and what a user should know about them."""
+    """Checked facts in the file's order, their model, what a user should know about them, and whom they must spare."""
 
     facts: tuple[Fact, ...]
     model: str | None = None
     warnings: tuple[str, ...] = ()
+    protect: tuple[Protected, ...] = ()
 
 
 def _text(data: Mapping[str, Any], key: str, needed: bool = False) -> str:

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
-from kpatch.facts.conflicts import give_ids, refuse, repeated_ids, settle
+from kpatch.facts.conflicts import give_ids, normal, refuse, repeated_ids, settle
 from kpatch.facts.fact import FactFile
-from kpatch.facts.problems import SHOWN, Target, at, bad_file, limited, nearest
+from kpatch.facts.problems import SHOWN, Target, at, bad_file, cut, limited, nearest
 from kpatch.facts.readers import SOURCES, Source
 
 LARGEST = 256 * 2**20
@@ -44,6 +44,10 @@ def _load(path: Path, conflicts: bool) -> FactFile:
             found.append((inside, fact))
     for inside, message in repeated_ids(found):
         source.problems.add((*inside, "id"), message)
+    edited = {normal(fact.subject) for _, fact in found}
+    for index, one in enumerate(checker.protect):
+        if normal(one.subject) in edited:
+            source.problems.add(("protect", index), f"{cut(one.subject)!r} is edited by a fact, so it cannot be held")
     source.problems.raise_any(name, source.locate)
     if not found:
         raise BadInput("The fact file has no facts", where=name, hint=_HINT)
@@ -51,7 +55,8 @@ def _load(path: Path, conflicts: bool) -> FactFile:
     if not conflicts:
         refuse(settled.conflicts, name)
     odd = (*limited(settled.conflicts), *limited(settled.repeats))
-    return FactFile(tuple(give_ids(settled.facts)), source.model, (*_warnings(name, checker, source), *odd))
+    warnings = (*_warnings(name, checker, source), *odd)
+    return FactFile(tuple(give_ids(settled.facts)), source.model, warnings, tuple(checker.protect))
 
 
 @contextmanager

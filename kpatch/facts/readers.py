@@ -49,6 +49,12 @@ class _Yaml(Source):
                 checker.relation(name, relation, ("relations", name))
         else:
             self.problems.add(("relations",), f"expected a mapping of names to wordings, found {kind_of(relations)}")
+        protect = data.get("protect") or []
+        if isinstance(protect, list):
+            for index, entry in enumerate(protect):
+                checker.protected(entry, ("protect", index))
+        else:
+            self.problems.add(("protect",), f"expected a list of subjects, found {kind_of(protect)}")
         if "facts" not in data:
             self.problems.add((), "'facts' is missing")
         elif data["facts"] and not isinstance(data["facts"], list):

@@ -27,6 +27,7 @@ def build_manifest(
     hyperparameters: Mapping[str, Any] | None = None,
     covariance: Mapping[str, Any] | None = None,
     groups: Sequence[Mapping[str, Any]] = (),
+    protect: Sequence[Mapping[str, Any]] = (),
     stack: Sequence[Mapping[str, Any]] = (),
     parents: Sequence[str] = (),
     effect: Mapping[str, Any] | None = None,
@@ -51,6 +52,7 @@ def build_manifest(
         covariance=covariance,
         parents=tuple(parents),
         effect=effect,
+        protect=tuple(protect),
         stack=tuple(stack),
         tool=TOOL,
     )

@@ -103,7 +103,7 @@ class Manifest:
     `groups` are {facts: positions in `facts`, layers}: one for each row of the stored values, in order; the stored
     keys of a layer have a row for each group with that layer. Without groups there is one row a fact.
     `stack` says which patches this one holds, if it was made of others: {id, scale, facts, method, hyperparameters,
-    layers, covariance} of each that was no stack itself.
+    layers, covariance} of each that was no stack itself. `protect` are {subject, prompt, weight} of what was held.
     """
 
     base: Base
@@ -118,6 +118,7 @@ class Manifest:
     effect: Mapping[str, Any] | None = None
     tensors: Mapping[str, TensorInfo] = field(default_factory=dict)
     stack: tuple[Mapping[str, Any], ...] = ()
+    protect: tuple[Mapping[str, Any], ...] = ()
     tool: str = "kpatch"
     format: int = FORMAT
     extra: Mapping[str, Any] = field(default_factory=dict)
@@ -136,6 +137,7 @@ class Manifest:
             "facts": list(self.facts),
             **({"groups": list(self.groups)} if self.groups else {}),
             **({"stack": list(self.stack)} if self.stack else {}),
+            **({"protect": list(self.protect)} if self.protect else {}),
             "parents": list(self.parents),
             "effect": self.effect,
             "deltas": {name: delta.to_dict() for name, delta in self.deltas.items()},
@@ -245,6 +247,7 @@ def _manifest(top: Fields, version: int) -> Manifest:
         facts=facts,
         groups=tuple(_group(group, number, len(facts)) for number, group in enumerate(_optional_list(top, "groups"))),
         stack=stack,
+        protect=tuple(_protected(one, number) for number, one in enumerate(_optional_list(top, "protect"))),
         parents=tuple(parents),
         effect=top.optional_object("effect"),
         deltas={name: _delta(fields) for name, fields in top.each("deltas")},
@@ -289,6 +292,17 @@ def _fact(value: Any, number: int) -> Mapping[str, Any]:
 
 def _optional_list(top: Fields, key: str) -> list[Any]:
     return top.array(key) if key in top.value else []
+
+
+def _protected(value: Any, number: int) -> Mapping[str, Any]:
+    one = Fields(value, f"manifest.protect[{number}]")
+    one.text("subject")
+    if "prompt" in value:
+        one.text("prompt")
+    weight = value.get("weight", 1.0)
+    if type(weight) not in (int, float) or not 0 < weight < math.inf:
+        raise one.error("weight", "must be a number above 0")
+    return dict(value)
 
 
 def _stacked(value: Any, number: int) -> Mapping[str, Any]:

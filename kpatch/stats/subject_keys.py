@@ -99,13 +99,14 @@ def _sums(
     with report.task("Keys of other subjects", len(rows), "subject") as advance:
         for begin in range(0, len(rows), _ROWS):
             some = rows[begin : begin + _ROWS]
-            for layer, keys in _keys(model, layers, some).items():
+            for layer, keys in keys_of(model, layers, some).items():
                 sums[layer].add(keys)
             advance(len(some))
     return sums
 
 
-def _keys(model: Model, layers: Sequence[int], rows: Sequence[Encoded]) -> dict[int, Tensor]:
+@torch.no_grad()
+def keys_of(model: Model, layers: Sequence[int], rows: Sequence[Encoded]) -> dict[int, Tensor]:
     """Keys [n, f] by layer at the last token of the subject."""
     ids = [row.ids[: row.subject_last + 1] for row in rows]
     batch = align(ids, [len(row) - 1 for row in ids], model.pad_id, model.device)

@@ -35,6 +35,7 @@ def test_the_schema_is_one() -> None:
         (SCHEMA["$defs"]["relation"], fact.RELATION_KEYS),
         (SCHEMA["$defs"]["fact"], fact.FACT_KEYS),
         (SCHEMA["$defs"]["neighbor"], fact.NEIGHBOR_KEYS),
+        (SCHEMA["$defs"]["protected"], fact.PROTECT_KEYS),
     ],
 )
 def test_schema_and_code_have_the_same_keys(part: dict[str, Any], keys: tuple[str, ...]) -> None:

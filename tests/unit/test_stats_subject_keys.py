@@ -56,8 +56,8 @@ def test_the_moments_are_those_of_the_other_subjects_keys(family: str, few: None
 
 def test_the_sum_over_all_is_kept(few: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, asked = tiny("llama"), []
-    keys = subject_keys._keys
-    monkeypatch.setattr(subject_keys, "_keys", lambda *given: asked.append(len(given[2])) or keys(*given))
+    keys = subject_keys.keys_of
+    monkeypatch.setattr(subject_keys, "keys_of", lambda *given: asked.append(len(given[2])) or keys(*given))
     first = subject_moments(model, [1], [])
     again = subject_moments(model, [1], [Fact("Chicago", "In {} is", fill("{}", "x"))], Recorder())
     assert asked[0] > 1

@@ -42,6 +42,7 @@ def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
         ("method", f"{manifest['method']}, layers {ranges(manifest['layers'])}"),
         ("settings", settings),
         ("learned as", _wordings(manifest["facts"])),
+        ("protects", ", ".join(str(one["subject"]) for one in manifest.get("protect", ()))),
         ("covariance", "" if covariance is None else f"{covariance['corpus']}, {covariance['tokens']:,} tokens"),
         ("holds", ", ".join(f"{part['id'][:12]} × {part['scale']:g}" for part in manifest.get("stack", ()))),
         ("on top of", ", ".join(parent[:12] for parent in manifest["parents"])),
