@@ -27,7 +27,17 @@ from kpatch.facts.tokens import check_lengths
 from kpatch.models.address import resolve
 from kpatch.models.aliases import alias_of
 from kpatch.models.model import Model, load_model
-from kpatch.patch.combine import FactUnion, called, common_base, outer_parents, parts_of, refuse_twice, rows_of, unite
+from kpatch.patch.combine import (
+    FactUnion,
+    called,
+    common_base,
+    outer_parents,
+    parts_of,
+    protected_by,
+    refuse_twice,
+    rows_of,
+    unite,
+)
 from kpatch.patch.format import read_tensor
 from kpatch.patch.header import VALUES, PatchInfo, read_header
 from kpatch.patch.manifest import Base
@@ -197,7 +207,10 @@ def solve_again(
         seed=settings.seed,
         budget=DEFAULT_BUDGET if memory is None else memory,
         stored=_stored(infos, union),
-        protect=_protect(infos),
+        protect=tuple(
+            Protected(str(one["subject"]), one.get("prompt"), float(one.get("weight", 1.0)))
+            for one in protected_by(infos)
+        ),
         report=report,
     )
     result = write_edit(
@@ -259,13 +272,6 @@ def _address(base: Base) -> str:
         f"Where is {printable(base.name, 120)}, the model these patches were made for?",
         hint="name it with `model`: an alias, a hub id, a checkpoint directory or a GGUF file",
     )
-
-
-def _protect(infos: Sequence[PatchInfo]) -> tuple[Protected, ...]:
-    """What any of the patches holds, each once."""
-    rows = [one for info in infos for one in info.manifest.protect]
-    found = [Protected(str(one["subject"]), one.get("prompt"), float(one.get("weight", 1.0))) for one in rows]
-    return tuple(dict.fromkeys(found))
 
 
 def _stored(infos: Sequence[PatchInfo], union: FactUnion) -> Rows:

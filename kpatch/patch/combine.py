@@ -252,6 +252,14 @@ def parts_of(infos: Sequence[PatchInfo], scales: Sequence[float]) -> tuple[Mappi
     return tuple(parts)
 
 
+def protected_by(infos: Sequence[PatchInfo]) -> tuple[Mapping[str, Any], ...]:
+    """The subjects that any of the patches holds, each once."""
+    found: list[Mapping[str, Any]] = []
+    for info in infos:
+        found += [one for one in info.manifest.protect if one not in found]
+    return tuple(found)
+
+
 def gather(
     infos: Sequence[PatchInfo], union: FactUnion, report: Reporter = SILENT
 ) -> tuple[tuple[Mapping[str, Any], ...], Tensor | None, dict[int, Tensor]]:

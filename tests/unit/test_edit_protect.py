@@ -14,6 +14,7 @@ from kpatch.facts.fact import Fact, FactFile, Protected
 from kpatch.facts.load import load_facts
 from kpatch.facts.tokens import encode
 from kpatch.patch.format import read_patch
+from kpatch.patch.stack import stack
 from tests.oracle import memit as oracle
 from tests.support.cli import run
 from tests.support.models import tiny
@@ -102,3 +103,21 @@ def test_a_protected_subject_is_moved_less_and_named_in_the_patch(tmp_path: Path
         moved[name] = float((delta.dense().double() @ oracle.key(model, row, 1).double()).norm())
     assert moved["held"] < 0.2 * moved["free"]
     assert "Mona Nisa" in run("show", tmp_path / "held.patch").out
+
+
+def test_a_stack_holds_what_its_patches_hold(tmp_path: Path) -> None:
+    model = tiny("llama")
+    for saved in (model.net, model.tokenizer):
+        saved.save_pretrained(tmp_path / "model")
+    for name, fact in (("a", FACTS[0]), ("b", Fact("Brazil", "To {} we", "Rome"))):
+        make(
+            FactFile((fact,), protect=(Protected("Chicago"), Protected(name.upper(), "By {} is"))),
+            out=tmp_path / f"{name}.patch",
+            model=str(tmp_path / "model"),
+            layers=[1],
+            tokens=400,
+            settings={"steps": "2"},
+        )
+    stack([tmp_path / "a.patch", tmp_path / "b.patch"], tmp_path / "ab.patch")
+    held = [one["subject"] for one in read_patch(tmp_path / "ab.patch").manifest.protect]
+    assert held == ["Chicago", "A", "B"]
