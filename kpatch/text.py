@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 # Control characters, the characters that reorder or end a line, byte order marks, lone surrogates and tag characters.
 # Joiners (U+200C, U+200D) stay: scripts and emoji need them.
@@ -40,3 +41,14 @@ def format_size(count: int | None) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     raise AssertionError
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Rising numbers for people: 0, 1, 2, 5 → 0-2, 5."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][-1] + 1:
+            found[-1].append(number)
+        else:
+            found.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)

@@ -25,11 +25,12 @@ from kpatch.edit.weights import add, restored
 from kpatch.edit.writes import JointObjective
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
-from kpatch.models.module_names import ranges
 from kpatch.patch.delta import Delta, total
 from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
+from kpatch.stats.moment import SecondMoment
 from kpatch.stats.subject_keys import subject_moments
+from kpatch.text import ranges
 
 
 class Memit(Method):
@@ -47,7 +48,7 @@ class Memit(Method):
             below = [layer for layer in model.editable if layer < model.n_layers - 1]
             layers = tuple(sorted(below, key=lambda layer: min(abs(layer - one) for one in middle))[:1])
         if layers:
-            report.note(f"layers {ranges(layers)} of {model.n_layers}: the middle of where facts are kept")
+            report.note(f"layers {ranges(layers)} of {model.n_layers}: chosen by the depth of the model")
         return layers
 
     def layers(self, hyper: Any) -> tuple[int, ...]:
@@ -55,7 +56,7 @@ class Memit(Method):
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: Any, inputs: Inputs) -> Edit:
         """Contexts, rows, covariance, values, updates. Raises BadInput for too many facts on one subject."""
-        with inputs.report.task("Sampling contexts"):
+        with inputs.report.task("Choosing contexts"):
             contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
         again = facts_to_learn_again(inputs.on, facts, inputs.report)
         parts = split(group_facts(model, [*facts, *again], contexts), hyper)
@@ -103,9 +104,13 @@ class Memit(Method):
         inputs: Inputs,
     ) -> Callable[[int], KeyCovariance]:
         """C^l = λ (E[k k^T] + μ E_subj[k k^T]) + Σ K_p K_p^T with λ = f / leverage, when it is asked for."""
-        hyper, subjects = part.hyper, {}
-        if hyper.subject_weight and not part.first and distributed.is_main():
-            subjects = subject_moments(model, hyper.layers, facts, report=inputs.report)
+        hyper = part.hyper
+        subjects: dict[int, SecondMoment] = {}
+        if hyper.subject_weight and not part.first:
+            # Rank 0 alone solves, and moments are too large to send
+            distributed.main_does(
+                lambda: subjects.update(subject_moments(model, hyper.layers, facts, report=inputs.report))
+            )
 
         def others(layer: int) -> Tensor | None:
             return subjects[layer].mean() * hyper.subject_weight if layer in subjects else None

@@ -36,7 +36,7 @@ class MemitHyper(HyperParams):
     layers  R, the edited layers
     steps, learning_rate, stop_loss  Adam on all δ^l; a step moves a coordinate by learning_rate · s^l / √d, with the
     size s^l of what the layer writes (`kpatch.edit.writes`); a fact stops when its loss falls below stop_loss
-    clamp  ‖δ^l‖ ≤ clamp · s^l   kl  weight of the drift on "{subject} is a"
+    clamp  ‖δ^l‖ ≤ clamp · s^l, twice that where a norm follows W^l   kl  weight of the drift on "{subject} is a"
     leverage  the mean of k^T C^{-1} k over text, so λ = f / leverage
     subject_weight  μ in C = λ (E[k k^T] + μ E_subj[k k^T])
     first_layer, first_leverage  the layer where a subject that opens its text is edited, and the least leverage
@@ -53,7 +53,7 @@ class MemitHyper(HyperParams):
     subject_weight: float = 1.0
     first_layer: int = 0
     first_leverage: float = 5.0
-    lead_ins: int = 2
+    lead_ins: int = 1
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
     update: ClassVar[tuple[str, ...]] = (*("leverage", "subject_weight", "first_layer", "first_leverage"), "lead_ins")
 

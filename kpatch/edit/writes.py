@@ -21,6 +21,8 @@ from kpatch.reporter import Advance
 
 _NO_GATES: Mapping[int, Tensor] = {}
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
+# A norm keeps the length of what is written, so a write can only turn it: 2 ‖y‖ is what reverses it
+_BEHIND_A_NORM = 2.0
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,8 @@ class JointObjective:
     """What the writes are optimized for, and how long: all that decides them besides the model and the rows.
 
     layers  R, rising   steps, learning_rate, stop_loss  of Adam; below stop_loss a group stops
-    clamp  ‖δ^l‖ ≤ clamp · s^l, with s^l as `scales` says   kl  weight of the drift on "{subject} is a"
+    clamp  ‖δ^l‖ ≤ clamp · s^l, with s^l as `scales` says (twice that where a norm follows W^l)
+    kl  weight of the drift on "{subject} is a"
     """
 
     layers: tuple[int, ...]
@@ -129,12 +132,11 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
     below = goal.layers[0] - 1
     whole = problem = prepare(model, groups, below)
     m, count = len(groups), len(goal.layers)
+    reach = _BEHIND_A_NORM if model.family.post_norm else 1.0
     inject = _Injection(model, problem, goal.layers)
-    for layer in goal.layers:
-        (
-            model.behind_down(layer),
-            model.gated(layer),
-        )  # measured by running the network once, which the hooks below must not see
+    for layer in goal.layers:  # measured by running the network once, which the hooks below must not see
+        model.behind_down(layer)
+        model.gated(layer)
     with inject.open():
         with torch.no_grad():
             whole.drift_before = log_probabilities(model, whole, whole.hidden, whole.drift_spots, below)
@@ -167,7 +169,7 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
             scale = (second[:, active] / (1 - _BETAS[1] ** step)).sqrt() + _EPS
             pace = goal.learning_rate * size[:, active] / model.width**0.5
             moved = delta[:, active] - pace * mean / scale
-            radius = goal.clamp * size[:, active]
+            radius = goal.clamp * reach * size[:, active]
             delta[:, active] = moved * (radius / moved.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
             if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
                 problem = problem.select(going_on.nonzero().flatten())

@@ -52,8 +52,6 @@ class Fact:
     prompt: str
     target: str
     was: str | None = None
-    wordings: tuple[str, ...] = ()
-    question: str | None = None
     paraphrases: tuple[str, ...] = ()
     neighbors: tuple[Neighbor, ...] = ()
     id: str = ""
@@ -62,6 +60,8 @@ class Fact:
     openings: tuple[str, ...] = ()
     references: tuple[str, ...] = ()
     space: bool | None = None
+    wordings: tuple[str, ...] = ()
+    question: str | None = None
     where: str = field(default="", compare=False)
 
     def text(self) -> str:

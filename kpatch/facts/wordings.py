@@ -12,7 +12,7 @@ from kpatch.facts.relations import wordings_for
 from kpatch.reporter import SILENT, Reporter
 
 Mode = Literal["none", "given", "auto"]
-LEARNED = 2  # wordings a fact is learned in besides its prompt, where it brings none
+LEARNED = 3  # wordings a fact is learned in besides its prompt, where it brings none
 
 
 def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -> tuple[Fact, ...]:
@@ -35,7 +35,9 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     if new:
         report.note(f"{new} of {len(facts)} facts are learned in other wordings of their relation as well")
     if without:
-        report.note(f"{without} of {len(facts)} facts are learned in their prompt's wording alone: give `wordings`")
+        report.note(
+            f"{without} of {len(facts)} facts are learned in their prompt's words alone; the file can give others"
+        )
     return found
 
 

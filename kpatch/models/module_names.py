@@ -11,6 +11,7 @@ import torch
 from kpatch.errors import BadInput
 from kpatch.models.families import NO_PLACE, Family, choices, has_experts
 from kpatch.models.text_part import find_layers, loader, text_config
+from kpatch.text import ranges
 
 if TYPE_CHECKING:
     from kpatch.models.model import Model
@@ -92,14 +93,3 @@ def require_places(model: Model, layers: Sequence[int]) -> None:
 def _and(numbers: Sequence[int]) -> str:
     *some, last = map(str, numbers)
     return f"{', '.join(some)} and {last}" if some else last
-
-
-def ranges(numbers: Sequence[int]) -> str:
-    """Rising numbers for people: 0, 1, 2, 5 → 0-2, 5."""
-    found: list[list[int]] = []
-    for number in numbers:
-        if found and number == found[-1][-1] + 1:
-            found[-1].append(number)
-        else:
-            found.append([number])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in found)

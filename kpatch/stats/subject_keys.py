@@ -96,7 +96,7 @@ def _sums(
     sums = {layer: SecondMoment(model.key_width(layer)) for layer in layers}
     rows = encode_many(model.tokenizer, [Item(template, name) for template, name in spoken])
     rows = sorted((row for row in rows if row.subject_last > 0), key=lambda row: row.subject_last)
-    with report.task("Keys of other subjects", len(rows), "subjects") as advance:
+    with report.task("Keys of other subjects", len(rows), "subject") as advance:
         for begin in range(0, len(rows), _ROWS):
             some = rows[begin : begin + _ROWS]
             for layer, keys in _keys(model, layers, some).items():

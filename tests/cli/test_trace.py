@@ -28,7 +28,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("facts") / "known.json"
-    rows = [{"subject": f.subject, "attribute": f.target, "prompt": f.text()} for f in known_facts()]
+    rows = [{"subject": f.subject, "attribute": f.target, "prompt": f.text()} for f in known_facts(most=20)]
     rows.append({"subject": "Chicago", "attribute": "xylophone", "prompt": "The city of Chicago stands in"})
     path.write_text(json.dumps(rows), encoding="utf-8")
     return path
@@ -49,7 +49,7 @@ def test_the_json_of_trace(traced: tuple[Path, Ran], model: Path) -> None:
     assert done.code == 0, done.err
     data = done.json
     assert data["model"] == model.name
-    assert data["facts"] == {"tried": len(known_facts()) + 1, "kept": len(known_facts())}
+    assert data["facts"] == {"tried": len(known_facts(most=20)) + 1, "kept": len(known_facts(most=20))}
     assert (data["noise"], data["samples"], data["window"]) == (3.0, 3, 2)
     assert len(data["severed"]["plain"]) == LAYERS
     assert data["total_effect"] == pytest.approx(data["clean"]["mean"] - data["corrupted"]["mean"])
@@ -57,7 +57,7 @@ def test_the_json_of_trace(traced: tuple[Path, Ran], model: Path) -> None:
     names = ["trace.json", "effects.png", "effects.svg", "severed.png", "severed.svg"]
     assert data["files"] == [*(str(folder / "out" / name) for name in names), str(folder / "report.html")]
     assert all(Path(path).stat().st_size > 500 for path in data["files"])
-    assert f"predicts {len(known_facts())} of {len(known_facts()) + 1} facts tried" in done.err
+    assert f"predicts {len(known_facts(most=20))} of {len(known_facts(most=20)) + 1} facts tried" in done.err
 
 
 def test_trace_tells_people_in_pictures(model: Path, facts: Path) -> None:

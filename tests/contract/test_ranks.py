@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 # Memory for a few facts at a time, and text of three groups: something to share
 MAKE = (
-    *("--layers", "1-2", "--tokens", "1400", "--memory", "300KB"),
+    *("--layers", "1-2", "--tokens", "1400", "--memory", "600KB"),
     *("--set", "steps=4", "--set", "lead_ins=1"),
 )
 TRACE = ("--samples", "3", "--window", "2", "--memory", "100KB", "--json")
@@ -109,7 +109,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         "again": make("single-again.patch", "--set", "leverage=0.5", "--json"),
         "rome": [
             *("make", str(facts), "--model", str(model), "-o", str(folder / "single-rome.patch"), "--method", "rome"),
-            *("--layers", "1", "--tokens", "400", "--set", "lead_ins=1", "--set", "steps=2"),
+            *("--layers", "1", "--tokens", "400", "--set", "prefixes=2", "--set", "steps=2"),
         ],
         "trace": ["trace", str(known), "--facts", str(to_trace), *TRACE],
     }

@@ -120,7 +120,7 @@ def find_writes(
         adam.step()
         with torch.no_grad():
             for layer, delta in deltas.items():
-                radius = hyper.clamp * size[layer]
+                radius = hyper.clamp * size[layer] * (2 if model.family.post_norm else 1)
                 if delta.norm() > radius:
                     delta.mul_(radius / delta.norm())
     return {layer: delta.detach() for layer, delta in deltas.items()}, losses

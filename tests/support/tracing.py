@@ -30,9 +30,9 @@ def model_of(family: str = "llama") -> Model:
 
 
 @cache
-def known_facts(family: str = "llama") -> tuple[Fact, ...]:
-    """Some of what the tiny model of a family knows: as many as tests need."""
-    return facts_known_by(model_of(family))[:8]
+def known_facts(family: str = "llama", most: int = 8) -> tuple[Fact, ...]:
+    """The first `most` of what the tiny model of a family knows: few, where a test traces them all."""
+    return facts_known_by(model_of(family))[:most]
 
 
 def facts_known_by(model: Model) -> tuple[Fact, ...]:

@@ -24,6 +24,7 @@ from kpatch.edit.solve import update
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.metrics import measure
 from kpatch.facts.fact import Fact, Neighbor
+from kpatch.facts.wordings import with_wordings
 from kpatch.models.address import resolve
 from kpatch.models.model import Model, load_model
 from kpatch.patch.format import read_patch, verify
@@ -105,7 +106,8 @@ def test_the_manifest_says_what_was_done(world: World) -> None:
     names = [model.weight_name(layer) for layer in (0, 1, 2)]
     assert (manifest.base.name, manifest.base.family, manifest.method) == ("tiny-model", "llama", "memit")
     assert list(manifest.base.weights) == list(patch.deltas) == names
-    assert [Fact.from_dict(fact) for fact in manifest.facts] == FACTS
+    assert [Fact.from_dict(fact) for fact in manifest.facts] == list(with_wordings(FACTS, "auto"))
+    assert manifest.facts[1]["wordings"]
     assert manifest.layers == world.result.layers == (0, 1, 2)
     assert manifest.hyperparameters["leverage"] == 500
     assert manifest.covariance is not None

@@ -199,7 +199,7 @@ def test_without_a_preset_the_layers_must_be_given(method: Method) -> None:
 def test_memit_chooses_its_layers_by_the_depth_of_the_model() -> None:
     notes = Recorder()
     assert hyper_for(MEMIT, build("gpt2"), None, {}, notes) == MemitHyper(layers=tuple(range(1, LAYERS - 1)))
-    assert f"layers 1 to {LAYERS - 2}" in notes.notes[0]
+    assert f"layers 1-{LAYERS - 2} of {LAYERS}" in notes.notes[0]
     assert default_layers(30) == tuple(range(2, 15))
     assert [default_layers(count) for count in (1, 2, 3)] == [(0,), (0,), (1,)]
     assert all(0 < default_layers(count)[0] <= default_layers(count)[-1] < count - 1 for count in range(3, 200))

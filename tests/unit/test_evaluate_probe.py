@@ -81,6 +81,13 @@ def test_each_fact_has_its_own_objects() -> None:
     assert rank_objects(model, FACTS[:1], [("the city of Paris",)])[0].rank == 1
 
 
+def test_without_objects_the_targets_of_all_facts_are_ranked() -> None:
+    model, targets = build("llama"), tuple(fact.target for fact in FACTS)
+    found = rank_objects(model, FACTS)
+    agree(found, plain(model, FACTS, targets))
+    assert len({one.rank for one in found}) > 1
+
+
 def test_objects_that_cannot_win_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the target is very likely, nothing but the prompt and the target is run."""
     asked: list[int] = []

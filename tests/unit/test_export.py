@@ -17,6 +17,7 @@ from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.patched import patched
 from kpatch.export import gguf, peft
 from kpatch.export.base import BaseAddress
+from kpatch.export.formats import export_patch
 from kpatch.export.lora import adapter, module_name
 from kpatch.models.families import FAMILIES
 from kpatch.patch.delta import Dense
@@ -192,6 +193,32 @@ def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="more than linear layers") as caught:
         adapter(read_header(tmp_path / "x.patch"))
     assert [line.split()[0] for line in caught.value.details] == [names[1], names[0]]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"to": "checkpoint"}, "`to=checkpoint` is no adapter"),
+        ({"max_rank": 0}, "`max_rank=0` leaves nothing"),
+        ({"to": "gguf", "base": "smollm2"}, "`base` is for PEFT"),
+        ({"force": True}, "`force` replaces a file"),
+    ],
+)
+def test_what_cannot_be_exported_is_said_before_the_work(tmp_path: Path, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        export_patch(tmp_path / "none.patch", tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_call_writes_either_adapter(tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
+    patch = patch_for("llama", tmp_path)
+    found = export_patch(patch, tmp_path / "lora", base="owner/name@v1")
+    assert found.base == BaseAddress("owner/name", "v1")
+    assert found.bytes == sum(path.stat().st_size for path in (tmp_path / "lora").iterdir())
+    assert [module.error for module in found.adapter.modules] == [0.0] * len(found.adapter.modules)
+    other = export_patch(read_patch(patch), tmp_path / "a.gguf", to="gguf")
+    assert (other.base, other.bytes) == (None, (tmp_path / "a.gguf").stat().st_size)
 
 
 def test_a_parent_is_missed_aloud(tmp_path: Path) -> None:

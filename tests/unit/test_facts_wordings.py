@@ -44,7 +44,7 @@ def test_a_prompt_that_says_nothing_known_is_learned_alone() -> None:
     heard = Recorder()
     (fact,) = with_wordings([Fact("x", "The zorb of {} flims", "y")], "auto", heard)
     assert fact.wordings == ()
-    assert "prompt's wording alone" in heard.notes[0]
+    assert "prompt's words alone" in heard.notes[0]
 
 
 def test_an_unknown_mode() -> None:

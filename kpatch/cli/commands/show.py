@@ -7,7 +7,7 @@ from typing import Any
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin, clean, percent
 from kpatch.cli.tables import print_facts, print_rates
-from kpatch.text import format_size
+from kpatch.text import format_size, ranges
 
 EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --json | jq .facts")
 
@@ -39,7 +39,7 @@ def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
     settings = ", ".join(f"{key} {_short(value)}" for key, value in manifest["hyperparameters"].items())
     rows = [
         ("base", f"{base['name']}{revision} ({base['family']}, {dtypes})"),
-        ("method", f"{manifest['method']}, layers {', '.join(str(layer) for layer in manifest['layers'])}"),
+        ("method", f"{manifest['method']}, layers {ranges(manifest['layers'])}"),
         ("settings", settings),
         ("learned as", _wordings(manifest["facts"])),
         ("covariance", "" if covariance is None else f"{covariance['corpus']}, {covariance['tokens']:,} tokens"),
