@@ -329,7 +329,7 @@ def test_captured_inputs_close_behind_themselves() -> None:
 # Edits and gradients
 
 # Sums in another order, through several layers and back: what float32 leaves of them, where it is more than elsewhere
-GRADIENT = {"nemotron": 1e-4, "olmo2": 5e-5}
+GRADIENT = {"nemotron": 1e-4, "olmo2": 5e-5, "deepseek_v3": 5e-5, "qwen3_5_moe_text": 1e-4}
 
 
 @torch.no_grad()
