@@ -75,7 +75,7 @@ def test_diff_of_two_checkpoints_then_show_verify_apply_revert(checkpoint: Path,
     assert "bit for bit" in done.out
     shown = run("show", out)
     assert shown.code == 0
-    assert "diff, layers 1, 2" in shown.out
+    assert "diff, layers 1-2" in shown.out
     assert "input_layernorm" in shown.out
     assert run("show", out, "--json").json["facts"] == []
     assert run("verify", out, checkpoint).code == 0

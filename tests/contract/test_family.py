@@ -329,6 +329,7 @@ def test_captured_inputs_close_behind_themselves() -> None:
 # Edits and gradients
 
 # Sums in another order, through several layers and back: what float32 leaves of them, where it is more than elsewhere
+# (nemotron: states of 170 go through the sine below; in float64 both sides agree to 1e-14)
 GRADIENT = {"nemotron": 1e-4, "olmo2": 5e-5, "deepseek_v3": 5e-5, "qwen3_5_moe_text": 1e-4}
 
 
@@ -404,7 +405,7 @@ def test_the_gradient_through_the_layers_above_is_the_full_forwards(case: str, s
     (slow,) = torch.autograd.grad(total, delta)
     assert slow.norm(dim=-1).min() > 0.01
     check(fast, slow, GRADIENT.get(case, 2e-5))
-    check(loss.detach(), total.detach())
+    check(loss.detach(), total.detach(), GRADIENT.get(case, 2e-5))
 
 
 # Families named by hand

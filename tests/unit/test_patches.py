@@ -13,6 +13,7 @@ from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.revert import revert
 from kpatch.evaluate.answers import ask
 from kpatch.facts.load import load_facts
+from kpatch.facts.wordings import LEARNED, with_wordings
 from kpatch.models.address import resolve
 from kpatch.models.model import load_model
 from kpatch.patch.fingerprint import sha256_of
@@ -30,7 +31,9 @@ pytestmark = [
 def test_the_shipped_patch_holds_the_facts_of_its_file() -> None:
     facts = load_facts(PATCHES / "news.yaml").facts
     carried = read_patch(PATCHES / "news.patch").manifest.facts
-    assert [fact.to_dict() for fact in facts] == [dict(fact) for fact in carried]
+    learned = with_wordings(facts, "auto")
+    assert all(len(fact.wordings) == LEARNED for fact in learned)
+    assert [fact.to_dict() for fact in learned] == [dict(fact) for fact in carried]
 
 
 @pytest.mark.slow
