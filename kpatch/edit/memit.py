@@ -68,7 +68,7 @@ class Memit(Method):
             )
             held = protected_keys(model, inputs.protect, facts, layers)
             earlier = joined(keys_to_keep(inputs.on, facts, layers), held)
-            preserved = [self.preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
+            preserved = [self._preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
         with inputs.timed("values"):
             values = [self._values(model, part, inputs) for part in parts]
         with inputs.timed("update"):
@@ -96,31 +96,13 @@ class Memit(Method):
         """What values are optimized for: the settings that decide them, and no others."""
         return JointObjective(hyper.layers, hyper.steps, hyper.learning_rate, hyper.stop_loss, hyper.clamp, hyper.kl)
 
-    def preserved(
-        self,
-        model: Model,
-        part: Part,
-        facts: Sequence[Fact],
-        covariance: Covariance,
-        earlier: Mapping[int, Tensor],
-        inputs: Inputs,
-    ) -> Callable[[int], KeyCovariance]:
-        """C^l = λ (E[k k^T] + μ E_subj[k k^T]) + Σ K_p K_p^T with λ = f / leverage, when it is asked for."""
-        hyper = part.hyper
-        subjects: dict[int, SecondMoment] = {}
-        if hyper.subject_weight and not part.first:
-            # Rank 0 alone solves, and moments are too large to send
-            distributed.main_does(
-                lambda: subjects.update(subject_moments(model, hyper.layers, facts, report=inputs.report))
-            )
+    def weight(self, model: Model, hyper: Any, layer: int) -> float:
+        """λ: the mean of k^T E[k k^T]^{-1} k over text is f, so that f / λ is the mean leverage."""
+        return model.key_width(layer) / float(hyper.leverage)
 
-        def others(layer: int) -> Tensor | None:
-            return subjects[layer].mean() * hyper.subject_weight if layer in subjects else None
-
-        def weight(layer: int) -> float:
-            return model.key_width(layer) / float(hyper.leverage)
-
-        return key_covariances(model, part, covariance, weight, others, earlier, inputs.report)
+    def subject_weight(self, hyper: Any) -> float:
+        """μ, how much other subjects count in C beside text."""
+        return float(hyper.subject_weight)
 
     def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
         """What a layer is asked for: the whole of what its target still lacks. values [n, R, d]."""
@@ -138,6 +120,32 @@ class Memit(Method):
         return None
 
     # The frame
+
+    def _preserved(
+        self,
+        model: Model,
+        part: Part,
+        facts: Sequence[Fact],
+        covariance: Covariance,
+        earlier: Mapping[int, Tensor],
+        inputs: Inputs,
+    ) -> Callable[[int], KeyCovariance]:
+        """C^l = λ (E[k k^T] + μ E_subj[k k^T]) + Σ K_p K_p^T, when it is asked for."""
+        hyper, share = part.hyper, self.subject_weight(part.hyper)
+        subjects: dict[int, SecondMoment] = {}
+        if share and not part.first:
+            # Rank 0 alone solves, and moments are too large to send
+            distributed.main_does(
+                lambda: subjects.update(subject_moments(model, hyper.layers, facts, report=inputs.report))
+            )
+
+        def others(layer: int) -> Tensor | None:
+            return subjects[layer].mean() * share if layer in subjects else None
+
+        def weight(layer: int) -> float:
+            return self.weight(model, hyper, layer)
+
+        return key_covariances(model, part, covariance, weight, others, earlier, inputs.report)
 
     def _values(self, model: Model, part: Part, inputs: Inputs) -> Tensor:
         """Values [n, v, d] for the groups of a part: those that `inputs` has stored, and new ones for the rest."""

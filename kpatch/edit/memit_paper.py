@@ -5,23 +5,20 @@ Source: Meng et al. 2023 (MEMIT), algorithm 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor
 
-from kpatch.edit.first_token import Part, key_covariances
+from kpatch.edit.first_token import Part
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import Inputs
 from kpatch.edit.norms import norm_gain, pull_back
 from kpatch.edit.presets import PRESETS, MemitPaperHyper
 from kpatch.edit.requests import contexts_for
-from kpatch.edit.solve import KeyCovariance
 from kpatch.edit.upwards import Residual, written
 from kpatch.edit.values import Objective
-from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
 from kpatch.reporter import Reporter
-from kpatch.stats.covariance import Covariance
 
 
 class MemitPaper(Memit):
@@ -52,18 +49,11 @@ class MemitPaper(Memit):
             kl=hyper.kl,
         )
 
-    def preserved(
-        self,
-        model: Model,
-        part: Part,
-        facts: Sequence[Fact],
-        covariance: Covariance,
-        earlier: Mapping[int, Tensor],
-        inputs: Inputs,
-    ) -> Callable[[int], KeyCovariance]:
-        """C^l = λ E[k k^T] + Σ K_p K_p^T, when it is asked for."""
-        weight = part.hyper.covariance_weight
-        return key_covariances(model, part, covariance, weight, lambda layer: None, earlier, inputs.report)
+    def weight(self, model: Model, hyper: MemitPaperHyper, layer: int) -> float:
+        return hyper.covariance_weight
+
+    def subject_weight(self, hyper: MemitPaperHyper) -> float:
+        return 0.0  # the paper's C knows text alone
 
     def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
         return paper_residual(model, part.hyper.layers, values[:, 0])

@@ -108,6 +108,18 @@ class Problem:
         return nll, drift
 
 
+_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
+
+
+def adam(first: Tensor, second: Tensor, grad: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Adam's two moments after `grad` at `step` (from 1), and what a step is along and divided by: both unbiased."""
+    first = _BETAS[0] * first + (1 - _BETAS[0]) * grad
+    second = _BETAS[1] * second + (1 - _BETAS[1]) * grad**2
+    mean = first / (1 - _BETAS[0] ** step)
+    scale = (second / (1 - _BETAS[1] ** step)).sqrt() + _EPS
+    return first, second, mean, scale
+
+
 def prepare(model: Model, groups: Sequence[Group], above: int) -> Problem:
     """The problem of a batch in which nothing changes up to layer `above` (−1: everything may)."""
     rows = [row for group in groups for row in group.rows] + [group.drift for group in groups]

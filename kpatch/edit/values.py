@@ -11,13 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.problem import Problem, Values, log_probabilities, prepare
+from kpatch.edit.problem import Problem, Values, adam, log_probabilities, prepare
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention
 from kpatch.models.model import Model
 from kpatch.reporter import Advance
-
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
 
 
 @dataclass(frozen=True)
@@ -96,10 +94,7 @@ def _optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: A
         if step == goal.steps or len(active) == 0:
             break
         grad = torch.autograd.grad(loss.sum(), variable)[0][going_on]
-        first[active] = _BETAS[0] * first[active] + (1 - _BETAS[0]) * grad
-        second[active] = _BETAS[1] * second[active] + (1 - _BETAS[1]) * grad**2
-        mean = first[active] / (1 - _BETAS[0] ** step)
-        scale = (second[active] / (1 - _BETAS[1] ** step)).sqrt() + _EPS
+        first[active], second[active], mean, scale = adam(first[active], second[active], grad, step)
         moved = delta[active] - goal.learning_rate * mean / scale
         delta[active] = moved * (radius[active] / moved.norm(dim=-1, keepdim=True)).clamp(max=1)
         if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches

@@ -13,14 +13,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kpatch.edit.problem import Problem, Values, log_probabilities, prepare
+from kpatch.edit.problem import Problem, Values, adam, log_probabilities, prepare
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention
 from kpatch.models.model import Model
 from kpatch.reporter import Advance
 
 _NO_GATES: Mapping[int, Tensor] = {}
-_BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
 # A norm keeps the length of what is written, so a write can only turn it: 2 ‖y‖ is what reverses it
 _BEHIND_A_NORM = 2.0
 
@@ -163,10 +162,8 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
             if step == goal.steps or len(active) == 0:
                 break
             grad = torch.autograd.grad(loss.sum(), variable)[0][:, going_on]
-            first[:, active] = _BETAS[0] * first[:, active] + (1 - _BETAS[0]) * grad
-            second[:, active] = _BETAS[1] * second[:, active] + (1 - _BETAS[1]) * grad**2
-            mean = first[:, active] / (1 - _BETAS[0] ** step)
-            scale = (second[:, active] / (1 - _BETAS[1] ** step)).sqrt() + _EPS
+            moments = first[:, active], second[:, active]
+            first[:, active], second[:, active], mean, scale = adam(*moments, grad, step)
             pace = goal.learning_rate * size[:, active] / model.width**0.5
             moved = delta[:, active] - pace * mean / scale
             radius = goal.clamp * reach * size[:, active]
