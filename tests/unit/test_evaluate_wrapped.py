@@ -1,0 +1,92 @@
+"""Patches tried in memory on networks that PEFT or torch.compile have wrapped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kpatch.errors import Refused
+from kpatch.evaluate.patched import patched
+from kpatch.patch.delta import LowRank
+from tests.support.checkpoints import random
+from tests.support.models import tiny
+from tests.unit.test_evaluate_patched import assert_untouched, deltas, everything
+
+
+class Lora(nn.Module):
+    """A linear layer with adapters around it, of the shape that PEFT gives one."""
+
+    def __init__(self, base: nn.Module, change: LowRank) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"news": nn.Linear(change.right.shape[1], change.rank, bias=False)})
+        self.lora_B = nn.ModuleDict({"news": nn.Linear(change.rank, change.left.shape[0], bias=False)})
+        self.lora_A["news"].weight.data, self.lora_B["news"].weight.data = change.right, change.left / 2
+        self.scaling = {"news": 2.0}
+        self.active_adapters = ["news"]
+        self.disable_adapters = False
+
+    @property
+    def weight(self) -> nn.Parameter:
+        weight: nn.Parameter = self.base_layer.weight
+        return weight
+
+    def get_delta_weight(self, name: str) -> Tensor:
+        delta: Tensor = self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
+        return delta
+
+
+class Peft(nn.Module):
+    """A network inside two layers of wrapper, as PEFT's are."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.peft_config = {"news": None}
+        self.base_model = nn.Module()
+        self.base_model.model = net
+
+    def get_base_model(self) -> nn.Module:
+        return self.base_model.model
+
+
+def test_a_network_that_peft_wrapped() -> None:
+    model = tiny("llama")
+    name, change = model.weight_name(0), deltas(model, count=1)
+    before = model.weight(0).clone()
+    model.layers[0].mlp.down_proj = Lora(model.down(0), LowRank(random(32, 2, seed=70), random(2, 64, seed=71)))
+    wrapped = Peft(model.net)
+    with patched(wrapped, change) as inside:
+        assert inside is wrapped
+        weight = model.layers[0].mlp.down_proj.base_layer.weight
+        assert torch.equal(weight, (before.double() + change[name].dense()).float())
+        with patched(model.net, deltas(model, seed=9, count=1)):  # one state, wrapped or not
+            pass
+    assert torch.equal(weight, before)
+
+
+def test_an_active_adapter_of_the_same_patch_is_refused() -> None:
+    model = tiny("llama")
+    change = {model.weight_name(0): LowRank(random(32, 2, seed=1), random(2, 64, seed=2))}
+    rounded = LowRank(
+        *(part.bfloat16().float() for part in (change[model.weight_name(0)].left, random(2, 64, seed=2)))
+    )
+    layer = model.layers[0].mlp.down_proj = Lora(model.down(0), rounded)
+    with pytest.raises(Refused, match="active adapter 'news'"), patched(Peft(model.net), change):
+        pass
+    layer.disable_adapters = True
+    with patched(Peft(model.net), change):
+        pass
+    layer.disable_adapters = False
+    with patched(Peft(model.net), {model.weight_name(0): change[model.weight_name(0)].scaled(-1.0)}):
+        pass  # the opposite of the adapter is not the adapter
+
+
+def test_a_compiled_network_is_unwrapped() -> None:
+    model = tiny("llama")
+    before = everything(model)
+    compiled = torch.compile(model.net, backend="eager")
+    with patched(compiled, deltas(model)) as inside:
+        assert inside is compiled
+        assert not torch.equal(model.weight(0), before[model.weight_name(0)][1])
+    assert_untouched(model, before)
