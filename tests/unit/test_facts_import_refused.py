@@ -1,0 +1,119 @@
+"""Records and files that cannot be imported whole: every one is named, and nothing is lost in silence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kpatch.errors import BadInput, Refused
+from kpatch.facts.importers.read import import_facts
+from kpatch.facts.load import load_facts
+from kpatch.facts.write import write_facts
+from tests.unit.test_facts_import import COUNTERFACT, EASYEDIT, ZSRE, imported
+
+# What breaks a rule
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"subject": "Bern"}, "does not contain the subject 'Bern'"),
+        ({"target_new": ""}, "'target' is missing"),
+        ({"prompt": None}, "'prompt' is missing"),
+        ({"prompt": ["Basel"]}, "expected text for the prompt, found list"),
+        ({"prompt": "{} lies on {}"}, "the prompt has 2 {}"),
+        ({"target_new": "El\x00be"}, "control character U+0000"),
+        ({"locality_prompt": "{} lies on"}, "write it out instead of {}"),
+        ({"locality_prompt": ["a", "b"], "locality_ground_truth": ["c"]}, "2 neighborhood prompts have 1 answers"),
+    ],
+)
+def test_a_record_that_breaks_a_rule_is_listed(tmp_path: Path, change: dict[str, Any], said: str) -> None:
+    found = imported(tmp_path, EASYEDIT, {**EASYEDIT, "case_id": 9, **change}, format="easyedit")
+    assert (found.records, len(found.facts)) == (2, 1)
+    (line,) = found.rejected
+    assert line.startswith("record 2 (case_id 9): ")
+    assert said in line
+
+
+def test_a_record_of_another_form_is_listed(tmp_path: Path) -> None:
+    found = imported(tmp_path, COUNTERFACT, EASYEDIT, "text", {**COUNTERFACT, "requested_rewrite": 5})
+    assert len(found.facts) == 1
+    assert [line.partition(":")[0] for line in found.rejected] == [
+        "record 2 (case_id 7)",
+        "record 3",
+        "record 4 (case_id 7)",
+    ]
+
+
+def test_every_record_is_accounted_for(tmp_path: Path) -> None:
+    again = {**EASYEDIT, "case_id": 8}
+    other = {**EASYEDIT, "case_id": 9, "target_new": "Oder"}
+    broken = {**EASYEDIT, "case_id": 10, "subject": "Bern"}
+    found = imported(tmp_path, EASYEDIT, again, other, broken)
+    assert [fact.target for fact in found.facts] == ["Elbe", "Oder"]
+    assert [len(found.rejected), len(found.repeats), len(found.conflicts)] == [1, 1, 1]
+    assert "record 2 (case_id 8): repeats the fact at record 1 (case_id 7)" in found.repeats[0]
+    assert "record 3 (case_id 9): 'Basel' -> 'Oder' contradicts 'Elbe'" in found.conflicts[0]
+    fewer = imported(tmp_path, EASYEDIT, again, other, broken, drop_conflicts=True)
+    assert [fact.target for fact in fewer.facts] == ["Elbe"]
+    assert fewer.conflicts == found.conflicts
+
+
+def test_facts_that_contradict_are_loaded_only_when_asked(tmp_path: Path) -> None:
+    facts = imported(tmp_path, EASYEDIT, {**EASYEDIT, "target_new": "Oder"}).facts
+    path = tmp_path / "facts.yaml"
+    write_facts(path, facts)
+    with pytest.raises(Refused, match="contradict"):
+        load_facts(path)
+    file = load_facts(path, conflicts=True)
+    assert [fact.target for fact in file.facts] == ["Elbe", "Oder"]
+    assert "'Basel' -> 'Oder'" in file.warnings[0]
+
+
+def test_ids_are_unique_where_the_set_repeats_them(tmp_path: Path) -> None:
+    other = {**EASYEDIT, "subject": "Bern", "prompt": "Bern lies on the river"}
+    facts = imported(tmp_path, EASYEDIT, other).facts
+    assert [fact.id for fact in facts] == ["7", "bern"]
+
+
+def test_limit(tmp_path: Path) -> None:
+    other = {**EASYEDIT, "subject": "Bern", "prompt": "Bern lies on the river"}
+    found = imported(tmp_path, EASYEDIT, other, limit=1)
+    assert (found.records, len(found.facts)) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "said"),
+    [
+        ("[", {}, "not valid JSON"),
+        ("[]", {}, "no records"),
+        ("3", {}, "no records"),
+        ("[" * 100_000, {}, "nested too deeply"),
+        ('[{"a": 1}]', {}, "no form that is known"),
+        (json.dumps([EASYEDIT]), {"format": "conterfact"}, "'conterfact' is not known"),
+        (json.dumps([EASYEDIT]), {"format": "zsre"}, "No record of data.json is a fact"),
+        (json.dumps([EASYEDIT]), {"target": "alt"}, "`target` is for zsRE"),
+        (json.dumps([ZSRE]), {"target": "both"}, "'both' is not known"),
+    ],
+)
+def test_what_cannot_be_imported(tmp_path: Path, text: str, options: dict[str, Any], said: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match=said):
+        import_facts(path, **options)
+
+
+@pytest.mark.parametrize("text", [json.dumps({"data": [EASYEDIT]}), json.dumps(EASYEDIT)])
+def test_records_in_an_object(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(text, encoding="utf-8")
+    assert len(import_facts(path).facts) == 1
+
+
+def test_records_in_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text(f"{json.dumps(EASYEDIT)}\n\n{json.dumps(EASYEDIT)}\n", encoding="utf-8")
+    assert (import_facts(path).records, len(import_facts(path).facts)) == (2, 1)
