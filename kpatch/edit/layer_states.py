@@ -1,4 +1,4 @@
-"""LayerStates below L at the subject's last token, carried from layer to layer while the weights change.
+"""Keys and states of groups below L at the subject's last token, carried from layer to layer while the weights change.
 
 Each batch keeps what enters the current layer, so that nothing runs from the bottom again.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.edit.requests import Group
+from kpatch.edit.requests import Group, in_batches
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls, align, record
 
@@ -50,17 +50,10 @@ class LayerStates:
 
     def __init__(self, model: Model, groups: Sequence[Group], budget: int) -> None:
         self.model, self.groups = model, groups
-        self.batches: list[list[int]] = []
-        order = sorted(range(len(groups)), key=lambda i: (max(r.subject_last for r in groups[i].rows), i))
-        used = 0
-        for index in order:
-            width = max(row.subject_last for row in groups[index].rows) + 1
-            need = len(groups[index].rows) * width * (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize
-            if not self.batches or used + need > budget:
-                self.batches.append([])
-                used = 0
-            self.batches[-1].append(index)
-            used += need
+        column = (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize  # bytes
+        self.batches = in_batches(
+            groups, lambda group: group.prefix, lambda group: len(group.rows) * (group.prefix + 1) * column, budget
+        )
         self.running = {n: self._run(batch) for n, batch in enumerate(self.batches) if distributed.mine(n)}
 
     def _run(self, members: list[int]) -> _Batch:

@@ -8,7 +8,7 @@ Source: MEMIT-Merge (2502.07322): one z for all prompts of a subject.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -90,6 +90,11 @@ class Group:
         return self.contexts.index(min(self.contexts))
 
     @property
+    def prefix(self) -> int:
+        """The widest row's columns before the subject's last token."""
+        return max(row.subject_last for row in self.rows)
+
+    @property
     def columns(self) -> int:
         """The widest row's columns from the subject's last token on."""
         return max(len(row.ids) - row.subject_last for row in (*self.rows, self.drift))
@@ -152,3 +157,23 @@ def _by_place(subject: str, facts: tuple[int, ...], rows: Sequence[tuple[Encoded
             drift += [row for row, context in rows if context == _DRIFT]
             groups.append(Group(subject, facts, tuple(r for r, _ in mine), tuple(c for _, c in mine), drift[0], first))
     return groups
+
+
+def in_batches(
+    groups: Sequence[Group], width: Callable[[Group], int], need: Callable[[Group], int], budget: int
+) -> list[list[int]]:
+    """Positions of groups, batch by batch: sorted by width, so that little is padded, and filled up to the budget.
+
+    `need` is what a group takes in bytes. The batches depend on the arguments alone, never on what memory is free at
+    the moment: the same inputs are batched alike and give the same bits.
+    """
+    batches: list[list[int]] = []
+    used = 0
+    for index in sorted(range(len(groups)), key=lambda i: (width(groups[i]), i)):
+        more = need(groups[index])
+        if not batches or used + more > budget:
+            batches.append([])
+            used = 0
+        batches[-1].append(index)
+        used += more
+    return batches

@@ -20,7 +20,7 @@ from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.edit.methods import DEFAULT_BUDGET
 from kpatch.edit.problem import Search, Values
-from kpatch.edit.requests import Group
+from kpatch.edit.requests import Group, in_batches
 from kpatch.errors import BadInput
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
@@ -38,26 +38,15 @@ def row_bytes(model: Model, columns: int, prefix: int, layers: int) -> int:
 
 
 def plan(model: Model, groups: Sequence[Group], lowest: int, budget: int = DEFAULT_BUDGET) -> list[list[int]]:
-    """Indices of groups, batch by batch: sorted by width, so that little is padded, and filled up to the budget.
+    """Batches of groups for a search that runs layers from `lowest` on: see `requests.in_batches`."""
+    layers, vocabulary = model.n_layers - lowest, int(model.config.vocab_size)
 
-    It depends on the groups, the model and the budget only, never on what memory is free at the moment:
-    the same inputs are batched alike and give the same bits.
-    """
-    layers = model.n_layers - lowest
-    order = sorted(range(len(groups)), key=lambda i: (groups[i].columns, i))
-    batches: list[list[int]] = []
-    used = 0
-    for index in order:
-        group = groups[index]
-        prefix = max(row.subject_last for row in group.rows)
-        vocabulary = (sum(len(r.ids) - r.prompt_len for r in group.rows) + 2) * model.config.vocab_size * 4 * 4
-        need = (len(group.rows) + 1) * row_bytes(model, group.columns, prefix, layers) + vocabulary
-        if not batches or used + need > budget:
-            batches.append([])
-            used = 0
-        batches[-1].append(index)
-        used += need
-    return batches
+    def need(group: Group) -> int:
+        predicted = sum(len(row.ids) - row.prompt_len for row in group.rows) + 2
+        rows = (len(group.rows) + 1) * row_bytes(model, group.columns, group.prefix, layers)
+        return rows + predicted * vocabulary * 4 * 4
+
+    return in_batches(groups, lambda group: group.columns, need, budget)
 
 
 _CODE = 4  # raise it when the same settings come to give other values
