@@ -31,7 +31,7 @@ from kpatch.stats.cache import CovarianceCache, LayerSums, canonical
 from kpatch.stats.corpus import SELF, Corpus, open_corpus, pack
 from kpatch.stats.moment import SecondMoment, check
 from kpatch.stats.self_text import group_rows, sample_group
-from kpatch.text import format_size
+from kpatch.text import format_size, ranges
 
 # Anything that changes keys, sums or the text they are taken on changes this number.
 VERSION = 2
@@ -288,10 +288,7 @@ def _sums_on(model: Model, size: int) -> torch.device:
 
 
 def _layers(layers: Sequence[int]) -> str:
-    numbers = ", ".join(map(str, layers))
-    if len(layers) > 2 and list(layers) == list(range(layers[0], layers[-1] + 1)):
-        numbers = f"{layers[0]}-{layers[-1]}"
-    return f"layer {numbers}" if len(layers) == 1 else f"layers {numbers}"
+    return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
 
 
 def _sha256(value: Any) -> str:
