@@ -57,27 +57,26 @@ def key_covariances(
     model: Model,
     part: Part,
     covariance: Covariance,
-    weight: float | Callable[[int], float],
+    weight: Callable[[int], float],
     others: Callable[[int], Tensor | None],
     earlier: Mapping[int, Tensor],
     report: Reporter = SILENT,
 ) -> Callable[[int], KeyCovariance]:
     """C^l of a layer, when it is asked for: what the layer must go on doing. Notes a ridge where keys are dependent.
 
-    weight  λ, a function of the layer where they differ   others  a moment [f, f] of the layer, added to E[k k^T]
+    weight  λ of a layer   others  a moment [f, f] of the layer, added to E[k k^T]
     earlier  keys [f, p] by layer.
     For subjects that open texts, words that open texts count as much as all other text does.
     """
 
     def preserved(layer: int) -> KeyCovariance:
         mean = covariance.moments[layer].mean()
-        own = weight(layer) if callable(weight) else weight
         if part.first:
             mean = mean + opening_moment(model, layer)
         more = others(layer)
         if more is not None:
             mean = mean + more
-        return key_covariance(layer, mean, own, earlier.get(layer), report)
+        return key_covariance(layer, mean, weight(layer), earlier.get(layer), report)
 
     return preserved
 

@@ -74,7 +74,11 @@ class Memit(Method):
         with inputs.timed("update"):
             deltas, keys = self._write(model, parts, values, preserved, inputs)
         about = [
-            {"facts": [index for index in group.facts if index < len(facts)], "layers": list(places)}
+            {
+                "facts": [index for index in group.facts if index < len(facts)],
+                "layers": list(places),
+                **({"first": True} if part.first else {}),
+            }
             for part in parts
             for group in part.groups
             for places in self.places(part.hyper)
@@ -209,5 +213,5 @@ def default_layers(count: int) -> tuple[int, ...]:
 def _stored(group: Group, places: Sequence[tuple[int, ...]], inputs: Inputs) -> Tensor | None:
     """The group's values [v, d] as patches hold them; None where one is missing."""
     facts = tuple(sorted(group.facts))
-    rows = [inputs.stored.get((facts, place)) for place in places]
+    rows = [inputs.stored.get((facts, place, group.first)) for place in places]
     return torch.stack([row for row in rows if row is not None]) if all(row is not None for row in rows) else None

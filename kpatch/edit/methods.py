@@ -48,7 +48,7 @@ class Inputs:
     corpus, tokens  text for the covariance   seed  of every draw   budget  bytes that activations may take
     resume  take what an interrupted run left in the cache
     on  patches that the checkpoint carries; what their keys [n, f] mean must stay   protect  subjects to leave alone
-    stored  values z [d] known already, by the facts (positions) and layers of their group
+    stored  values [d] known already, by facts (positions), layers, and whether the facts' subjects open a text
     seconds  what the steps took, filled by `timed`
     """
 
@@ -59,7 +59,7 @@ class Inputs:
     resume: bool = True
     on: tuple[Patch, ...] = ()
     protect: tuple[Protected, ...] = ()
-    stored: Mapping[tuple[tuple[int, ...], tuple[int, ...]], Tensor] = field(default_factory=dict)
+    stored: Mapping[tuple[tuple[int, ...], tuple[int, ...], bool], Tensor] = field(default_factory=dict)
     report: Reporter = SILENT
     seconds: dict[str, float] = field(default_factory=lambda: {"covariance": 0.0, "values": 0.0, "update": 0.0})
 

@@ -139,10 +139,17 @@ def _numbers(method: str, made: Mapping[str, Any]) -> bool:
 
 def _edited(rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> tuple[int, ...]:
     """R: the layers of the groups that are not at the layer for subjects that open a text; empty where all are."""
-    edited = {tuple(group["layers"]) for group in rows}
-    if "covariance_weight" not in made:  # a value for each layer, where the paper has one for all
-        return tuple(sorted({layer for group in rows for layer in group["layers"]} - {made["first_layer"]}))
-    return max(edited - {(made["first_layer"],)}, default=())
+    inside = [tuple(group["layers"]) for group in rows if not _is_first(group, made)]
+    if "covariance_weight" in made:
+        return max(inside, default=())
+    return tuple(sorted({layer for layers in inside for layer in layers}))  # a value for each layer
+
+
+def _is_first(group: Mapping[str, Any], made: Mapping[str, Any]) -> bool:
+    """Whether a row is for a subject that opens a text; older patches tell by the layer alone."""
+    if "covariance_weight" in made and "first" not in group:
+        return tuple(group["layers"]) == (made["first_layer"],)
+    return group.get("first") is True
 
 
 def _all_edited(infos: Sequence[PatchInfo]) -> tuple[int, ...]:
@@ -167,7 +174,7 @@ def _same(first: _Made, second: _Made) -> None:
         )
 
 
-Rows = dict[tuple[tuple[int, ...], tuple[int, ...]], Tensor]
+Rows = dict[tuple[tuple[int, ...], tuple[int, ...], bool], Tensor]
 
 
 def solve_again(
@@ -275,11 +282,11 @@ def _address(base: Base) -> str:
 
 
 def _stored(infos: Sequence[PatchInfo], union: FactUnion) -> Rows:
-    """The patches' values by the facts (positions in the union) and the layers they are for; the first one counts."""
+    """Values by facts (positions in the union), layers, and whether the subjects open a text; the first one counts."""
     rows: Rows = {}
     for info, places in zip(infos, union.places, strict=True):
-        values = read_tensor(info, VALUES)
+        values, (_, made) = read_tensor(info, VALUES), _made(info)[0]
         for row, group in enumerate(rows_of(info)):
             about = tuple(sorted({places[index] for index in group["facts"]}))
-            rows.setdefault((about, tuple(group["layers"])), values[row])
+            rows.setdefault((about, tuple(group["layers"]), _is_first(group, made)), values[row])
     return rows

@@ -109,15 +109,19 @@ def test_words_that_open_texts_are_preserved_for_the_opening_part_only() -> None
     model, texts = build("llama"), covariance(0, 1, 2)
     first, others = split(grouped(model, LONG, ONE), HYPER)
     mean = texts.moments[0].mean()
-    kept = key_covariances(model, first, texts, 1.0, nothing, {})(0)
+    kept = key_covariances(model, first, texts, unit, nothing, {})(0)
     torch.testing.assert_close(kept.factor @ kept.factor.T, mean + opening_moment(model, 0))
     other = torch.eye(MLP_WIDTH, dtype=torch.float64)
     earlier = {1: torch.randn(MLP_WIDTH, 2, generator=torch.Generator().manual_seed(0))}
-    preserved = key_covariances(model, others, texts, 1.0, lambda layer: other if layer == 2 else None, earlier)
+    preserved = key_covariances(model, others, texts, unit, lambda layer: other if layer == 2 else None, earlier)
     both = {layer: preserved(layer) for layer in (1, 2)}
     more = (earlier[1] @ earlier[1].T).double()
     torch.testing.assert_close(both[1].factor @ both[1].factor.T, texts.moments[1].mean() + more)
     torch.testing.assert_close(both[2].factor @ both[2].factor.T, texts.moments[2].mean() + other)
+
+
+def unit(layer: int) -> float:
+    return 1.0
 
 
 def nothing(layer: int) -> None:
@@ -149,7 +153,7 @@ def test_one_opening_subject_goes_the_share_that_its_leverage_gives_it(family: s
     """With q the larger of its own leverage and the least one, it goes q / (1 + q) of its way."""
     model = build(family)
     (part,) = split(grouped(model, ONE, contexts=[""]), replace(HYPER, covariance_weight=weight))
-    preserved = key_covariances(model, part, covariance(0), part.hyper.covariance_weight, nothing, {})
+    preserved = key_covariances(model, part, covariance(0), lambda layer: part.hyper.covariance_weight, nothing, {})
     before = opened(model, part)
     z = before + torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     key = oracle.key(model, part.groups[0].rows[0], 0)
@@ -169,7 +173,7 @@ def test_opening_subjects_together_come_near_their_values(family: str) -> None:
     model = build(family)
     part = split(grouped(model, ONE, OTHER, LONG), HYPER)[0]
     z = optimize(model, part.groups, MemitPaper().objective(part.hyper)).values[:, 0]
-    preserved = key_covariances(model, part, covariance(0), part.hyper.covariance_weight, nothing, {})
+    preserved = key_covariances(model, part, covariance(0), lambda layer: part.hyper.covariance_weight, nothing, {})
     update = written(model, part, z, preserved)
     assert list(update.deltas) == [model.weight_name(0)]
     before = opened(model, part)

@@ -117,7 +117,7 @@ def test_the_manifest_says_what_was_done(world: World) -> None:
         assert manifest.deltas[name].norm == pytest.approx(float(delta.dense().norm()), rel=1e-4) != 0
     # The opening fact's value first, at layer 0; then one value a fact for each of the layers asked for
     assert [dict(row) for row in manifest.groups] == [
-        {"facts": [1], "layers": [0]},
+        {"facts": [1], "layers": [0], "first": True},
         {"facts": [0], "layers": [1]},
         {"facts": [0], "layers": [2]},
         {"facts": [1], "layers": [1]},

@@ -16,6 +16,7 @@ from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import verify_fit
 from kpatch.edit import memit
 from kpatch.edit.make import make
+from kpatch.edit.methods import method_named
 from kpatch.edit.resolve import solve_again
 from kpatch.edit.writes import JointObjective
 from kpatch.errors import BadInput, KpatchError, Refused
@@ -81,6 +82,22 @@ def test_one_patch_solved_again_is_the_same_patch(world: World, tmp_path: Path) 
     assert new.manifest.covariance == old.manifest.covariance
     assert new.manifest.hyperparameters == old.manifest.hyperparameters
     assert [part["id"] for part in new.manifest.stack] == [old.id]
+
+
+@pytest.mark.parametrize("method", ["memit", "memit-paper"])
+def test_layers_may_hold_the_one_for_subjects_that_open_a_text(method: str, world: World, tmp_path: Path) -> None:
+    """Then two values of one fact are for layer 0: the one for where it opens the text, and the other."""
+    numbers = {"steps": "4", "lead_ins": "1", "prefixes": "0", "leverage": "500", "covariance_weight": "0.1"}
+    known = {key: value for key, value in numbers.items() if hasattr(method_named(method).hyper, key)}
+    layers = [0, 1] if method == "memit" else [0]
+    more: dict[str, Any] = {"model": str(world.model), "tokens": 400, "method": method, "settings": known}
+    made = make(FIRST, out=tmp_path / "old.patch", layers=layers, **more)
+    old = read_patch(made.path)
+    assert [group.get("first", False) for group in old.manifest.groups].count(True) == 1
+    solve_again([made.path], tmp_path / "new.patch", model=str(world.model))
+    new = read_patch(tmp_path / "new.patch")
+    assert (new.manifest.layers, new.manifest.groups) == (old.manifest.layers, old.manifest.groups)
+    assert new.manifest.tensors == old.manifest.tensors
 
 
 def test_two_patches_come_out_as_if_made_together(
