@@ -104,7 +104,8 @@ def tiny_model() -> Model:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that pages speak of: models, fact files, patches, data sets."""
     folder = tmp_path_factory.mktemp("world")
-    shutil.copytree(ROOT / "examples", folder / "examples")
+    for name in ("examples", "benchmarks/facts"):
+        shutil.copytree(ROOT / name, folder / name)
     (folder / "patches").mkdir()
     made = tiny_model()
     for name in (*MODELS, "new"):
