@@ -28,6 +28,20 @@ class _Batch:
     bare: Tensor  # (m,) row of each group's bare prompt
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Every row's key at one layer, float32 on the CPU, and what they are to their groups.
+
+    means [n, f]  the groups' weighted means   rows [B, f]  each row's own key
+    shares [B]  how much a row counts in its group's mean   owner [B]  the group of each row
+    """
+
+    means: Tensor
+    rows: Tensor
+    shares: Tensor
+    owner: Tensor
+
+
 def key_shares(group: Group) -> list[float]:
     """How much each row counts in a group's key: the bare prompts one half together, all contexts the other half.
 
@@ -44,7 +58,7 @@ def key_shares(group: Group) -> list[float]:
 class LayerStates:
     """Keys and states of all groups, layer after layer in ascending order.
 
-    `start(l)` runs up to layer l once; `at(l)` gives keys and h^L under the weights as they are;
+    `start(l)` runs up to layer l once; `at(l, L)` gives keys and h^L under the weights as they are;
     `advance(l, m)` runs layers l to m - 1 again after W^l has changed. Ranks share the batches.
     """
 
@@ -54,6 +68,9 @@ class LayerStates:
         self.batches = in_batches(
             groups, lambda group: group.prefix, lambda group: len(group.rows) * (group.prefix + 1) * column, budget
         )
+        order = [index for batch in self.batches for index in batch]  # as rows come, batch after batch
+        self.owner = torch.tensor([index for index in order for _ in groups[index].rows])
+        self.shares = torch.tensor([share for index in order for share in key_shares(groups[index])])
         self.running = {n: self._run(batch) for n, batch in enumerate(self.batches) if distributed.mine(n)}
 
     def _run(self, members: list[int]) -> _Batch:
@@ -82,23 +99,24 @@ class LayerStates:
             batch.hidden = batch.calls.run(batch.calls.start, 0, layer)
 
     @torch.no_grad()
-    def at(self, layer: int, last: int) -> tuple[Tensor, Tensor]:
-        """Mean keys [n, f] at `layer` and states h^last [n, d] of the bare rows, both float32 on the CPU."""
-        keys = torch.empty(len(self.groups), self.model.key_width(layer))
+    def at(self, layer: int, last: int) -> tuple[Keys, Tensor]:
+        """Keys at `layer` and states h^last [n, d] of the bare rows, float32 on the CPU."""
         states = torch.empty(len(self.groups), self.model.width)
+        means = torch.empty(len(self.groups), self.model.key_width(layer))
 
-        def run(number: int) -> tuple[Tensor, Tensor]:
+        def run(number: int) -> tuple[Tensor, Tensor, Tensor]:
             batch = self.running[number]
             out, key = batch.calls.run_with_key(batch.hidden, layer)
             key = key[:, -1].float()  # (B, f)
             mean = torch.zeros(len(batch.bare), key.shape[1], device=key.device)
             above = batch.calls.select(batch.bare).run(out[batch.bare], layer + 1, last + 1)
-            return mean.index_add(0, batch.owner, key * batch.share).cpu(), above[:, -1].float().cpu()
+            mean = mean.index_add(0, batch.owner, key * batch.share)
+            return mean.cpu(), key.cpu(), above[:, -1].float().cpu()
 
         found = distributed.share(range(len(self.batches)), run)
-        for members, (mean, above) in zip(self.batches, found, strict=True):
-            keys[members], states[members] = mean, above
-        return keys, states
+        for members, (mean, _, above) in zip(self.batches, found, strict=True):
+            means[members], states[members] = mean, above
+        return Keys(means, torch.cat([rows for _, rows, _ in found]), self.shares, self.owner), states
 
     @torch.no_grad()
     def advance(self, layer: int, above: int) -> None:

@@ -41,6 +41,7 @@ class Memit(Method):
     hyper: ClassVar[type[HyperParams]] = MemitHyper
     presets = PRESETS["memit"]
     ranks_share = True
+    keys_apart: ClassVar[bool] = True  # each row's key is asked for the residual, not their mean alone
 
     def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
         middle = default_layers(model.n_layers)
@@ -188,6 +189,7 @@ class Memit(Method):
                     self.residual(model, part, own),
                     held,
                     top=self.top(part.hyper),
+                    apart=self.keys_apart,
                     budget=inputs.budget // 2,
                     least_leverage=part.least_leverage,
                     report=inputs.report,

@@ -27,6 +27,7 @@ class MemitPaper(Memit):
     name = "memit-paper"
     hyper = MemitPaperHyper
     presets = PRESETS["memit-paper"]
+    keys_apart = False
 
     def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
         """None: the paper reads R off a trace."""

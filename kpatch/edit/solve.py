@@ -1,6 +1,7 @@
 """The MEMIT update of one layer: pure functions of keys, residuals and the covariance, in float64.
 
-Source: Meng et al. 2023 (MEMIT), eq. 14: Δ = R K^T (C + K K^T)^{-1} with C = λ E[k k^T].
+Source: Meng et al. 2023 (MEMIT), eq. 14: Δ = R K^T (C + K K^T)^{-1} with C = λ E[k k^T]. `update_apart` is the same
+least squares with several keys a fact.
 """
 
 from __future__ import annotations
@@ -80,3 +81,25 @@ def update(keys: Tensor, residuals: Tensor, preserved: KeyCovariance) -> tuple[T
     c = preserved.factor @ preserved.factor.T
     total = torch.linalg.cholesky(c + k @ k.T)  # (f, f)
     return (r @ k.T), torch.cholesky_inverse(total)
+
+
+def update_apart(
+    keys: Tensor, shares: Tensor, owner: Tensor, residuals: Tensor, preserved: KeyCovariance
+) -> tuple[Tensor, Tensor]:
+    """Δ = left @ right where each fact has several keys, each of which is asked for the fact's residual by itself.
+
+    keys [f, B] of all facts, shares w [B], owner [B] the fact of each key, residuals [d, n] → left [d, r],
+    right [r, f], r = min(n, f). With M [f, n] the facts' weighted sums Σ_j w_j k_j,
+    Δ = R M^T (C + Σ w k k^T)^{-1} minimizes Σ_i Σ_j w_ij ‖Δ k_ij − r_i‖² + tr(Δ C Δ^T). Woodbury where B < f.
+    """
+    roots, r = shares.double().sqrt(), residuals.double()
+    h = keys.double() * roots  # (f, B)
+    f, n = len(h), r.shape[1]
+    m = torch.zeros(f, n, dtype=h.dtype, device=h.device).index_add(1, owner, h * roots)  # (f, n)
+    if h.shape[1] < f:
+        ch = preserved.inverse_times(h)  # (f, B)
+        gram = torch.eye(h.shape[1], dtype=h.dtype, device=h.device) + h.T @ ch  # (B, B)
+        right = preserved.inverse_times(m) - ch @ torch.cholesky_solve(ch.T @ m, torch.linalg.cholesky(gram))  # (f, n)
+        return r, right.T
+    total = torch.linalg.cholesky(preserved.factor @ preserved.factor.T + h @ h.T)  # (f, f)
+    return (r, torch.cholesky_solve(m, total).T) if n < f else (r @ m.T, torch.cholesky_inverse(total))

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.edit.layer_states import LayerStates
+from kpatch.edit.layer_states import Keys, LayerStates
 from kpatch.edit.requests import Group
-from kpatch.edit.solve import KeyCovariance, update
+from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.edit.weights import add, restored, stored
 from kpatch.models.model import Model
 from kpatch.patch.delta import Delta, smaller
@@ -26,7 +26,7 @@ Residual = Callable[[int, Tensor, Tensor], Tensor]
 
 @dataclass
 class Update:
-    """Deltas by weight name, in the orientation in which W is stored, and the keys [n, f] of each layer."""
+    """Deltas by weight name, in the orientation in which W is stored, and the mean keys [n, f] of each layer."""
 
     deltas: dict[str, Delta] = field(default_factory=dict)
     keys: dict[int, Tensor] = field(default_factory=dict)
@@ -40,15 +40,17 @@ def write_upwards(
     preserved: Callable[[int], KeyCovariance],
     *,
     top: int | None = None,
+    apart: bool = False,
     budget: int,
     least_leverage: float = 0.0,
     report: Reporter = SILENT,
 ) -> Update:
     """Deltas for every layer of R; the model is left as it was found.
 
-    For l in R ascending: keys K^l [n, f] and states h [n, d] of the bare prompts under the weights so far, h leaving
-    layer `top` (l itself where it is None); `residual(l, K, h)` [n, d] float64 is what W^l is asked to put out more;
-    Δ^l from `solve.update`; then W^l changes before the next layer is looked at.
+    For l in R ascending: mean keys K^l [n, f] and states h [n, d] of the bare prompts under the weights so far, h
+    leaving layer `top` (l itself where it is None); `residual(l, K, h)` [n, d] float64 is what W^l is asked to put out
+    more; Δ^l from `solve.update`, or `solve.update_apart` where each row's key is kept `apart`; then W^l changes
+    before the next layer is looked at.
     A key whose leverage q = k^T C^{-1} k is below `least_leverage` counts least_leverage / q times: alone it would
     get no more than q / (1 + q) of its residual.
     `preserved(l)` is C^l, asked for when it is needed: a wide layer's fills memory. Ranks share what is run through
@@ -61,11 +63,13 @@ def write_upwards(
         states = LayerStates(model, groups, budget)
         states.start(layers[0])
         for layer, name, above in zip(layers, names, [*layers[1:], layers[-1]], strict=True):
-            keys, h = states.at(layer, layer if top is None else top)  # (n, f), (n, d)
-            wanted = residual(layer, keys, h)  # (n, d)
-            delta = distributed.main_does(partial(_delta, model, layer, keys, wanted, preserved, least_leverage))
+            keys, h = states.at(layer, layer if top is None else top)  # h (n, d)
+            wanted = residual(layer, keys.means, h)  # (n, d)
+            delta = distributed.main_does(
+                partial(_delta, model, layer, keys, wanted, preserved, least_leverage, apart)
+            )
             result.deltas[name] = delta
-            result.keys[layer] = keys
+            result.keys[layer] = keys.means
             add(model, name, delta)
             states.advance(layer, above)
             done(1)
@@ -75,15 +79,20 @@ def write_upwards(
 def _delta(
     model: Model,
     layer: int,
-    keys: Tensor,
+    keys: Keys,
     residual: Tensor,
     preserved: Callable[[int], KeyCovariance],
     least_leverage: float,
+    apart: bool,
 ) -> Delta:
-    """Δ^l for keys [n, f] and residuals [n, d]."""
+    """Δ^l for the groups' keys and residuals [n, d]."""
     c = preserved(layer)
-    scale = _scale(c.leverage(keys.T), least_leverage)  # (n, 1)
-    left, right = update((keys * scale).T, (residual * scale).T, c)
+    scale = _scale(c.leverage(keys.means.T), least_leverage)  # (n, 1)
+    wanted = (residual * scale).T
+    if apart:
+        left, right = update_apart((keys.rows * scale[keys.owner]).T, keys.shares, keys.owner, wanted, c)
+    else:
+        left, right = update((keys.means * scale).T, wanted, c)
     return smaller(stored(left, right, model.stores_transposed))
 
 

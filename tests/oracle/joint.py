@@ -7,8 +7,12 @@ what W^l puts out at the subject's last token, for all l of R:
     Adam with a step of learning_rate · s^l / √d a coordinate, and ‖δ^l‖ ≤ clamp · s^l
     s^l = ‖h^L‖ / |R| over the layer's scale or the token's gate; ‖y^l‖ where a norm follows W^l
 
-The target of layer l is the state that leaves it with all δ in place (y^l + δ^l where a norm or a gate follows), for l
-rising Δ^l = R K^T (C + K K^T)^{-1} with the whole of what is missing under the weights so far.
+The target of layer l is the state that leaves it with all δ in place (y^l + δ^l where a norm or a gate follows). For l
+rising, with the whole of what is missing under the weights so far, Δ^l is what minimizes
+
+    Σ_i Σ_j w_ij ‖Δ k_ij − r_i‖² + tr(Δ C Δ^T),   so   Δ = Σ_i r_i (Σ_j w_ij k_ij)^T (C + Σ_ij w_ij k_ij k_ij^T)^{-1}
+
+over the keys k_ij of all rows of a subject: the bare prompts share half of the weight, the contexts the other half.
 """
 
 from __future__ import annotations
@@ -135,6 +139,15 @@ def targets(model: Model, row: Encoded, deltas: Mapping[int, Tensor]) -> dict[in
     return {layer: seen[layer] + delta if layer in behind else states[layer] for layer, delta in deltas.items()}
 
 
+def weighed_keys(
+    model: Model, contexts: Sequence[str], prompts: Sequence[Prompt], layer: int
+) -> list[tuple[float, Tensor]]:
+    """w_j and k_j [f] of every row of one subject; the bare prompts and the contexts have half of the weight each."""
+    kinds = [[context for context in contexts if (context == "") == bare] for bare in (True, False)]
+    rows = [paper.rows_for(model, kind, prompts) for kind in kinds if kind]
+    return [(1 / len(rows) / len(alike), paper.key(model, row, layer).double()) for alike in rows for row in alike]
+
+
 def joint(
     model: Model,
     contexts: Sequence[str],
@@ -152,17 +165,19 @@ def joint(
     bare = [paper.rows_for(work, [""], group[:1])[0] for group in groups]
     deltas: dict[str, Tensor] = {}
     for layer in sorted(hyper.layers):
-        columns, residuals = [], []
+        normal, right = covariances[layer].clone(), torch.zeros(model.width, model.key_width(layer)).double()
         for group, row, target in zip(groups, bare, wanted, strict=True):
-            k = paper.keys(work, contexts, group, layer)
+            weighed = weighed_keys(work, contexts, group, layer)
+            k = torch.stack([share * key for share, key in weighed]).sum(0)
             with torch.no_grad():
                 if model.family.post_norm or gated(model, layer):
                     lacking = target[layer] - work.down(layer)(k.to(work.dtype))
                 else:
                     lacking = (target[layer] - paper.state(work, row, layer)) / paper.mlp_scale(work, layer)
-            columns.append(k)
-            residuals.append(lacking)
-        delta = paper.solve(torch.stack(columns, dim=1), torch.stack(residuals, dim=1), covariances[layer])  # [d, f]
+            for share, key in weighed:
+                normal = normal + share * torch.outer(key.double(), key.double())
+                right = right + share * torch.outer(lacking.double(), key.double())
+        delta = right @ torch.linalg.inv(normal)  # [d, f]
         with torch.no_grad():
             weight = work.weight(layer)
             weight.copy_((weight.double() + (delta.T if model.stores_transposed else delta)).to(weight.dtype))

@@ -133,6 +133,7 @@ def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
             layers,
             residual,
             lambda layer: KeyCovariance.of(covariances(model)[layer], 1.0),
+            apart=METHOD.keys_apart,
             budget=budget,
         )
         assert list(fast.deltas) == list(slow)

@@ -20,7 +20,7 @@ from kpatch.edit import make as make_module
 from kpatch.edit import upwards
 from kpatch.edit.make import MakeResult, make
 from kpatch.edit.requests import group_facts
-from kpatch.edit.solve import update
+from kpatch.edit.solve import update_apart
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.metrics import measure
 from kpatch.facts.fact import Fact, Neighbor
@@ -261,9 +261,9 @@ def test_an_error_between_two_layers_leaves_the_weights(
         calls.append(args)
         if len(calls) == 3:
             raise RuntimeError("no more")
-        return update(*args)
+        return update_apart(*args)
 
-    monkeypatch.setattr(upwards, "update", fail)
+    monkeypatch.setattr(upwards, "update_apart", fail)
     with pytest.raises(RuntimeError, match="no more"):
         make(FACTS, out=tmp_path / "b.patch", model=model, **QUICK)
     assert same(weights(model.net), before)

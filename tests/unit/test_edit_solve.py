@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kpatch.edit.norms import nearest_on_norm, pull_back
-from kpatch.edit.solve import KeyCovariance, update
+from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.errors import BadInput
 
 seeds = st.integers(0, 2**31)
@@ -75,6 +75,30 @@ def test_leverage_is_the_share_of_its_residual_that_a_fact_gets_alone(seed: int,
     for i in range(4):
         one_k, one_r = k[:, i : i + 1], r[:, i : i + 1]
         torch.testing.assert_close(solved(one_k, one_r, preserved) @ one_k, one_r * q[i] / (1 + q[i]))
+
+
+@given(seed=seeds, f=st.integers(1, 20), n=st.integers(1, 12), each=st.integers(1, 5), d=st.integers(1, 6))
+def test_keys_apart_are_the_weighted_least_squares(seed: int, f: int, n: int, each: int, d: int) -> None:
+    k, _, moment = problem(seed, f, n * each, d)
+    g = torch.Generator().manual_seed(seed + 1)
+    r = torch.randn(d, n, generator=g, dtype=torch.float64)
+    shares = torch.rand(n, each, generator=g, dtype=torch.float64)
+    shares = shares / shares.sum(1, keepdim=True)
+    owner = torch.arange(n).repeat_interleave(each)
+    left, right = update_apart(k, shares.flatten(), owner, r, KeyCovariance.of(moment, 2.0))
+    assert left.shape == (d, min(n, f))
+    # The same problem with a fact for every key, which counts as much as the root of its share says
+    roots = shares.flatten().sqrt()
+    want = dense(k * roots, r[:, owner] * roots, 2 * moment)
+    torch.testing.assert_close(left @ right, want, rtol=1e-7, atol=1e-9 * float(want.norm()))
+
+
+@given(seed=seeds, n=st.integers(1, 12))
+def test_one_key_a_fact_is_the_plain_update(seed: int, n: int) -> None:
+    k, r, moment = problem(seed, 8, n, 4)
+    preserved = KeyCovariance.of(moment, 3.0)
+    left, right = update_apart(k, torch.ones(n), torch.arange(n), r, preserved)
+    torch.testing.assert_close(left @ right, solved(k, r, preserved))
 
 
 def test_float32_keys_are_solved_in_float64() -> None:
