@@ -61,7 +61,8 @@ class Memit(Method):
         with inputs.report.task("Choosing contexts"):
             contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
         again = facts_to_learn_again(inputs.on, facts, inputs.report)
-        parts = split(group_facts(model, [*facts, *again], contexts), hyper)
+        groups = group_facts(model, [*facts, *again], contexts, self.spare(hyper))
+        parts = split(groups, hyper)
         layers = touched(parts)
         with inputs.timed("covariance"):
             covariance = collect(
@@ -92,6 +93,10 @@ class Memit(Method):
     def contexts(self, model: Model, hyper: Any, inputs: Inputs) -> tuple[str, ...]:
         """Texts x_j that stand before the prompts; the empty one comes first."""
         return contexts_for(model, hyper.lead_ins, 0, 0, inputs.seed)
+
+    def spare(self, hyper: Any) -> int:
+        """How many contexts a fact's wordings take the place of: one context stays."""
+        return max(0, int(hyper.lead_ins) - 1)
 
     def places(self, hyper: Any) -> list[tuple[int, ...]]:
         """Which layers each of a group's values is for: here one value for each layer."""

@@ -36,6 +36,9 @@ class MemitPaper(Memit):
     def contexts(self, model: Model, hyper: MemitPaperHyper, inputs: Inputs) -> tuple[str, ...]:
         return contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
 
+    def spare(self, hyper: MemitPaperHyper) -> int:
+        return 0
+
     def places(self, hyper: MemitPaperHyper) -> list[tuple[int, ...]]:
         return [hyper.layers]
 

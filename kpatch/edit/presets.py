@@ -41,7 +41,8 @@ class MemitHyper(HyperParams):
     subject_weight  μ in C = λ (E[k k^T] + μ E_subj[k k^T])
     first_layer, first_leverage  the layer where a subject that opens its text is edited, and the least leverage
     that its key is given weight for (see `kpatch.edit.first_token`)
-    lead_ins  contexts x_j in plain English besides the bare prompt: the first ones of `kpatch.edit.requests`
+    lead_ins  contexts x_j in plain English besides the bare prompt, the first ones of `kpatch.edit.requests`; each
+    wording of a fact takes the place of one, as long as one is left
     """
 
     steps: int = 25
@@ -53,7 +54,7 @@ class MemitHyper(HyperParams):
     subject_weight: float = 1.0
     first_layer: int = 0
     first_leverage: float = 5.0
-    lead_ins: int = 1
+    lead_ins: int = 4
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
     update: ClassVar[tuple[str, ...]] = (*("leverage", "subject_weight", "first_layer", "first_leverage"), "lead_ins")
 

@@ -100,8 +100,11 @@ class Group:
         return max(len(row.ids) - row.subject_last for row in (*self.rows, self.drift))
 
 
-def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) -> list[Group]:
-    """Groups in the order of their first fact. Raises BadInput for more facts on a subject than a value can carry."""
+def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0) -> list[Group]:
+    """Groups in the order of their first fact. Raises BadInput for more facts on a subject than a value can carry.
+
+    The last `spare` contexts are for facts with few wordings: each wording takes the place of one of them.
+    """
     by_subject: dict[str, list[int]] = {}
     for index, fact in enumerate(facts):
         by_subject.setdefault(" ".join(fact.subject.split()), []).append(index)
@@ -113,7 +116,7 @@ def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) ->
                 details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
                 hint="keep the ones that matter, or split the subject by what its prompts call it",
             )
-    told = {subject: _items(facts, members, contexts) for subject, members in by_subject.items()}
+    told = {subject: _items(facts, members, contexts, spare) for subject, members in by_subject.items()}
     encoded = iter(encode_many(model.tokenizer, [item for rows in told.values() for item, _ in rows]))
     groups = []
     for subject, members in by_subject.items():
@@ -125,7 +128,9 @@ def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str]) ->
 _DRIFT, _WORDING = -1, 1 << 16  # what stands in place of a context's number
 
 
-def _items(facts: Sequence[Fact], members: Sequence[int], contexts: Sequence[str]) -> list[tuple[Item, int]]:
+def _items(
+    facts: Sequence[Fact], members: Sequence[int], contexts: Sequence[str], spare: int
+) -> list[tuple[Item, int]]:
     """What the group of these facts is learned from, each with the number of its context; then its drift rows.
 
     Wordings stand alone: they are contexts in themselves.
@@ -134,7 +139,8 @@ def _items(facts: Sequence[Fact], members: Sequence[int], contexts: Sequence[str
     items = []
     for index in members:
         fact = facts[index]
-        items += [(item_of(fact, text), number) for number, text in enumerate(before)]
+        own = len(before) - min(spare, len(fact.wordings))
+        items += [(item_of(fact, text), number) for number, text in enumerate(before[:own])]
         items += [
             (item_of(replace(fact, prompt=wording)), _WORDING + number) for number, wording in enumerate(fact.wordings)
         ]
