@@ -19,6 +19,7 @@ from kpatch import distributed
 from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
+from kpatch.edit.asked_wordings import ask_for_wordings
 from kpatch.edit.earlier import facts_of
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.weights import add, restored
@@ -27,7 +28,7 @@ from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.retention import Retention, retention
 from kpatch.facts.fact import Fact, FactFile
 from kpatch.facts.tokens import check_lengths
-from kpatch.facts.wordings import with_wordings
+from kpatch.facts.wordings import LEARNED, with_wordings
 from kpatch.models.model import Model, open_model, tokenizer_hash
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
@@ -102,6 +103,8 @@ def make(
     edited = _load(facts, model, on, device, dtype, modules, report)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
+    if wordings == "auto":
+        chosen = ask_for_wordings(edited, chosen, LEARNED, seed, report)
     check_lengths(edited.tokenizer, chosen)
     hyper = hyper_for(editor, edited, layers, settings or {}, report)
     carried = _carried(edited) if on is not None else ()

@@ -31,13 +31,8 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
         return tuple(facts)
     found = tuple(_known(fact) for fact in facts)
     new = sum(bool(fact.wordings) and not given.wordings for fact, given in zip(found, facts, strict=True))
-    without = sum(not fact.wordings for fact in found)
     if new:
         report.note(f"{new} of {len(facts)} facts are learned in other wordings of their relation as well")
-    if without:
-        report.note(
-            f"{without} of {len(facts)} facts are learned in their prompt's words alone; the file can give others"
-        )
     return found
 
 
