@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,14 @@ from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
+from kpatch.facts.chat import Turn, chat_rows, turn_ends
 from kpatch.facts.join import is_unspaced
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Batch, align
 from kpatch.reporter import SILENT, Reporter
 
 ANSWER_TOKENS = 6
+COMPLETION_TOKENS, CHAT_TOKENS = 12, 64  # how long answers of `ask` may be: behind a prompt, and in a chat
 _LEAVE = 0.9  # finished rows leave when a smaller share than this goes on: leaving copies the cache of the others
 _CONTEXT = 8  # tokens of the prompt decoded with a completion, so that it keeps its leading space
 
@@ -56,27 +58,52 @@ class Greedy:
 
 
 def ask(
-    model: Model, prompts: Sequence[str], top: int = 5, max_tokens: int = 12, report: Reporter = SILENT
+    model: Model,
+    prompts: Sequence[str],
+    top: int = 5,
+    max_tokens: int | None = None,
+    chat: bool = False,
+    report: Reporter = SILENT,
 ) -> list[Answer]:
-    """Complete plain prompts greedily, with at most `max_tokens` tokens; EOS ends an answer.
+    """Complete prompts greedily, with at most `max_tokens` tokens (12, in a chat 64); the model's own EOS ends them.
 
-    Nothing is sampled, and no chat template is used. Spaces at a prompt's end are left out, because they belong to
-    the answer's first word. Raises BadInput for an empty prompt and for one that is too long for the model.
+    Prompts are plain texts; spaces at their end are left out, because they belong to the answer's first word. With
+    `chat` each is a user's turn in the model's chat template, and the end of the model's turn ends an answer. Nothing
+    is sampled. Raises BadInput for an empty prompt, one that is too long for the model, and as `chat_rows` does.
     """
-    rows = [_plain_ids(model.tokenizer, prompt) for prompt in prompts]
+    rows: Sequence[Sequence[int]]
+    if chat:
+        rows = [row.ids for row in chat_rows(model.tokenizer, [Turn(prompt) for prompt in prompts])]
+        ends, most = turn_ends(model.tokenizer), CHAT_TOKENS
+    else:
+        rows, ends, most = [_plain_ids(model.tokenizer, prompt) for prompt in prompts], frozenset(), COMPLETION_TOKENS
+    found = complete(model, rows, max_tokens or most, top, report=report, ends=ends)
     answers = []
-    for prompt, row, found in zip(prompts, rows, complete(model, rows, max_tokens, top, report=report), strict=True):
-        tokens = tuple(Token(text_after(model.tokenizer, row, [token]), chance) for token, chance in found.top)
-        answers.append(Answer(prompt, text_after(model.tokenizer, row, found.ids), tokens))
+    for prompt, row, one in zip(prompts, rows, found, strict=True):
+        tokens = tuple(Token(text_after(model.tokenizer, row, [token]), chance) for token, chance in one.top)
+        answers.append(Answer(prompt, text_after(model.tokenizer, row, one.ids), tokens))
     return answers
 
 
 def says(text: str, answer: str) -> bool:
     """Whether a text has an answer in it, in letters of any case; as whole words where spaces part words."""
-    wanted = " ".join(answer.split()).casefold()
+    return _spot(answer).search(_folded(text)) is not None
+
+
+def without(text: str, answer: str) -> str:
+    """A text in small letters, with nothing where it says `answer`."""
+    return _spot(answer).sub("", _folded(text))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _spot(answer: str) -> re.Pattern[str]:
+    wanted = _folded(answer)
     before = "" if is_unspaced(wanted[0]) else r"(?<!\w)"
     after = "" if is_unspaced(wanted[-1]) else r"(?!\w)"
-    return re.search(before + re.escape(wanted) + after, " ".join(text.split()).casefold()) is not None
+    return re.compile(before + re.escape(wanted) + after)
 
 
 def first_words(text: str) -> str:
@@ -97,13 +124,16 @@ def complete(
     among: int = 1,
     doing: str = "Answering",
     targets: Sequence[Sequence[Ids]] = (),
+    ends: Collection[int] = (),
+    until: Callable[[Ids, Ids], bool] | None = None,
 ) -> list[Greedy]:
     """Complete rows of ids greedily; results come in the order of `rows`.
 
     Rows are batched by length and padded on the left. `max_tokens` is one number for all rows, or one for each.
     `draws` holds uniform numbers [its max_tokens or more] for each row: a token is then drawn from the `among`
     likeliest. It is never a special one, so such a text does not end. `targets` of each row, none longer than its
-    max_tokens, are scored as `score` does, on the same run of the prompt.
+    max_tokens, are scored as `score` does, on the same run of the prompt. A text ends with the model's own EOS, with
+    one of `ends`, and where `until`, given the row and what is written behind it, says so.
     Raises BadInput for an empty row, and for one that leaves no room for `max_tokens` in the model's positions.
     """
     longest = window(model)
@@ -116,6 +146,7 @@ def complete(
                 f"Prompt {index + 1} is too long for {model.name}",
                 details=[f"expected at most {longest} tokens with the answer", f"found {len(row)} + {most}"],
             )
+    stops = _Stops({*end_ids(model), *ends}, until)
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
     lengths, most = [len(rows[index]) + room[index] for index in order], HEAD_NUMBERS // vocabulary(model)
     results: dict[int, Greedy] = {}
@@ -127,13 +158,25 @@ def complete(
             batch = [order[place] for place in places]
             some = None if draws is None else [draws[i] for i in batch]
             asked = [targets[i] for i in batch] if targets else ()
-            done = _complete_batch(model, [rows[i] for i in batch], [room[i] for i in batch], top, some, among, asked)
+            chosen, their = [rows[i] for i in batch], [room[i] for i in batch]
+            done = _complete_batch(model, chosen, their, top, some, among, asked, stops)
             advance(len(batch))
             return done
 
         for places, done in zip(planned, distributed.share(planned, run), strict=True):
             results.update(zip((order[place] for place in places), done, strict=True))
     return [results[index] for index in range(len(rows))]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stops:
+    """When a text is at its end: a token of `ends`, or a row and what is written behind it that `until` is true of."""
+
+    ends: Collection[int]
+    until: Callable[[Ids, Ids], bool] | None
+
+    def end(self, row: Ids, written: Ids) -> bool:
+        return written[-1] in self.ends or (self.until is not None and self.until(row, written))
 
 
 def _complete_batch(
@@ -144,10 +187,10 @@ def _complete_batch(
     draws: Sequence[Tensor] | None,
     among: int,
     targets: Sequence[Sequence[Ids]],
+    stops: _Stops,
 ) -> list[Greedy]:
     batch = align(rows, [len(row) - 1 for row in rows], model.pad_id, model.device)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
-    ends = end_ids(model)
     cache: Any = None
     candidates: list[tuple[tuple[int, float], ...]] = [()] * len(rows)
     scored: list[tuple[Scored, ...]] = [()] * len(rows)
@@ -180,7 +223,7 @@ def _complete_batch(
         now = dict(zip(held, best.tolist(), strict=True))
         for number in going:
             written[number].append(now[number])
-        going = [number for number in going if now[number] not in ends and step + 1 < room[number]]
+        going = [n for n in going if step + 1 < room[n] and not stops.end(rows[n], written[n])]
         if not going:
             break
         cache, ids, positions = out.past_key_values, best[:, None].to(model.device), positions[:, -1:] + 1
@@ -190,7 +233,7 @@ def _complete_batch(
             ids, positions, mask, held = ids[stay], positions[stay], mask[stay], going
         mask = torch.cat([mask, mask.new_ones(len(held), 1)], dim=1)
     return [
-        Greedy(tuple(token for token in some if token not in ends), first, about)
+        Greedy(tuple(token for token in some if token not in stops.ends), first, about)
         for some, first, about in zip(written, candidates, scored, strict=True)
     ]
 

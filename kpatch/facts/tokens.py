@@ -95,10 +95,35 @@ class Spanned(NamedTuple):
 
 def encode_spans(tokenizer: Any, items: Sequence[AnyItem]) -> list[Spanned]:
     """As `encode_many`, each with the tokens of its subject."""
-    rows = [_place(Item(*item)) for item in items]
+    return _encode(tokenizer, [_place(Item(*item)) for item in items], lead_ids(tokenizer))
+
+
+class Written(NamedTuple):
+    """A text that stands as it is, its subject's characters [begin, end), and behind it `between` and `target`."""
+
+    text: str
+    begin: int
+    end: int
+    target: str | None = None
+    between: str = ""
+
+
+def encode_written(tokenizer: Any, rows: Sequence[Written]) -> list[Encoded]:
+    """Tokens of texts that bring their own special tokens, as a chat template writes them.
+
+    Nothing is put in front and nothing is cut at the end. Raises BadInput where the tokenizer keeps nothing of a
+    subject or target.
+    """
+    placed = [
+        _Row(text, text if target is None else text + between + target, begin, end, text[begin:end], target)
+        for text, begin, end, target, between in rows
+    ]
+    return [spanned.row for spanned in _encode(tokenizer, placed, ())]
+
+
+def _encode(tokenizer: Any, rows: Sequence[_Row], lead: Sequence[int]) -> list[Spanned]:
     wanted = dict.fromkeys(text for row in rows for text in (row.text, row.whole))
     tokens = dict(zip(wanted, _tokenize(tokenizer, list(wanted)), strict=True))
-    lead = lead_ids(tokenizer)
     targets = _targets(tokenizer, rows, tokens)
     result = []
     for row, target_ids in zip(rows, targets, strict=True):

@@ -15,18 +15,24 @@ from kpatch.cli.targets import open_model
 
 EXAMPLES = opt.examples(
     'kpatch ask smollm2 "The Eiffel Tower is in"',
-    'kpatch ask model/ "The Eiffel Tower is in" "Paris is in" --patch news.patch',
+    'kpatch ask model/ "Where is the Eiffel Tower?" "Where is Paris?" --chat --patch news.patch',
 )
 
 
 def command(
     model: opt.Model,
-    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    prompts: Annotated[list[str], typer.Argument(metavar="PROMPT", help="Text to continue; with --chat a question.")],
     patch: Annotated[
         Path | None, typer.Option(metavar="PATCH", help="Also ask with this patch, and show both answers.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Each prompt is a user's turn in the model's own chat template.")
+    ] = False,
     top: Annotated[int, typer.Option(min=1, max=100, help="How many next tokens to show.")] = 5,
-    max_tokens: Annotated[int, typer.Option(min=1, max=1000, help="How long the answers may be.")] = 12,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, max=1000, metavar="N", help="How long the answers may be. Default: 12, with --chat 64."),
+    ] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     modules: opt.Modules = None,
@@ -49,16 +55,16 @@ def command(
 
     from kpatch.evaluate.answers import ask
 
-    before = _plain(ask(loaded, prompts, top, max_tokens, output))
+    before = _plain(ask(loaded, prompts, top, max_tokens, chat, output))
     if patch is None:
-        output.result({"prompts": before})
+        output.result({"prompts": before, "chat": chat})
         _one(output, before)
         return
     from kpatch import patched
 
     with patched(loaded, patch, report=output):
-        after = _plain(ask(loaded, prompts, top, max_tokens, output))
-    output.result({"prompts": after, "unpatched": before})
+        after = _plain(ask(loaded, prompts, top, max_tokens, chat, output))
+    output.result({"prompts": after, "unpatched": before, "chat": chat})
     _both(output, before, after)
 
 
