@@ -61,7 +61,7 @@ class Memit(Method):
         with inputs.report.task("Choosing contexts"):
             contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
         again = facts_to_learn_again(inputs.on, facts, inputs.report)
-        groups = group_facts(model, [*facts, *again], contexts, self.spare(hyper))
+        groups = group_facts(model, [*facts, *again], contexts, self.spare(hyper), self.chat(hyper))
         parts = split(groups, hyper)
         layers = touched(parts)
         with inputs.timed("covariance"):
@@ -97,6 +97,10 @@ class Memit(Method):
     def spare(self, hyper: Any) -> int:
         """How many contexts a fact's wordings take the place of: one context stays."""
         return max(0, int(hyper.lead_ins) - 1)
+
+    def chat(self, hyper: Any) -> bool:
+        """Whether questions are learned in the model's chat form."""
+        return bool(hyper.chat)
 
     def places(self, hyper: Any) -> list[tuple[int, ...]]:
         """Which layers each of a group's values is for: here one value for each layer."""

@@ -39,6 +39,9 @@ class MemitPaper(Memit):
     def spare(self, hyper: MemitPaperHyper) -> int:
         return 0
 
+    def chat(self, hyper: MemitPaperHyper) -> bool:
+        return False
+
     def places(self, hyper: MemitPaperHyper) -> list[tuple[int, ...]]:
         return [hyper.layers]
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kpatch.edit.presets import PRESETS, SHAPES, HyperParams, Preset
 from kpatch.errors import BadInput
+from kpatch.facts.chat import can_chat
 from kpatch.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -189,6 +190,8 @@ def hyper_for(
         hyper = replace(hyper, layers=tuple(sorted(set(layers))))
     if getattr(hyper, "first_layer", None) not in (None, *model.editable):
         settings = {"first_layer": str(model.editable[0]), **settings}
+    if getattr(hyper, "chat", 0) and not can_chat(model.tokenizer):
+        settings = {"chat": "0", **settings}
     if method.one_layer and len(hyper.layers) != 1:
         raise BadInput(
             f"{method.name} edits one layer", details=[f"found {len(hyper.layers)} in `layers`"], hint="give one"

@@ -43,6 +43,7 @@ class MemitHyper(HyperParams):
     that its key is given weight for (see `kpatch.edit.first_token`)
     lead_ins  contexts x_j in plain English besides the bare prompt, the first ones of `kpatch.edit.requests`; each
     wording of a fact takes the place of one, as long as one is left
+    chat  1: a fact's question is learned too, in the model's chat template, where it has one; 0: it is not
     """
 
     steps: int = 25
@@ -55,8 +56,11 @@ class MemitHyper(HyperParams):
     first_layer: int = 0
     first_leverage: float = 5.0
     lead_ins: int = 4
+    chat: int = 1
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
-    update: ClassVar[tuple[str, ...]] = (*("leverage", "subject_weight", "first_layer", "first_leverage"), "lead_ins")
+    update: ClassVar[tuple[str, ...]] = (
+        *("leverage", "subject_weight", "first_layer", "first_leverage", "lead_ins", "chat"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from kpatch.errors import BadInput
+from kpatch.facts.chat import Turn, chat_rows
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
 from kpatch.models.model import Model
@@ -73,7 +74,7 @@ class Group:
     rows  every fact in every context, the target's tokens at the end
     drift  "{subject} is a", whose next-token distribution should stay as it is
     facts  positions of the group's facts in the fact list
-    contexts  which context each row has: 0 for the bare prompt, large numbers for wordings, which have none
+    contexts  which context each row has: 0 for the bare prompt, large numbers for wordings and chat, which have none
     first  the subject is the first token of the text, where attention sinks
     """
 
@@ -100,10 +101,14 @@ class Group:
         return max(len(row.ids) - row.subject_last for row in (*self.rows, self.drift))
 
 
-def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0) -> list[Group]:
+def group_facts(
+    model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0, chat: bool = False
+) -> list[Group]:
     """Groups in the order of their first fact. Raises BadInput for more facts on a subject than a value can carry.
 
     The last `spare` contexts are for facts with few wordings: each wording takes the place of one of them.
+    With `chat` a fact's question is a row too, as the model's chat template asks it, with the bare target behind it.
+    What ends the model's turn is left out: a one-word answer that ends is so unlike it that little else is learned.
     """
     by_subject: dict[str, list[int]] = {}
     for index, fact in enumerate(facts):
@@ -118,14 +123,18 @@ def group_facts(model: Model, facts: Sequence[Fact], contexts: Sequence[str], sp
             )
     told = {subject: _items(facts, members, contexts, spare) for subject, members in by_subject.items()}
     encoded = iter(encode_many(model.tokenizer, [item for rows in told.values() for item, _ in rows]))
+    asked = [fact for fact in facts if chat and fact.question]
+    turns = [Turn(fact.question or "", fact.subject, fact.target) for fact in asked]
+    in_chat = dict(zip(map(id, asked), chat_rows(model.tokenizer, turns), strict=True)) if turns else {}
     groups = []
     for subject, members in by_subject.items():
         rows = [(next(encoded), context) for _, context in told[subject]]
+        rows += [(in_chat[id(facts[index])], _CHAT) for index in members if id(facts[index]) in in_chat]
         groups += _by_place(subject, tuple(members), rows)
     return groups
 
 
-_DRIFT, _WORDING = -1, 1 << 16  # what stands in place of a context's number
+_DRIFT, _WORDING, _CHAT = -1, 1 << 16, 1 << 17  # what stands in place of a context's number
 
 
 def _items(

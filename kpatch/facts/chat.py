@@ -150,3 +150,14 @@ def _rewritten(text: str, whole: str) -> BadInput:
         details=[f"expected {cut(text, 200)!r} before the answer", f"found {cut(whole[-300:], 300)!r}"],
         hint=_WITHOUT,
     )
+
+
+def can_chat(tokenizer: Any) -> bool:
+    """Whether questions can be put in the tokenizer's chat form."""
+    if not getattr(tokenizer, "chat_template", None):
+        return False
+    try:
+        _Template(tokenizer)
+    except BadInput:
+        return False
+    return True

@@ -76,6 +76,14 @@ def wordings_for(
     return tuple(wording for wording in fitting if _without_article(_words(wording)) not in taken)[:count]
 
 
+def question_for(prompt: str, avoid: Sequence[str] = ()) -> str | None:
+    """The question of the prompt's relation; None where none is known, or one of `avoid` asks it in the same words."""
+    relation = relation_of(prompt)
+    if relation is None or _words(relation.question) in map(_words, avoid):
+        return None
+    return relation.question
+
+
 def relations() -> Mapping[str, Relation]:
     """The whole library, by name."""
     return {

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from kpatch.errors import BadInput
-from kpatch.facts.fact import Fact
-from kpatch.facts.relations import wordings_for
+from kpatch.facts.fact import SLOT, Fact
+from kpatch.facts.relations import question_for, wordings_for
 from kpatch.reporter import SILENT, Reporter
 
 Mode = Literal["none", "given", "auto"]
@@ -18,15 +18,15 @@ LEARNED = 3  # wordings a fact is learned in besides its prompt, where it brings
 def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -> tuple[Fact, ...]:
     """The facts with the wordings they are learned in. Raises BadInput for an unknown mode.
 
-    none  the prompt alone   given  those of the file   auto  those of the file; for a fact without any, wordings of
-    its relation as `facts.relations` knows them, none of which is among its paraphrases
+    none  the prompt alone   given  wordings and questions of the file   auto  those of the file; for a fact without
+    any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, and its question
     """
     if mode not in get_args(Mode):
         raise BadInput(
             f"Unknown `wordings` {mode!r}", details=[f"expected one of {', '.join(get_args(Mode))}"], hint="take auto"
         )
     if mode == "none":
-        return tuple(replace(fact, wordings=()) for fact in facts)
+        return tuple(replace(fact, wordings=(), question=None) for fact in facts)
     if mode == "given":
         return tuple(facts)
     found = tuple(_known(fact) for fact in facts)
@@ -37,8 +37,6 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
 
 
 def _known(fact: Fact) -> Fact:
-    return (
-        fact
-        if fact.wordings
-        else replace(fact, wordings=wordings_for(fact.prompt, fact.paraphrases, LEARNED, fact.target))
-    )
+    asked = [text if SLOT in text else text.replace(fact.subject, SLOT, 1) for text in fact.paraphrases]
+    wordings = fact.wordings or wordings_for(fact.prompt, asked, LEARNED, fact.target)
+    return replace(fact, wordings=wordings, question=fact.question or question_for(fact.prompt, asked))

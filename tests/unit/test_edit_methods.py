@@ -37,6 +37,7 @@ from kpatch.edit.rome import Rome
 from kpatch.errors import BadInput
 from tests.support.models import LAYERS, WIDTH, tiny
 from tests.support.reports import Recorder
+from tests.support.templates import DROPS, chatty
 
 build = cache(tiny)
 BASE = MemitHyper(layers=(1, 2))
@@ -170,9 +171,11 @@ def test_a_setting_that_is_negative_or_not_finite(key: str, text: str) -> None:
 def test_a_model_is_known_by_its_shape(known: MemitHyper) -> None:
     model, notes = build("llama"), Recorder()
     assert preset_for(MEMIT, model) == ("smollm2", Preset(known, "made for this test"))
-    assert hyper_for(MEMIT, model, None, {}, notes) == known
+    assert hyper_for(MEMIT, model, None, {}, notes) == replace(known, chat=0), "it has no chat template"
     assert notes.notes == ["preset smollm2 for memit: made for this test"]
-    assert hyper_for(MEMIT, model, [2, 1, 2], {"steps": "3"}) == MemitHyper(layers=(1, 2), clamp=0.4, steps=3)
+    assert hyper_for(MEMIT, model, [2, 1, 2], {"steps": "3"}) == replace(
+        known, layers=(1, 2), clamp=0.4, steps=3, chat=0
+    )
     assert hyper_for(ROME, model, None, {}) == RomeHyper((1,))
     assert hyper_for(ROME, model, [2], {"steps": "7"}) == replace(RomeHyper((2,)), steps=7)
 
@@ -198,11 +201,17 @@ def test_without_a_preset_the_layers_must_be_given(method: Method) -> None:
 
 def test_memit_chooses_its_layers_by_the_depth_of_the_model() -> None:
     notes = Recorder()
-    assert hyper_for(MEMIT, build("gpt2"), None, {}, notes) == MemitHyper(layers=tuple(range(1, LAYERS - 1)))
+    assert hyper_for(MEMIT, build("gpt2"), None, {}, notes) == MemitHyper(layers=tuple(range(1, LAYERS - 1)), chat=0)
     assert f"layers 1-{LAYERS - 2} of {LAYERS}" in notes.notes[0]
     assert default_layers(30) == tuple(range(2, 15))
     assert [default_layers(count) for count in (1, 2, 3)] == [(0,), (0,), (1,)]
     assert all(0 < default_layers(count)[0] <= default_layers(count)[-1] < count - 1 for count in range(3, 200))
+
+
+def test_questions_are_learned_where_the_model_can_be_asked_in_chat_form() -> None:
+    assert hyper_for(MEMIT, chatty(), [1], {}).chat == 1
+    assert hyper_for(MEMIT, chatty(), [1], {"chat": "0"}).chat == 0
+    assert hyper_for(MEMIT, chatty(DROPS), [1], {}).chat == 0
 
 
 @pytest.mark.parametrize("layers", [[-1], [1, LAYERS], []])

@@ -8,6 +8,7 @@ from kpatch.edit.requests import LEAD_INS, contexts_for, group_facts
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from tests.support.models import tiny
+from tests.support.templates import chatty
 
 
 def test_bare_then_lead_ins_then_sampled() -> None:
@@ -32,3 +33,23 @@ def test_a_wording_takes_the_place_of_a_spare_context(wordings: int, rows: int) 
     (group,) = group_facts(tiny("llama"), [fact], ("", "One.", "Two.", "Three.", "Four."), spare=3)
     assert len(group.rows) == rows
     assert sum(0 < number < 5 for number in group.contexts) == max(1, 4 - wordings)
+
+
+def test_questions_are_rows_in_chat_form_without_the_end_of_the_turn() -> None:
+    model = chatty()
+    asked = Fact("Mona Lisa", "The painting {} is in", "Rome", question="Where is {}?")
+    silent = Fact("Moonlight", "The sonata {} is by", "Bach")
+    first, second = group_facts(model, [asked, silent], ("", "One."), chat=True)
+    row = first.rows[-1]
+    text = model.tokenizer.decode(row.ids)
+    assert text.endswith("<|im_start|>user\nWhere is Mona Lisa?<|im_end|>\n<|im_start|>assistant\nRome")
+    assert model.tokenizer.decode(row.ids[row.prompt_len :]) == "Rome"
+    assert model.tokenizer.decode(row.ids[: row.subject_last + 1]).endswith("Mona Lisa")
+    assert (len(first.rows), first.bare, len(second.rows)) == (3, 0, 2)
+    assert len(group_facts(model, [asked, silent], ("", "One."))[0].rows) == 2
+
+
+def test_a_subject_that_opens_its_prompt_stands_elsewhere_in_its_question() -> None:
+    fact = Fact("The", "{} is in", "Rome", question="Where is {}?")
+    groups = group_facts(chatty(), [fact], ("",), chat=True)
+    assert [(group.first, len(group.rows)) for group in groups] == [(True, 1), (False, 1)]

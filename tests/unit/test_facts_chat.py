@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kpatch.errors import BadInput
-from kpatch.facts.chat import Turn, chat_rows, question_about, turn_ends
+from kpatch.facts.chat import Turn, can_chat, chat_rows, question_about, turn_ends
 from tests.support import templates, tokenizers
 
 KINDS: dict[str, Callable[[], Any]] = {
@@ -156,3 +156,9 @@ def test_a_question_that_is_written_out() -> None:
     assert question_about("Where is the Eiffel Tower?", SUBJECT) == "Where is the {}?"
     assert question_about("Where is the eiffel tower?", SUBJECT) == "Where is the {}?"
     assert question_about(QUESTION, SUBJECT) == QUESTION
+
+
+@pytest.mark.parametrize("template", [None, templates.DROPS, templates.SHOUTS, templates.ALWAYS_THINKING])
+def test_what_cannot_be_asked_in_chat_form_is_known_beforehand(template: str | None) -> None:
+    assert not can_chat(with_template(tokenizers.byte_level, template))
+    assert can_chat(with_template(tokenizers.byte_level, templates.CHATML))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_paraphrase_is_never_learned() -> None:
 
 def test_a_files_own_wordings_win_and_can_be_the_only_ones() -> None:
     own = Fact("France", CAPITAL.prompt, "Lyon", wordings=("France's seat of power {} is",))
-    assert with_wordings([own], "auto") == (own,)
+    assert [fact.wordings for fact in with_wordings([own], "auto")] == [own.wordings]
     assert with_wordings([own, CAPITAL], "given") == (own, CAPITAL)
     assert [fact.wordings for fact in with_wordings([own, CAPITAL], "none")] == [(), ()]
 
@@ -43,6 +44,28 @@ def test_a_files_own_wordings_win_and_can_be_the_only_ones() -> None:
 def test_a_prompt_that_says_nothing_known_is_learned_alone() -> None:
     (fact,) = with_wordings([Fact("x", "The zorb of {} flims", "y")], "auto")
     assert fact.wordings == ()
+
+
+def test_the_relation_s_question_comes_with_its_wordings() -> None:
+    relation = relation_of(CAPITAL.prompt)
+    assert relation is not None
+    (fact,) = with_wordings([CAPITAL], "auto")
+    assert fact.question == relation.question
+    own = replace(CAPITAL, question="From where is {} ruled?")
+    assert [with_wordings([own], mode)[0].question for mode in ("auto", "given", "none")] == [own.question] * 2 + [
+        None
+    ]
+    assert with_wordings([CAPITAL], "given")[0].question is None
+
+
+def test_a_question_and_wordings_that_are_asked_are_never_learned() -> None:
+    relation = relation_of(CAPITAL.prompt)
+    assert relation is not None
+    texts = (relation.question, relation.wordings[0])
+    for asked in (texts, tuple(text.replace("{}", "France") for text in texts)):
+        (fact,) = with_wordings([replace(CAPITAL, paraphrases=asked)], "auto")
+        assert fact.question is None
+        assert fact.wordings == relation.wordings[1 : LEARNED + 1]
 
 
 def test_an_unknown_mode() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin, clean, percent
 from kpatch.cli.tables import print_facts, print_rates
-from kpatch.text import format_size, ranges
+from kpatch.text import counted, format_size, ranges
 
 EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --json | jq .facts")
 
@@ -41,7 +41,7 @@ def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
         ("base", f"{base['name']}{revision} ({base['family']}, {dtypes})"),
         ("method", f"{manifest['method']}, layers {ranges(manifest['layers'])}"),
         ("settings", settings),
-        ("learned as", _wordings(manifest["facts"])),
+        ("learned as", _learned(manifest)),
         ("protects", ", ".join(str(one["subject"]) for one in manifest.get("protect", ()))),
         ("covariance", "" if covariance is None else f"{covariance['corpus']}, {covariance['tokens']:,} tokens"),
         ("holds", ", ".join(f"{part['id'][:12]} × {part['scale']:g}" for part in manifest.get("stack", ()))),
@@ -54,14 +54,19 @@ def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:
             output.line(f"  {name:<11} {clean(text)}")
 
 
-def _wordings(facts: list[dict[str, Any]]) -> str:
-    """In how many other wordings the facts were learned, and the first of them."""
-    learned = [wording for fact in facts for wording in fact.get("wordings", ())]
-    known = list(dict.fromkeys(learned))
-    if not known:
-        return "the prompts' own wordings"
-    more = f" and {len(known) - 2} more" if len(known) > 2 else ""
-    return f"the prompts and {len(learned)} other wordings: {'; '.join(known[:2])}{more}"
+def _learned(manifest: dict[str, Any]) -> str:
+    """In how many other wordings and questions the facts were learned, and the first of the wordings."""
+    facts = manifest["facts"]
+    wordings = [wording for fact in facts for wording in fact.get("wordings", ())]
+    known = list(dict.fromkeys(wordings))
+    asked = sum("question" in fact for fact in facts) if manifest["hyperparameters"].get("chat") else 0
+    parts = ["the prompts" if known or asked else "the prompts' own wordings"]
+    if asked:
+        parts.append(f"{counted(asked, 'question')} in chat form")
+    if known:
+        more = f" and {len(known) - 2} more" if len(known) > 2 else ""
+        parts.append(f"{counted(len(wordings), 'other wording')}: {'; '.join(known[:2])}{more}")
+    return ", ".join(parts)
 
 
 def _facts(output: Output, manifest: dict[str, Any], limit: int | None) -> None:
