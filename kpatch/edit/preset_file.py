@@ -31,7 +31,7 @@ KEYS = ("version", "method", "model", "layers", "settings", "wordings", "notes",
 MODEL_KEYS = ("title", "family", "width", "depth", "weights")
 _KIND = Kind("preset file", "docs/tune.md")
 _HASH = re.compile("[0-9a-f]{64}")
-_PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]*(?:,[\w-]+)*", re.ASCII)  # what needs no quotes in YAML, as all is text here
+_PLAIN = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)  # what needs no quotes in YAML, as all is text here
 
 
 @dataclass(frozen=True)
@@ -272,7 +272,8 @@ def _lines(value: object, indent: int) -> list[str]:
         rows = []
         for key, item in value.items():
             nested = isinstance(item, Mapping | list | tuple) and len(item) > 0
-            rows += [f"{before}{key}:", *_lines(item, indent + 2)] if nested else [f"{before}{key}: {_scalar(item)}"]
+            name = f"{before}{_scalar(key)}:"
+            rows += [name, *_lines(item, indent + 2)] if nested else [f"{name} {_scalar(item)}"]
         return rows
     if isinstance(value, list | tuple):
         return [f"{before}- {_scalar(item)}" for item in value]
@@ -282,7 +283,7 @@ def _lines(value: object, indent: int) -> list[str]:
 def _scalar(value: object) -> str:
     """A value on one line: words and numbers as they are, other texts in quotes, lists and mappings in brackets."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_scalar(item)}" for key, item in value.items()) + "}"
+        return "{" + ", ".join(f"{_scalar(key)}: {_scalar(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_scalar(item) for item in value) + "]"
     text = str(value)

@@ -62,11 +62,6 @@ class Verdict:
         shares = (self.efficacy, self.paraphrases, self.neighbors)
         return 3 / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
 
-    @property
-    def merit(self) -> float:
-        """What decides near ties: log-probabilities a token, less the drift."""
-        return self.target + self.right - self.drift
-
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"gains": list(self.gains)}
 

@@ -105,7 +105,12 @@ def test_what_is_written_is_read_back(title: str, tmp_path: Path) -> None:
         {"leverage": "2.5", "kl": "1e-05"},
         "auto",
         title,
-        {"tried": [{"what": title, "score": "0.5"}, []], "none": {}, "deep": {"er": {"list": ["1", title]}}},
+        {
+            "tried": [{"what": title, "score": "0.5", "at": "1,2"}, []],
+            "a: b": {"c, d": ""},
+            "none": {},
+            "deep": {"er": {"list": ["1", title]}},
+        },
     )
     read = read_preset(written(tmp_path, file.text()))
     assert read == file

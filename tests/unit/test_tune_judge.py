@@ -63,7 +63,6 @@ def verdict(**changed: Any) -> Verdict:
 def test_the_score_is_the_harmonic_mean() -> None:
     assert verdict().score == pytest.approx(3 / (1 + 2 + 2))
     assert verdict(neighbors=0.0).score == 0.0
-    assert verdict().merit == pytest.approx(-1.6)
 
 
 def test_the_higher_score_wins_whatever_the_log_probabilities() -> None:
