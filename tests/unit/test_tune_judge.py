@@ -146,5 +146,7 @@ def test_memit_learns_the_pilots(model: Model, tmp_path: Any, monkeypatch: pytes
     hyper = hyper_for(method, model, [1, 2], {"steps": "6", "leverage": "500"})
     inputs = Inputs(tokens=400)
     learned, none = (judge.judge(Setting(each, "none"), inputs) for each in (hyper, replace(hyper, leverage=1e-9)))
-    assert learned.target > none.target + 0.1
-    assert learned.drift > none.drift
+    assert none.drift == pytest.approx(0, abs=1e-6)
+    assert none.right == pytest.approx(0, abs=1e-4)
+    assert learned.target > none.target
+    assert learned.drift > 1e-4
