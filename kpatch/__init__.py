@@ -26,6 +26,7 @@ __all__ = [
     "stack_resolved",
     "status",
     "trace_facts",
+    "tune_settings",
     "verify",
     "verify_fit",
 ]
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from kpatch.patch.format import read_patch, verify
     from kpatch.patch.stack import stack
     from kpatch.trace.run import trace as trace_facts
+    from kpatch.tune.search import tune as tune_settings
 
 # Names are imported when they are first asked for, so that `import kpatch` costs nothing. A name that a part of the
 # package has (trace, evaluate) cannot stand for a function too, and one that says little without its module is longer.
@@ -72,6 +74,7 @@ _HOMES = {
     "stack_resolved": ("kpatch.edit.resolve", "solve_again"),
     "status": ("kpatch.checkpoint.status", "status"),
     "trace_facts": ("kpatch.trace.run", "trace"),
+    "tune_settings": ("kpatch.tune.search", "tune"),
     "verify": ("kpatch.patch.format", "verify"),
     "verify_fit": ("kpatch.checkpoint.fit", "verify_fit"),
 }

@@ -43,6 +43,22 @@ def format_size(count: int | None) -> str:
     raise AssertionError
 
 
+_RANGE = re.compile(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?")
+_MOST = 10_000
+
+
+def parse_ranges(text: str) -> list[int]:
+    """`4-8`, `4,5,6` or `3-5,8` as rising numbers below 10,000. Raises ValueError with the part that is wrong."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if last < first or last >= _MOST:
+            raise ValueError(part.strip())
+        found.update(range(first, last + 1))
+    return sorted(found)
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """Rising numbers for people: 0, 1, 2, 5 → 0-2, 5."""
     found: list[list[int]] = []

@@ -47,7 +47,8 @@ def _kpatch(
 
 
 _COMMANDS = (
-    "trace make show verify apply revert status log recover stack diff export ask eval probe import_ lint cov models"
+    "trace make show verify apply revert status log recover stack diff export ask eval probe import_ lint cov tune"
+    " models"
 )
 _SHARED = ("trace", "make", "cov")  # what several processes can do together
 for _name in _COMMANDS.split():

@@ -6,26 +6,24 @@ import re
 from collections.abc import Sequence
 
 from kpatch.errors import BadInput
+from kpatch.text import parse_ranges
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
 _UNITS |= {"kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "t": 10**12, "tb": 10**12, "tib": 1 << 40}
-_MOST_LAYERS = 10_000
 
 
 def layers(text: str | None) -> list[int] | None:
     """`4-8`, `4,5,6` or `3-5,8` as rising layer numbers; None stays None. Raises BadInput."""
     if text is None:
         return None
-    found: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
-        if match is None:
-            raise BadInput(f"--layers {text!r} is not a list of layers", hint="write 4-8, or 4,5,6")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last < first or last >= _MOST_LAYERS:
-            raise BadInput(f"--layers {text!r} is not a list of layers", details=[f"{part.strip()} is not a range"])
-        found.update(range(first, last + 1))
-    return sorted(found)
+    try:
+        return parse_ranges(text)
+    except ValueError as error:
+        raise BadInput(
+            f"--layers {text!r} is not a list of layers",
+            details=[f"{error} is not a range"],
+            hint="write 4-8, or 4,5,6",
+        ) from error
 
 
 def settings(pairs: Sequence[str]) -> dict[str, str]:

@@ -22,6 +22,7 @@ from kpatch.checkpoint.store import Store
 from kpatch.edit.asked_wordings import ask_for_wordings
 from kpatch.edit.earlier import facts_of
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
+from kpatch.edit.preset_file import PresetFile, read_preset
 from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import Measurement, effect, measure
@@ -67,10 +68,11 @@ def make(
     *,
     out: str | Path,
     model: str | Model | None = None,
-    method: str = "memit",
+    method: str | None = None,
+    preset: str | Path | None = None,
     layers: Sequence[int] | None = None,
     layers_from: str | Path | None = None,
-    wordings: str = "auto",
+    wordings: str | None = None,
     corpus: str = "self",
     tokens: int | None = None,
     settings: dict[str, str] | None = None,
@@ -86,6 +88,9 @@ def make(
 ) -> MakeResult:
     """Make a patch with MEMIT, or with another method by name, and write it to `out`.
 
+    `preset` is a preset file (`kpatch.edit.preset_file`): what it says of method, layers, settings and wordings holds
+    where the other arguments say nothing.
+
     `model` is an address or a loaded Model; `on` is a checkpoint directory that already carries patches and stands for
     the model. `memory` is the bytes that activations may take (default 800 MB). `layers_from` is a trace.json that
     names the layers. `wordings` says in which other words facts are learned (`kpatch.facts.wordings`).
@@ -93,20 +98,22 @@ def make(
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
     """
     started = time.monotonic()
-    chosen = with_wordings(facts.facts if isinstance(facts, FactFile) else tuple(facts), wordings, report)
+    file = None if preset is None else read_preset(preset)
+    wanted = wordings or (file.wordings if file else None) or "auto"
+    chosen = with_wordings(facts.facts if isinstance(facts, FactFile) else tuple(facts), wanted, report)
     if not chosen:
         raise BadInput("There are no facts to make a patch from")
     if layers is not None and layers_from is not None:
         raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
-    editor = method_named(method)
+    editor = method_named(_method(method, file))
     edited = _load(facts, model, on, device, dtype, modules, report)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
     if wordings == "auto":
         chosen = ask_for_wordings(edited, chosen, LEARNED, seed, report)
     check_lengths(edited.tokenizer, chosen)
-    hyper = hyper_for(editor, edited, layers, settings or {}, report)
+    hyper = hyper_for(editor, edited, layers, settings or {}, report, file)
     carried = _carried(edited) if on is not None else ()
     budget = DEFAULT_BUDGET if memory is None else memory
     protect = facts.protect if isinstance(facts, FactFile) else ()
@@ -162,6 +169,17 @@ def write_edit(
         )
 
     return run() if method.ranks_share else distributed.main_does(run)
+
+
+def _method(name: str | None, file: PresetFile | None) -> str:
+    """The method's name: the one that is asked for, else the preset file's. Raises BadInput where these differ."""
+    if file is not None and name is not None and name != file.method:
+        raise BadInput(
+            f"The preset file is for {file.method}, and `method` is {name}",
+            where=file.name,
+            hint="leave one of them out",
+        )
+    return name or (file.method if file else "memit")
 
 
 def _load(

@@ -214,10 +214,10 @@ class Memit(Method):
         )
 
 
-def default_layers(count: int) -> tuple[int, ...]:
+def default_layers(count: int, low: float = 0.07, high: float = 0.47) -> tuple[int, ...]:
     """R for a model of `count` layers: from 7 to 47 % of its depth, above the lowest and below the last layer."""
-    first = min(max(1, round(0.07 * count)), max(0, count - 2))
-    last = max(first, min(round(0.47 * count), count - 2))
+    first = min(max(1, round(low * count)), max(0, count - 2))
+    last = max(first, min(round(high * count), count - 2))
     return tuple(range(first, last + 1))
 
 

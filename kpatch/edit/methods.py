@@ -25,6 +25,7 @@ from kpatch.reporter import SILENT, Reporter
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from kpatch.edit.preset_file import PresetFile
     from kpatch.facts.fact import Fact, Protected
     from kpatch.models.model import Model
     from kpatch.patch.delta import Delta
@@ -168,12 +169,22 @@ def preset_for(method: Method | type[Method], model: Model) -> tuple[str, Preset
 
 
 def hyper_for(
-    method: Method, model: Model, layers: Sequence[int] | None, settings: Mapping[str, str], report: Reporter = SILENT
+    method: Method,
+    model: Model,
+    layers: Sequence[int] | None,
+    settings: Mapping[str, str],
+    report: Reporter = SILENT,
+    file: PresetFile | None = None,
 ) -> Any:
-    """The method's hyperparameters for a model: its preset, then `layers`, then `settings`. Notes which preset it was.
+    """The method's hyperparameters for a model: its preset, then the preset file's, then `layers` and `settings`.
 
-    Raises BadInput where there is neither a preset nor layers, for layers the model lacks, and for wrong settings.
+    Notes which preset it was. Raises BadInput where there is neither a preset nor layers, for layers the model lacks,
+    and for wrong settings.
     """
+    if file is not None:
+        file.check(model, report, own_layers=layers is not None)
+        layers = file.layers if layers is None else layers
+        settings = {**file.settings, **settings}
     found = preset_for(method, model)
     if found is not None:
         name, preset = found
@@ -183,7 +194,7 @@ def hyper_for(
         hyper = method.hyper(layers=method.choose_layers(model, report) if layers is None else tuple(layers))
         if layers is None and not hyper.layers:
             raise _no_preset(method, model)
-        if method.presets:
+        if method.presets and file is None:
             report.note(f"no {method.name} preset for {model.name}: the defaults serve; `settings` changes them")
     if layers is not None:
         check_layers(model, layers)

@@ -11,7 +11,7 @@ from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
 from kpatch.facts.conflicts import give_ids, normal, refuse, repeated_ids, settle
 from kpatch.facts.fact import FactFile
-from kpatch.facts.problems import SHOWN, Target, at, bad_file, cut, limited, nearest
+from kpatch.facts.problems import FACT_FILE, SHOWN, Kind, Target, at, bad_file, cut, limited, nearest
 from kpatch.facts.readers import SOURCES, Source
 
 LARGEST = 256 * 2**20
@@ -71,7 +71,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def read_text(path: Path, suffixes: Collection[str] = SOURCES) -> str:
+def read_text(path: Path, suffixes: Collection[str] = SOURCES, kind: Kind = FACT_FILE) -> str:
     """A file's text with line ends of one kind and without a byte order mark.
 
     Raises BadInput for a file that is missing, too large, not UTF-8 or not named as one of `suffixes`.
@@ -80,7 +80,7 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES) -> str:
     try:
         size = path.stat().st_size
         if path.is_dir():
-            raise BadInput("This is a folder, not a fact file", where=name)
+            raise BadInput(f"This is a folder, not a {kind.name}", where=name)
         if path.suffix.lower() not in suffixes:
             raise BadInput(
                 "This is no kind of fact file" if suffixes is SOURCES else "This is no kind of file that is read here",
@@ -89,7 +89,7 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES) -> str:
             )
         if size > LARGEST:
             raise BadInput(
-                "The fact file is too large",
+                f"The {kind.name} is too large",
                 where=name,
                 details=[f"expected at most {LARGEST // 2**20} MB, found {size / 2**20:,.0f} MB"],
                 hint="split it, and stack the patches",
@@ -111,7 +111,7 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES) -> str:
         line = before.count(b"\n") + 1
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8-sig", "replace")) + 1
         message = f"{name}:{line}:{column}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
-        raise bad_file(name, [message]) from error
+        raise bad_file(name, [message], kind=kind) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 

@@ -1,4 +1,4 @@
-"""Problems of fact files: collected with their places, reported at once, with the word a mistyped one may mean."""
+"""Problems of files that people write: collected with their places, reported at once, with what a typo may mean."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ Path = tuple[str | int, ...]
 SHOWN = 50
 
 
+class Kind(NamedTuple):
+    """What messages call a kind of file, and the page that describes it."""
+
+    name: str
+    page: str
+
+
+FACT_FILE = Kind("fact file", "docs/facts.md")
+
+
 class Spot(NamedTuple):
     """A place in a file; both count from 1, columns in characters."""
 
@@ -44,7 +54,8 @@ class Target(NamedTuple):
 class Problems:
     """Collects what is wrong; the places of targets are only looked up for the problems that are shown."""
 
-    def __init__(self) -> None:
+    def __init__(self, kind: Kind = FACT_FILE) -> None:
+        self.kind = kind
         self._found: list[tuple[Target | Spot, str]] = []
 
     def __len__(self) -> int:
@@ -70,7 +81,7 @@ class Problems:
         places = iter(locate(wanted) if wanted else [])
         spots = [place if isinstance(place, Spot) else next(places) for place, _ in shown]
         lines = sorted(zip(spots, (message for _, message in shown), strict=True), key=lambda pair: pair[0])
-        raise bad_file(name, [f"{at(name, spot)}: {message}" for spot, message in lines], len(self._found))
+        raise bad_file(name, [f"{at(name, spot)}: {message}" for spot, message in lines], len(self._found), self.kind)
 
 
 def at(name: str, spot: Spot) -> str:
@@ -78,15 +89,15 @@ def at(name: str, spot: Spot) -> str:
     return f"{name}:{spot.line}:{spot.column}"
 
 
-def bad_file(name: str, lines: Sequence[str], total: int | None = None) -> BadInput:
-    """The error for a fact file with `total` things wrong, of which `lines` tells the first."""
+def bad_file(name: str, lines: Sequence[str], total: int | None = None, kind: Kind = FACT_FILE) -> BadInput:
+    """The error for a file with `total` things wrong, of which `lines` tells the first."""
     count = len(lines) if total is None else total
     what = "1 error" if count == 1 else f"{count:,} errors"
     return BadInput(
-        f"The fact file has {what}",
+        f"The {kind.name} has {what}",
         where=name,
         details=limited(lines, total=count),
-        hint="docs/facts.md describes the format",
+        hint=f"{kind.page} describes the format",
     )
 
 

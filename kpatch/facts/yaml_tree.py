@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from kpatch.facts.problems import Path, Problems, Spot, Target, bad_file
+from kpatch.facts.problems import Kind, Path, Problems, Spot, Target, bad_file
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _DEEPEST = 8  # a fact file needs 5
@@ -44,7 +44,7 @@ class Tree(NamedTuple):
 
 
 class _LimitError(yaml.MarkedYAMLError):
-    """YAML that is valid and more than a fact file may be; `problem` is the whole message."""
+    """YAML that is valid and more than a file may be; `problem` is the whole message."""
 
 
 class _Anchor(NamedTuple):
@@ -61,14 +61,14 @@ def read(text: str, name: str, problems: Problems, wanted: Collection[Target] = 
     Anchors, aliases and merge keys (<<) are followed. Duplicate keys, tags and aliases that name nothing go to
     `problems`; raises BadInput for what is not YAML at all, or too large once its aliases are written out.
     """
-    _refuse_characters(text, name)
+    _refuse_characters(text, name, problems.kind)
     try:
         return _Builder(text, problems, frozenset(wanted)).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         spot = Spot(mark.line + 1, mark.column + 1) if mark else Spot(1, 1)
         message = error.problem if isinstance(error, _LimitError) else _explain(error, text.split("\n"))
-        raise bad_file(name, [f"{name}:{spot.line}:{spot.column}: {message}"]) from error
+        raise bad_file(name, [f"{name}:{spot.line}:{spot.column}: {message}"], kind=problems.kind) from error
 
 
 def locate(text: str, name: str, wanted: Sequence[Target]) -> list[Spot]:
@@ -96,7 +96,9 @@ class _Builder:
         self.next_event()  # the document's end
         event = self.next_event()
         if not isinstance(event, yaml.StreamEndEvent):
-            self.problems.add_at(_spot(event), "a second document starts here; a fact file is one document")
+            self.problems.add_at(
+                _spot(event), f"a second document starts here; a {self.problems.kind.name} is one document"
+            )
         return Tree(data, self.spots)
 
     def node(self, event: Any, path: Path) -> object:
@@ -122,12 +124,18 @@ class _Builder:
         kind = type(event)
         if kind is yaml.ScalarEvent:
             if event.tag not in _TEXT_TAGS:
-                self.problems.add_at(_spot(event), f"tags such as {event.tag!r} have no meaning in a fact file")
+                self.problems.add_at(
+                    _spot(event), f"tags such as {event.tag!r} have no meaning in a {self.problems.kind.name}"
+                )
             return _value(event)
         if event.tag is not None:
-            self.problems.add_at(_spot(event), f"tags such as {event.tag!r} have no meaning in a fact file")
+            self.problems.add_at(
+                _spot(event), f"tags such as {event.tag!r} have no meaning in a {self.problems.kind.name}"
+            )
         if len(path) >= _DEEPEST:
-            raise _LimitError(problem="nested too deeply for a fact file", problem_mark=event.start_mark)
+            raise _LimitError(
+                problem=f"nested too deeply for a {self.problems.kind.name}", problem_mark=event.start_mark
+            )
         return self.mapping(path) if kind is yaml.MappingStartEvent else list(self.items(path))
 
     def alias(self, event: Any, path: Path) -> object:
@@ -147,7 +155,9 @@ class _Builder:
             problem = f"with its aliases written out, the file is larger than {_WRITTEN_OUT // 2**20} MB"
             raise _LimitError(problem=problem, problem_mark=event.start_mark)
         if len(path) + anchor.height > _DEEPEST:
-            raise _LimitError(problem="nested too deeply for a fact file", problem_mark=event.start_mark)
+            raise _LimitError(
+                problem=f"nested too deeply for a {self.problems.kind.name}", problem_mark=event.start_mark
+            )
         return anchor.value
 
     def measure(self, value: object) -> tuple[int, int]:
@@ -229,7 +239,7 @@ def _spot(event: Any) -> Spot:
     return Spot(event.start_mark.line + 1, event.start_mark.column + 1)
 
 
-def _refuse_characters(text: str, name: str) -> None:
+def _refuse_characters(text: str, name: str, kind: Kind) -> None:
     """Tabs outside comments and characters that YAML has no place for, all at once."""
     if "\t" not in text and not _UNREADABLE.search(text):
         return
@@ -243,7 +253,7 @@ def _refuse_characters(text: str, name: str) -> None:
             sign = f"U+{ord(found.group()):04X}"
             wrong.append(f"{name}:{number}:{found.start() + 1}: the character {sign} cannot stand in YAML")
     if wrong:
-        raise bad_file(name, wrong)
+        raise bad_file(name, wrong, kind=kind)
 
 
 def _explain(error: yaml.MarkedYAMLError, lines: Sequence[str]) -> str:

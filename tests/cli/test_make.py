@@ -195,3 +195,17 @@ def test_make_without_a_model(facts: Path, tmp_path: Path) -> None:
     done = run("make", facts, "-o", tmp_path / "x.patch")
     assert done.code == 2
     assert "--model" in done.err
+
+
+def test_a_preset_file_and_its_mistakes(model: Path, facts: Path, made: tuple[Path, Ran], tmp_path: Path) -> None:
+    preset = tmp_path / "p.yaml"
+    preset.write_text("version: 1\nmethod: memit\nlayers: 1-2\nsettings: {stepz: 3}\n", encoding="utf-8")
+    given = ("make", facts, "--model", model, "--preset", preset, "--tokens", "400", "-o", tmp_path / "x.patch")
+    wrong = run(*given)
+    assert wrong.code == 2
+    assert f"{preset}:4:12: unknown setting 'stepz'; did you mean 'steps'?" in wrong.err
+    preset.write_text("version: 1\nmethod: memit\nlayers: 1-2\nsettings: {steps: 3, lead_ins: 1}\n", encoding="utf-8")
+    assert run(*given, "--method", "rome").code == 2
+    done = run(*given)
+    assert done.code == 0, done.err
+    assert (tmp_path / "x.patch").read_bytes() == made[0].read_bytes()

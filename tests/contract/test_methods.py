@@ -23,6 +23,7 @@ import kpatch
 from kpatch.edit import methods
 from kpatch.edit.make import MakeResult, make
 from kpatch.edit.methods import Edit, Inputs, Method, method_named, method_names, register
+from kpatch.edit.preset_file import PresetFile
 from kpatch.edit.presets import HyperParams
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
@@ -212,6 +213,14 @@ def test_the_command_line_makes_the_same_bytes(world: World, tmp_path: Path, mon
         *(word for key, value in world.settings.items() for word in ("--set", f"{key}={value}")),
     )
     assert ran.code == 0, ran.err
+    assert (tmp_path / "again.patch").read_bytes() == world.path.read_bytes()
+
+
+def test_a_preset_file_makes_the_same_bytes_as_layers_and_settings(world: World, tmp_path: Path) -> None:
+    told = PresetFile(world.method.name, layers=tuple(world.layers), settings=world.settings)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(told.text(), encoding="utf-8")
+    make(FACTS, out=tmp_path / "again.patch", model=world.model, preset=preset, tokens=TOKENS)
     assert (tmp_path / "again.patch").read_bytes() == world.path.read_bytes()
 
 

@@ -22,6 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "trace": {"models", "facts"},
     "stats": {"models", "facts"},
     "edit": {"models", "facts", "trace", "stats", "patch", "checkpoint", "evaluate"},
+    "tune": {"edit", "models", "facts", "trace", "stats", "evaluate"},
     "patch": {"facts"},
     "checkpoint": {"patch", "facts"},
     "evaluate": {"models", "facts", "patch", "checkpoint"},

@@ -37,18 +37,24 @@ def command(
         typer.Option(metavar="MODEL", help="Alias, hub id, directory or GGUF file. Default: the file's `model:`."),
     ] = None,
     method: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="memit|memit-paper|rome|ft", help="How the weights are found; other packages can add methods."
+            metavar="memit|memit-paper|rome|ft",
+            help="How the weights are found; other packages can add methods. Default: the preset file's, else memit.",
         ),
-    ] = "memit",
+    ] = None,
+    preset: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Settings from a preset file, as `kpatch tune` writes them."),
+    ] = None,
     wordings: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="none|given|auto",
-            help="Other words that facts are learned in: none, the file's, or also kpatch's own for known relations.",
+            help="Other words that facts are learned in: none, the file's, or also kpatch's own for known relations"
+            " (auto). Default: the preset file's, else auto.",
         ),
-    ] = "auto",
+    ] = None,
     layers: opt.Layers = None,
     layers_from: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Take them from the trace.json of `kpatch trace -o`.")
@@ -106,6 +112,7 @@ def command(
         model=model,
         out=path,
         method=method,
+        preset=preset,
         layers=chosen,
         layers_from=layers_from,
         wordings=wordings,
@@ -127,7 +134,7 @@ def command(
     print_made(say, result)
     rates = rates_of(result.effect["after"])
     rates["retention"] = None if result.retention is None else result.retention.rate
-    _check_rates(rates, {**least, "retention": min_retention}, method)
+    _check_rates(rates, {**least, "retention": min_retention}, result.method)
 
 
 def _check_rates(rates: dict[str, float | None], least: dict[str, float | None], method: str) -> None:
