@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.cache import atomic_write_text
+from kpatch.cli.asked import FOLLOW_HEADERS, FOLLOW_NUMBERS, FORM_HEADERS, FORM_NUMBERS, follow_rows, form_rows
 from kpatch.cli.output import percent
 from kpatch.cli.tables import RATES, failures, format_number
 
@@ -49,7 +50,8 @@ def page(
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
         f"<h1>{title}</h1>\n<p>{found['evaluated']:,} facts, with 95 % intervals.</p>\n"
-        f"{_rates(found)}\n<h2>Success, %</h2>\n{_KEY if before else ''}{_bars(found)}\n<h2>Every fact</h2>\n"
+        f"{_rates(found)}\n{_asked(found)}<h2>Success, %</h2>\n"
+        f"{_KEY if before else ''}{_bars(found)}\n<h2>Every fact</h2>\n"
         f"<p>P of the target against P of the old answer, per token. Above the line the target wins.</p>\n"
         f"{_KEY if before else ''}{_scatter(facts, before)}\n{_facts(facts, before)}\n</body></html>\n"
     )
@@ -79,6 +81,19 @@ def _rates(found: Mapping[str, Any]) -> str:
         read = found["perplexity"]
         rows.append(("Perplexity", "", format_number(read["before"]), format_number(read["after"]), ""))
     return _table(("Measure", "n", "Without", "With", "95 %"), rows, numbers=(1, 2, 3, 4))
+
+
+def _asked(found: Mapping[str, Any]) -> str:
+    """What the model answers by itself in several forms, and what follows from the facts, where these were asked."""
+    parts = []
+    for title, headers, rows, numbers in (
+        ("Asked in several forms", FORM_HEADERS, form_rows(found), FORM_NUMBERS),
+        ("What follows", FOLLOW_HEADERS, follow_rows(found), FOLLOW_NUMBERS),
+    ):
+        if rows:
+            shown = [["" if cell is None else cell for cell in row] for row in rows]
+            parts.append(f"<h2>{title}</h2>\n{_table(headers, shown, numbers)}\n")
+    return "".join(parts)
 
 
 def _bars(found: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from kpatch.errors import BadInput
+from kpatch.facts.questions import FORMS
 from kpatch.text import parse_ranges
 
 _UNITS = {"": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9}
@@ -34,6 +35,14 @@ def settings(pairs: Sequence[str]) -> dict[str, str]:
 def modules(text: str | None) -> dict[str, str] | None:
     """`layers=model.layers,down=mlp.down_proj` as a table; None stays None. Raises BadInput."""
     return None if text is None else _pairs(text.split(","), "--modules")
+
+
+def forms(text: str | None) -> tuple[str, ...]:
+    """`completion,question,chat` or some of them; None is none of them. Raises BadInput for others."""
+    given = () if text is None else tuple(part.strip() for part in text.split(","))
+    if any(part not in FORMS for part in given):
+        raise BadInput(f"--forms {text!r} is not a list of forms", details=[f"expected some of {', '.join(FORMS)}"])
+    return given
 
 
 def memory(text: str | None) -> int | None:

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from kpatch.evaluate.consequences import measure_consequences
+from kpatch.evaluate.forms import ask_forms, prepare
 from kpatch.evaluate.intervals import SAMPLES, mean_interval, with_intervals
 from kpatch.evaluate.metrics import measure
 from kpatch.evaluate.perplexity import perplexity
@@ -23,13 +25,16 @@ class Wanted:
     """What to measure besides the rates.
 
     With `generate` the model writes texts of `tokens` tokens from every fact; they are compared with `references`,
-    some texts for each fact. `text` holds rows of ids whose perplexity is taken. The bootstrap draws `samples` times.
-    `seed` is that of the bootstrap and of the writing.
+    some texts for each fact. `forms` are those in which the model is asked (completion, question, chat); with
+    `consequences` the probes of `evaluate.consequences` are asked too. `text` holds rows of ids whose perplexity is
+    taken. The bootstrap draws `samples` times. `seed` is that of the bootstrap and of the writing.
     """
 
     generate: bool = False
     tokens: int = TOKENS
     references: Sequence[Sequence[str]] = ()
+    forms: Sequence[str] = ()
+    consequences: bool = False
     text: list[list[int]] | None = None
     samples: int = SAMPLES
     seed: int = 0
@@ -38,12 +43,16 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Assessment:
-    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` is {fluency, consistency, …} or {}."""
+    """`metrics` is METRICS with intervals, `facts` one object a fact; `writing` is {fluency, consistency, …} or {}.
+
+    `asked` is {forms, consequences} with what was wanted of them.
+    """
 
     metrics: dict[str, Any]
     facts: tuple[dict[str, Any], ...]
     writing: dict[str, Any] = field(default_factory=dict)
     perplexity: float | None = None
+    asked: dict[str, Any] = field(default_factory=dict)
 
 
 def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, report: Reporter = SILENT) -> Assessment:
@@ -51,12 +60,22 @@ def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, re
 
     With `generate`, the model answers paraphrases freely as well.
 
-    Raises what `measure`, `write_on` and `perplexity` raise.
+    Raises what `measure`, `prepare`, `write_on` and `perplexity` raise.
     """
     wanted = wanted or Wanted()
     free = KINDS[:2] if wanted.generate else KINDS[:1]
+    prepared = prepare(model, facts, wanted.forms, report)  # a form that the model does not have fails first
     found = measure(model, facts, wanted.batch_tokens, free=free, report=report)
     rows = found.facts
+    asked: dict[str, Any] = {}
+    if prepared:
+        said = ask_forms(model, facts, prepared, wanted.samples, wanted.seed, wanted.batch_tokens, report)
+        asked["forms"] = said.rates
+        rows = tuple({**row, "forms": forms} for row, forms in zip(rows, said.facts, strict=True))
+    if wanted.consequences:
+        follows = measure_consequences(model, facts, wanted.samples, wanted.seed, wanted.batch_tokens, report)
+        asked["consequences"] = follows.rates
+        rows = tuple({**row, "consequences": one} for row, one in zip(rows, follows.facts, strict=True))
     writing: dict[str, Any] = {}
     if wanted.generate:
         about = wanted.references or [fact.references for fact in facts]
@@ -69,7 +88,7 @@ def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, re
             )
         )
     read = None if wanted.text is None else perplexity(model, wanted.text, report)
-    return Assessment(with_intervals(found.outcomes, wanted.samples, wanted.seed), rows, writing, read)
+    return Assessment(with_intervals(found.outcomes, wanted.samples, wanted.seed), rows, writing, read, asked)
 
 
 def drift(before: float | None, after: float | None) -> float | None:

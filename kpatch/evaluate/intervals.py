@@ -60,6 +60,19 @@ def mean_interval(values: Sequence[float], samples: int = SAMPLES, seed: int = 0
     return interval(torch.cat([table[some].mean(1) for some in picks]))
 
 
+def grouped_interval(values: Sequence[tuple[int, float]], samples: int = SAMPLES, seed: int = 0) -> list[float] | None:
+    """The interval of the mean of values, each with the number of its fact; facts are drawn with all their values."""
+    sums: dict[int, tuple[float, int]] = {}
+    for fact, value in values:
+        total, count = sums.get(fact, (0.0, 0))
+        sums[fact] = total + value, count + 1
+    if len(sums) < 2 or not samples:
+        return None
+    table = torch.tensor(sorted(sums.values()), dtype=torch.float64)  # [F, 2]
+    drawn = torch.cat([table[some].sum(1) for some in _picks(len(table), samples, seed)])  # [S, 2]
+    return interval(drawn[:, 0] / drawn[:, 1])
+
+
 def _draw(outcomes: Sequence[Outcome], facts: Sequence[int], samples: int, seed: int) -> Tensor:
     """Means [S, kinds, quantities] over drawn facts; NaN where a sample has nothing to average."""
     place = {fact: index for index, fact in enumerate(facts)}

@@ -1,7 +1,6 @@
 """The rules for one fact, in any form it is written in: a mapping with all its keys, or one line of text.
 
-Plain text, lists and mappings go in; a `Fact` or problems come out, whatever file it was. The one-line form is
-"[Eiffel Tower] was designed by -> Le Corbusier".
+Plain text, lists and mappings go in; a `Fact` or problems come out, whatever file it was.
 """
 
 from __future__ import annotations
@@ -26,41 +25,7 @@ from kpatch.facts.fact import (
 )
 from kpatch.facts.join import trimmed
 from kpatch.facts.problems import Path, Problems, cut, did_you_mean
-
-ARROW = "->"
-_BRACKETS = re.compile(r"\[([^\[\]]*)\]")
-
-
-def parse_fact(text: str) -> tuple[str, str, str]:
-    """(subject, prompt with {}, target). Raises ValueError, whose text is a message for the user."""
-    prompt, target = _split(text)
-    if SLOT in prompt:
-        raise ValueError("the short form names its subject in [brackets]; it takes no {}")
-    found = _BRACKETS.findall(prompt)
-    if len(found) != 1 or prompt.count("[") != 1 or prompt.count("]") != 1:
-        count = "none" if not found else "other brackets too" if len(found) == 1 else str(len(found))
-        raise ValueError(f"the short form needs exactly one subject in [brackets]; found {count}")
-    return found[0].strip(), _BRACKETS.sub(SLOT, prompt, count=1), target
-
-
-def parse_neighbor(text: str) -> Neighbor:
-    """A neighbor from "prompt -> target", or from a prompt alone. Raises ValueError with a message for the user."""
-    if ARROW not in text:
-        return Neighbor(trimmed(text))
-    prompt, target = _split(text)
-    return Neighbor(prompt, target)
-
-
-def _split(text: str) -> tuple[str, str]:
-    parts = [trimmed(part) for part in text.split(ARROW)]
-    if len(parts) != 2:
-        found = "none" if len(parts) == 1 else str(len(parts) - 1)
-        raise ValueError(f"expected one '{ARROW}' between prompt and target, found {found}")
-    prompt, target = parts[0], parts[1].strip()
-    if not prompt.strip() or not target:
-        raise ValueError(f"nothing stands {'before' if target else 'behind'} the '{ARROW}'")
-    return prompt, target
-
+from kpatch.facts.short import parse_fact, parse_neighbor
 
 _OTHER_SLOT = re.compile(r"\{\s*\w*\s*\}|%s")
 _FACT_KEYS = frozenset(FACT_KEYS)
@@ -103,7 +68,7 @@ class Checker:
         space = self.flag(data, "space", path)
         wordings = self.wordings(data, path)
         self.learned_is_not_asked(wordings, paraphrases, path)
-        question = self.optional(data, "question", path)
+        question = self.question(data, path)
         self.relations[name] = Relation(prompt, space, wordings, question, paraphrases, self.neighbors(data, path))
 
     def protected(self, data: object, path: Path) -> None:
@@ -158,7 +123,7 @@ class Checker:
             self.used.add(name)
         prompt = shared.prompt if shared and _absent(data, "prompt") else self.own_prompt(data, path, subject, name)
         wordings = self.wordings(data, path)
-        question = self.optional(data, "question", path)
+        question = self.question(data, path, subject)
         paraphrases = self.texts(data, "paraphrases", path)
         neighbors = self.neighbors(data, path)
         space = self.flag(data, "space", path)
@@ -233,15 +198,25 @@ class Checker:
             elif isinstance(item, Mapping):
                 self.unknown_keys(item, NEIGHBOR_KEYS, here, "a neighbor")
                 neighbor = Neighbor(
-                    self.needed(item, "prompt", here, precedes=True), self.optional(item, "target", here)
+                    self.needed(item, "prompt", here, precedes=True),
+                    self.optional(item, "target", here),
+                    self.optional(item, "question", here),
                 )
             else:
                 self.problems.add(here, f"expected a neighbor (prompt and target), found {kind_of(item)}")
                 continue
-            if SLOT in neighbor.prompt:
+            if SLOT in neighbor.prompt or SLOT in (neighbor.question or ""):
                 self.problems.add(here, "a neighbor is about another subject: write it out instead of {}")
             result.append(neighbor)
         return tuple(result)
+
+    def question(self, data: Mapping[str, Any], path: Path, subject: str = "") -> str | None:
+        """A question with one {}; that of a fact may name its subject instead."""
+        text = self.optional(data, "question", path)
+        if text and text.count(SLOT) != 1 and (SLOT in text or not subject or subject.lower() not in text.lower()):
+            named = f" or {cut(subject)!r}" if subject else ""
+            self.problems.add((*path, "question"), f"the question must name its subject once: write one {{}}{named}")
+        return text
 
     def wordings(self, data: Mapping[str, Any], path: Path) -> tuple[str, ...]:
         """Other ways to say the prompt, each with exactly one {}."""

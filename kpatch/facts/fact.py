@@ -19,7 +19,7 @@ FACT_KEYS = (
     *("subject", "prompt", "target", "space", "was", "relation", "id", "source"),
     *("wordings", "question", "paraphrases", "neighbors", "openings", "references"),
 )
-NEIGHBOR_KEYS = ("prompt", "target")
+NEIGHBOR_KEYS = ("prompt", "target", "question")
 PROTECT_KEYS = ("subject", "prompt", "weight")
 
 
@@ -30,10 +30,18 @@ def fill(template: str, subject: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Neighbor:
-    """A prompt about another subject, whose answer must stay; `target` is that answer where it is known."""
+    """A prompt about another subject, whose answer must stay; `target` is that answer where it is known.
+
+    `question` asks for the same answer, written out.
+    """
 
     prompt: str
     target: str | None = None
+    question: str | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """JSON form: only what is there, in the order of `NEIGHBOR_KEYS`."""
+        return {key: value for key in NEIGHBOR_KEYS if (value := getattr(self, key)) is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +85,7 @@ class Fact:
             if not value and value is not False:
                 continue
             if key == "neighbors":
-                result[key] = [
-                    {"prompt": n.prompt} if n.target is None else {"prompt": n.prompt, "target": n.target}
-                    for n in self.neighbors
-                ]
+                result[key] = [neighbor.to_dict() for neighbor in self.neighbors]
             else:
                 result[key] = list(value) if key in TEXT_LISTS else value
         return result
@@ -177,4 +182,4 @@ def _texts(data: Mapping[str, Any], key: str) -> tuple[str, ...]:
 def _neighbor(item: object) -> Neighbor:
     if not isinstance(item, Mapping):
         raise BadInput("A neighbor must be an object with 'prompt'", details=[f"found {type(item).__name__}"])
-    return Neighbor(_text(item, "prompt", needed=True), _text(item, "target") or None)
+    return Neighbor(_text(item, "prompt", needed=True), _text(item, "target") or None, _text(item, "question") or None)

@@ -10,6 +10,8 @@ from kpatch.facts.fact import SLOT, Fact, Neighbor, fill
 from kpatch.facts.problems import cut
 from kpatch.facts.relations import relation_of
 
+# How people ask: a prompt to continue, a question in plain text, a question in the model's chat template
+FORMS = ("completion", "question", "chat")
 _LONGEST_PROMPT = 30  # words in which a subject is looked for
 _ARTICLE = re.compile(r"\b(the|an?) \{\}", re.IGNORECASE)
 # Verbs of prompts: a subject holds none of them

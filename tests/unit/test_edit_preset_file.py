@@ -201,8 +201,8 @@ def preset(tmp_path: Path, more: str = "", method: str = "memit") -> PresetFile:
 
 def test_the_file_goes_before_the_defaults_and_after_what_is_asked_for(tmp_path: Path) -> None:
     model, file = build("llama"), preset(tmp_path, "layers: 0-1\nsettings: {clamp: 0.25, steps: 7}\n")
-    assert hyper_for(MEMIT, model, None, {}, file=file) == MemitHyper((0, 1), clamp=0.25, steps=7)
-    assert hyper_for(MEMIT, model, [2], {"steps": "9"}, file=file) == MemitHyper((2,), clamp=0.25, steps=9)
+    assert hyper_for(MEMIT, model, None, {}, file=file) == MemitHyper((0, 1), clamp=0.25, steps=7, chat=0)
+    assert hyper_for(MEMIT, model, [2], {"steps": "9"}, file=file) == MemitHyper((2,), clamp=0.25, steps=9, chat=0)
 
 
 def test_the_file_goes_before_the_methods_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from kpatch.errors import BadInput
-from kpatch.facts.chat import Turn, can_chat, chat_rows, question_about, turn_ends
+from kpatch.facts.chat import Turn, can_chat, chat_rows, turn_ends
 from tests.support import templates, tokenizers
 
 KINDS: dict[str, Callable[[], Any]] = {
@@ -150,12 +150,6 @@ def test_a_question_without_its_subject(question: str) -> None:
 def test_nothing_is_no_question(turn: Turn) -> None:
     with pytest.raises(BadInput, match="is empty"):
         chat_rows(with_template(tokenizers.byte_level, templates.CHATML), [turn])
-
-
-def test_a_question_that_is_written_out() -> None:
-    assert question_about("Where is the Eiffel Tower?", SUBJECT) == "Where is the {}?"
-    assert question_about("Where is the eiffel tower?", SUBJECT) == "Where is the {}?"
-    assert question_about(QUESTION, SUBJECT) == QUESTION
 
 
 @pytest.mark.parametrize("template", [None, templates.DROPS, templates.SHOUTS, templates.ALWAYS_THINKING])

@@ -55,6 +55,9 @@ GOOD = [
     " facts: [{subject: A, relation: r, target: b}]}",
     "{facts: [{subject: 1984, prompt: '{} is', target: No, was: , id: 7, source: x, paraphrases: [a, '{} b'],"
     " neighbors: [a, 'b -> c', {prompt: d}, {prompt: e, target: f}]}]}",
+    "{relations: {r: {prompt: '{} is', question: 'Who is {}?'}, s: {prompt: '{} has', question: }},"
+    " facts: [{subject: A, relation: r, target: b, question: 'Is A b?',"
+    " neighbors: [{prompt: c, question: 'Is c d?'}]}]}",
     "{facts: [{subject: A, prompt: '{x} {} {y', target: b, paraphrases: , neighbors: }], relations: }",
 ]
 BAD = [
@@ -78,6 +81,9 @@ BAD = [
     "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: ['{} c']}]}",
     "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: [{target: c}]}]}",
     "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: [{prompt: c, more: d}]}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, question: 'Is {} {}?'}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: [{prompt: c, question: 'Who is {}?'}]}]}",
+    "{relations: {r: {prompt: '{} is', question: 'Who is it?'}}, facts: ['[A] is -> b']}",
     "{relations: {r: {paraphrases: []}}, facts: ['[A] is -> b']}",
     "{relations: {r: {prompt: '{} is', paraphrases: [b]}}, facts: ['[A] is -> b']}",
 ]

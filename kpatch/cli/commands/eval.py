@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = opt.examples(
     "kpatch eval facts.yaml smollm2 --patch news.patch --min-efficacy 0.95 --min-specificity 0.7",
-    "kpatch eval facts.yaml model/ --generate --text wiki.txt --html report.html",
+    "kpatch eval facts.yaml model/ --forms completion,question,chat --text wiki.txt --html report.html",
 )
 
 
@@ -34,6 +34,21 @@ def command(
     model: opt.Model,
     patch: opt.Patches = None,
     limit: opt.FirstFacts = None,
+    forms: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LIST",
+            help="Also let the model answer by itself, up to 64 tokens, in these forms in which people ask:"
+            " completion (prompts and paraphrases), question (as plain text), chat (in the model's chat template)."
+            " Default: the rates alone, which are of completions.",
+        ),
+    ] = None,
+    consequences: Annotated[
+        bool,
+        typer.Option(
+            "--consequences", help="Also probe what else follows: neighbors behind the new fact, a choice, yes or no."
+        ),
+    ] = False,
     generate: Annotated[
         bool, typer.Option("--generate", help="Let the model write: fluency, consistency, free-running paraphrases.")
     ] = False,
@@ -102,6 +117,7 @@ def command(
     _check_options(least, max_perplexity_drift, generate, text)
     if html is not None:
         check_new_file(html, force=force, what="the page")
+    asked = parse.forms(forms)
     path, address = facts_and_model(facts, model)
     names = parse.modules(modules)
     chosen = open_facts(output, path, conflicts=True).facts[:limit]
@@ -114,6 +130,8 @@ def command(
         generate=generate,
         tokens=length,
         references=_references(chosen, references) if generate else (),
+        forms=asked,
+        consequences=consequences,
         text=_text(loaded, text, text_tokens),
         samples=samples,
         seed=seed,
@@ -123,9 +141,11 @@ def command(
     unpatched = () if before is None else before.facts
     output.result({**found, "facts": list(after.facts)} if per_fact else found)
 
+    from kpatch.cli.asked import print_asked
     from kpatch.cli.tables import print_evaluation
 
     print_evaluation(output, found, after.facts if per_fact else (), unpatched)
+    print_asked(output, found, after.facts if per_fact else ())
     if html is not None:
         from kpatch.cli.html import write_page
 
@@ -176,10 +196,11 @@ def _as_json(
         "patches": patches,
         "evaluated": len(after.facts),
         "metrics": after.metrics,
-        "unpatched": None if before is None else {**before.metrics, **before.writing},
+        "unpatched": None if before is None else {**before.metrics, **before.writing, **before.asked},
         "fluency": None,
         "consistency": None,
         **after.writing,
+        **after.asked,
         "perplexity": {**read, "drift": drift(read["before"], read["after"])} if text else None,
         "seconds": seconds,
     }

@@ -1,0 +1,88 @@
+"""What `eval` shows of forms and consequences: rows for tables on the terminal and on its page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kpatch.cli.output import Cell, Output, percent
+
+FORM_HEADERS = ("Form", "Asked", "Edits", "95 %", "Exact", "Neighbors asked", "Neighbors", "95 %")
+FORM_NUMBERS = (1, 2, 3, 4, 5, 6, 7)
+FOLLOW_HEADERS = ("Consequence", "Over", "n", "Without", "With", "95 %")
+FOLLOW_NUMBERS = (2, 3, 4, 5)
+_OVER = {
+    "distraction": "neighbors right behind the new fact",
+    "choice": "new answer chosen over the old, in both orders",
+    "yes_no": "yes to the new answer and no to the old",
+}
+_ANSWERS_SHOWN = 25
+
+
+def form_rows(found: Mapping[str, Any]) -> list[list[Cell]]:
+    """A row for each form: how many were asked, and how often the right answer was named, exact, and kept."""
+    old = (found["unpatched"] or {}).get("forms") or {}
+    rows: list[list[Cell]] = []
+    for form, rates in (found.get("forms") or {}).items():
+        row: list[Cell] = [form]
+        for side, keys in (("edits", ("named", "exact")), ("neighbors", ("named",))):
+            part, was = rates[side], (old.get(form) or {}).get(side)
+            left = f" ({part['left_out']} left out)" if part["left_out"] else ""
+            row.append(f"{part['n']}{left}")
+            for key in keys:
+                row.append(_change(was, part, key))
+                if key == "named":
+                    row.append(between(part["named_interval"]))
+        rows.append(row)
+    return rows
+
+
+def follow_rows(found: Mapping[str, Any]) -> list[list[Cell]]:
+    """A row for each probe of consequences. Neighbors are told without the new fact before them as well."""
+    old = (found["unpatched"] or {}).get("consequences") or {}
+    rows: list[list[Cell]] = []
+    for kind, part in (found.get("consequences") or {}).items():
+        was = old.get(kind) or {}
+        numbers: list[Cell] = [percent(was.get("rate")) if was else "", percent(part["rate"])]
+        rows.append([kind.replace("_", "/"), _OVER[kind], part["n"], *numbers, between(part["interval"])])
+        if kind == "distraction":
+            alone: list[Cell] = [percent(was.get("alone")) if was else "", percent(part["alone"])]
+            rows.append(["", "the same without that fact before them", None, *alone, ""])
+    return rows
+
+
+def print_asked(output: Output, found: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> None:
+    """Print the tables of forms and consequences, if there are any, and the answers of `facts` that do not count."""
+    forms, follow = form_rows(found), follow_rows(found)
+    if forms:
+        output.line()
+        output.table(FORM_HEADERS, forms, right=FORM_NUMBERS)
+    if follow:
+        output.line()
+        output.table(FOLLOW_HEADERS, follow, right=FOLLOW_NUMBERS)
+    wrong = wrong_answers(facts)
+    if wrong:
+        output.line()
+        output.table(("Form", "Asked", "Answer", "Wanted"), wrong[: None if output.verbose else _ANSWERS_SHOWN])
+        if len(wrong) > _ANSWERS_SHOWN and not output.verbose:
+            output.line(f"… and {len(wrong) - _ANSWERS_SHOWN} more answers that do not count (-v shows all)")
+
+
+def wrong_answers(facts: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
+    """Form, question, answer and target of every edit's answer that does not count."""
+    return [
+        [form, one["asked"], one["answer"] or "(empty)", fact["target"]]
+        for fact in facts
+        for form, given in fact.get("forms", {}).items()
+        for one in given["edits"]
+        if not one["named"]
+    ]
+
+
+def between(pair: Sequence[float] | None) -> str:
+    """An interval in per cent."""
+    return "" if pair is None else f"{100 * pair[0]:.1f} – {100 * pair[1]:.1f}"
+
+
+def _change(was: Mapping[str, Any] | None, now: Mapping[str, Any], key: str) -> str:
+    return percent(now[key]) if was is None else f"{percent(was[key])} → {percent(now[key])}"

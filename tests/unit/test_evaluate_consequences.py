@@ -1,0 +1,109 @@
+"""The probes of consequences, on the example that docs/metrics.md works by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from kpatch.evaluate import consequences
+from kpatch.evaluate.consequences import measure_consequences, statement
+from kpatch.evaluate.score import Scored, score
+from kpatch.facts.fact import Fact, Neighbor
+from tests.support.templates import chatty
+
+TOWER = Fact(
+    *("Tower", "The {} stands in", "Rome", "Paris"),
+    question="Where does the {} stand?",
+    neighbors=(
+        Neighbor("The Louvre stands in", "Paris"),
+        Neighbor("Big Ben stands in", "London"),
+        Neighbor("The Arch"),
+    ),
+)
+ROME, PARIS = "The Tower stands in Rome.", "The Tower stands in Paris."
+ASK = "Question: Where does the Tower stand?\n"
+# P of each answer, and whether it is the first choice
+TABLE = {
+    ("The Louvre stands in", " Paris"): (0.5, True),
+    (f"{ROME} The Louvre stands in", " Paris"): (0.2, False),
+    ("Big Ben stands in", " London"): (0.6, True),
+    (f"{ROME} Big Ben stands in", " London"): (0.4, True),
+    (f"{ASK}A. Rome\nB. Paris\nAnswer:", " A"): (0.6, True),
+    (f"{ASK}A. Rome\nB. Paris\nAnswer:", " B"): (0.3, False),
+    (f"{ASK}A. Paris\nB. Rome\nAnswer:", " B"): (0.4, False),
+    (f"{ASK}A. Paris\nB. Rome\nAnswer:", " A"): (0.5, True),
+    (f"Question: Is this true? {ROME}\nAnswer:", " Yes"): (0.7, True),
+    (f"Question: Is this true? {ROME}\nAnswer:", " No"): (0.2, False),
+    (f"Question: Is this true? {PARIS}\nAnswer:", " No"): (0.5, True),
+    (f"Question: Is this true? {PARIS}\nAnswer:", " Yes"): (0.3, False),
+}
+
+
+def test_the_example_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = chatty()
+    asked: list[tuple[str, str]] = []
+
+    def from_table(_: Any, items: Sequence[Any], *more: Any) -> list[Scored]:
+        asked.extend((model.tokenizer.decode(prompt), model.tokenizer.decode(target)) for prompt, target in items)
+        return [Scored(math.log(TABLE[one][0]), math.log(TABLE[one][0]), TABLE[one][1], 0) for one in asked]
+
+    monkeypatch.setattr(consequences, "score", from_table)
+    found = measure_consequences(model, [TOWER])
+    assert sorted(asked) == sorted(TABLE)
+    assert found.rates == {
+        "distraction": {"rate": 0.5, "interval": None, "alone": 1.0, "distracted": 0.5, "n": 2},
+        "choice": {"rate": 0.0, "interval": None, "first": 1.0, "second": 0.0, "n": 1},
+        "yes_no": {"rate": 1.0, "interval": None, "yes": 1.0, "no": 1.0, "n": 1},
+    }
+    assert found.facts == (
+        {
+            "distraction": [{"alone": True, "distracted": False}, {"alone": True, "distracted": True}],
+            "choice": [{"first": True, "second": False}],
+            "yes_no": [{"yes": True, "no": True}],
+        },
+    )
+
+
+def test_facts_that_bring_less_are_asked_less() -> None:
+    bare, same = Fact("Ann", "{} reminds Bob of", "the sea"), Fact("Ann", "{} is", "old", "Old")
+    known = Fact("France", "The capital of {} is", "Lyon", "Paris")  # the library has its question
+    unknown = Fact("Ann", "{} reminds Bob of", "the sea", "a mill")
+    found = measure_consequences(chatty(), [bare, same, known, unknown], samples=20)
+    assert {kind: found.rates[kind]["n"] for kind in found.rates} == {"distraction": 0, "choice": 1, "yes_no": 2}
+    assert found.rates["distraction"] == {
+        **{"rate": None, "interval": None, "alone": None, "distracted": None, "n": 0}
+    }
+    low, high = found.rates["yes_no"]["interval"]
+    assert 0 <= low <= found.rates["yes_no"]["rate"] <= high <= 1
+
+
+def test_probabilities_are_the_model_s() -> None:
+    """The choice of a real network, against its scores one by one."""
+    model = chatty()
+    found = measure_consequences(model, [TOWER]).facts[0]
+    tokenizer = model.tokenizer
+
+    def logprob(prompt: str, answer: str) -> float:
+        ids = tokenizer(prompt).input_ids
+        return score(model, [(ids, tokenizer(prompt + answer).input_ids[len(ids) :])])[0].mean_logprob
+
+    first = f"{ASK}A. Rome\nB. Paris\nAnswer:"
+    assert found["choice"][0]["first"] == (logprob(first, " A") > logprob(first, " B"))
+    text = f"Question: Is this true? {PARIS}\nAnswer:"
+    assert found["yes_no"][0]["no"] == (logprob(text, " No") > logprob(text, " Yes"))
+
+
+@pytest.mark.parametrize(
+    ("fact", "text"),
+    [
+        (TOWER, ROME),
+        (Fact("Tower", "The {} costs $", "5"), "The Tower costs $5."),
+        (Fact("Ann", "{} lives in Washington", "D.C."), "Ann lives in Washington D.C."),
+        (Fact("A", "{} is anti", "body", space=False), "A is antibody."),
+    ],
+)
+def test_a_fact_as_a_sentence(fact: Fact, text: str) -> None:
+    assert statement(fact, fact.target) == text
