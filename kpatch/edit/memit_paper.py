@@ -12,7 +12,7 @@ from torch import Tensor
 from kpatch.edit.first_token import Part
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import Inputs
-from kpatch.edit.norms import norm_gain, pull_back
+from kpatch.edit.norms import before_norm, require_one_way
 from kpatch.edit.presets import PRESETS, MemitPaperHyper
 from kpatch.edit.requests import contexts_for
 from kpatch.edit.upwards import Residual, written
@@ -32,6 +32,9 @@ class MemitPaper(Memit):
     def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
         """None: the paper reads R off a trace."""
         return ()
+
+    def require(self, model: Model, layers: Sequence[int]) -> None:
+        require_one_way(model, layers)
 
     def contexts(self, model: Model, hyper: MemitPaperHyper, inputs: Inputs) -> tuple[str, ...]:
         return contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
@@ -79,9 +82,6 @@ def paper_residual(model: Model, layers: Sequence[int], z: Tensor) -> Residual:
     def spread(layer: int, keys: Tensor, h: Tensor) -> Tensor:
         residual = (z.double() - h.double()) / (last - layer + 1)  # (n, d)
         residual = residual / model.residual_scale(layer)  # what W^l writes joins the stream times this
-        if not model.family.post_norm:
-            return residual
-        gain, eps = norm_gain(model.mlp_out(layer), model.width, model.device)
-        return pull_back(written(model, layer, keys), residual, gain.cpu(), eps)
+        return before_norm(model, layer, written(model, layer, keys), residual)
 
     return spread

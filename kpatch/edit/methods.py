@@ -107,6 +107,9 @@ class Method(ABC):
         """R for a model without a preset; empty where the user has to say it. Tells the reporter why."""
         return ()
 
+    def require(self, model: Model, layers: Sequence[int]) -> None:  # noqa: B027  most methods write to any layer
+        """Refuse layers R that the method cannot write to, before any work. Raises BadInput."""
+
     def layers(self, hyper: Any) -> tuple[int, ...]:
         """Every layer that `edit` may change, rising."""
         return tuple(sorted(set(hyper.layers)))
@@ -211,6 +214,7 @@ def hyper_for(
 
     hyper = with_settings(hyper, settings)
     require_places(model, method.layers(hyper))
+    method.require(model, hyper.layers)
     return hyper
 
 

@@ -1,12 +1,43 @@
 """Writing through an RMS norm: the residual that has to be written before the norm so that its output moves as wanted.
 
-Pure functions of tensors, in float64, but for `norm_gain`, which asks the module.
+Pure functions of tensors, in float64, but for `norm_gain`, which asks the module, and `before_norm`, the model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from kpatch.models.residual_scale import require_own_norm
+
+if TYPE_CHECKING:
+    from kpatch.models.model import Model
+
+
+def before_norm(model: Model, layer: int, written: Tensor, residuals: Tensor) -> Tensor:
+    """What W^l has to put out more so that what its layer adds to the residual stream moves by `residuals`.
+
+    written [n, d] is what W^l puts out now, residuals [n, d] are over the layer's scale → [n, d].
+    Raises BadInput where the norm behind W^l norms something else too.
+    """
+    if not model.family.post_norm:
+        return residuals
+    require_own_norm(model, layer)
+    gain, eps = norm_gain(model.mlp_out(layer), model.width, model.device)
+    return pull_back(written, residuals, gain.cpu(), eps)
+
+
+def require_one_way(model: Model, layers: Sequence[int]) -> None:
+    """Refuse layers where a wish of the residual stream cannot be turned back into one of what W^l puts out.
+
+    Raises BadInput where the way between them holds a gate of the token's own, or a norm that experts share.
+    """
+    for layer in layers:
+        model.residual_scale(layer)
+        require_own_norm(model, layer)
 
 
 def norm_gain(norm: torch.nn.Module, width: int, device: torch.device) -> tuple[Tensor, float]:

@@ -177,6 +177,15 @@ def _same(first: _Made, second: _Made) -> None:
 Rows = dict[tuple[tuple[int, ...], tuple[int, ...], bool], Tensor]
 
 
+@dataclass(frozen=True)
+class ResolveResult:
+    """The outcome of `solve_again`: the patch that was made, and the patches and the facts that went into it."""
+
+    made: MakeResult
+    patches: tuple[PatchInfo, ...]
+    union: FactUnion
+
+
 def solve_again(
     patches: PatchSource | Sequence[PatchSource],
     out: str | Path,
@@ -188,8 +197,8 @@ def solve_again(
     modules: dict[str, str] | None = None,
     force: bool = False,
     report: Reporter = SILENT,
-) -> tuple[MakeResult, tuple[PatchInfo, ...], FactUnion]:
-    """Solve the facts of all patches jointly, measure the effect and write the patch; gives the patches and facts too.
+) -> ResolveResult:
+    """Solve the facts of all patches jointly, measure the effect and write the patch.
 
     `model` is where the base is (default: what the patches call it), `corpus` the text for the covariance (default:
     that of the patches), `memory` bytes for activations. Subjects that several patches edit get a new value.
@@ -220,7 +229,7 @@ def solve_again(
         ),
         report=report,
     )
-    result = write_edit(
+    made = write_edit(
         edited,
         facts,
         settings.method,
@@ -231,7 +240,7 @@ def solve_again(
         force=force,
         started=started,
     )
-    return result, infos, union
+    return ResolveResult(made, infos, union)
 
 
 def _base_model(

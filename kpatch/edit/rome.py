@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kpatch.edit.methods import Edit, Inputs, Method
-from kpatch.edit.norms import norm_gain, pull_back
+from kpatch.edit.norms import before_norm, require_one_way
 from kpatch.edit.presets import PRESETS, RomeHyper
 from kpatch.edit.requests import Group, contexts_for
 from kpatch.edit.solve import KeyCovariance, key_covariance
@@ -45,6 +45,9 @@ class Rome(Method):
     hyper = RomeHyper
     presets = PRESETS["rome"]
     one_layer = True
+
+    def require(self, model: Model, layers: Sequence[int]) -> None:
+        require_one_way(model, layers)
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: RomeHyper, inputs: Inputs) -> Edit:
         """C = E[k k^T] of the layer, contexts, then one rank-one change a fact; rank n in all."""
@@ -142,9 +145,7 @@ def edit(
     shift = (optimize(model, [group], goal, advance).values[0, 0] - state).double()[None]  # (1, d)
     shift = shift / model.residual_scale(hyper.layer)
     written = written.cpu().double()
-    if model.family.post_norm:
-        gain, eps = norm_gain(out, model.width, model.device)
-        shift = pull_back(written, shift, gain.cpu(), eps)
+    shift = before_norm(model, hyper.layer, written, shift)
     direction = preserved.inverse_times(key[:, None])[:, 0]  # (f,)
     right = direction / (direction @ key)
     return Edited(key, (written + shift)[0], shift.T, right[None])

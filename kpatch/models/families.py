@@ -148,6 +148,7 @@ _ENCODERS = (
     *("modernbert", "mpnet", "roformer", "big_bird"),
 )
 _BOTH_WAYS = ("paligemma",)
+_SEVERAL_STREAMS = ("gemma3n_text",)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ONLY_EXPERTS = ("mixtral", "olmoe", "granitemoe", "phimoe", "gpt_oss", "minimax", "minimax_m2", "jetmoe", "dbrx")
 NO_PLACE = (
@@ -182,6 +183,8 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
         why = "is built of state-space layers, which have no MLP whose output projection could be edited"
     elif config.model_type in _BOTH_WAYS:
         why = "reads its prompt in both directions, so that a subject's state depends on the words behind it"
+    elif text.model_type in _SEVERAL_STREAMS:
+        why = "carries several residual streams side by side, and the equations of the methods hold for one"
     elif text.model_type in _ONLY_EXPERTS:
         why = NO_PLACE
     elif not by_hand and text.model_type not in FAMILIES and has_experts(text):

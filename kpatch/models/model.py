@@ -26,6 +26,10 @@ from kpatch.models.residual_scale import measured_scale
 from kpatch.models.text_part import loader, text_config
 from kpatch.reporter import SILENT, Reporter
 
+# Where PEFT is installed, transformers puts an adapter that lies beside the weights on top of them. It looks for one
+# in the folder that it is told, and there is none in this one.
+_NO_ADAPTER = ".kpatch/no-adapter"
+
 
 @dataclass(eq=False)
 class Model:
@@ -77,7 +81,7 @@ class Model:
         rows, cols = self.weight(index).shape
         return int(rows if self.stores_transposed else cols)
 
-    @property
+    @cached_property
     def mlp_width(self) -> int:
         """The largest f of any layer."""
         return max(self.key_width(index) for index in self.editable)
@@ -296,7 +300,11 @@ def load_model(
             require_any_place(config, family, resolved.name)
             tokenizer = AutoTokenizer.from_pretrained(path)
             net, loaded = loader(config).from_pretrained(
-                path, dtype=_dtype(dtype, where), output_loading_info=True, ignore_mismatched_sizes=True
+                path,
+                dtype=_dtype(dtype, where),
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                adapter_kwargs={"subfolder": _NO_ADAPTER},
             )
         require_complete(net, loaded, resolved.name, path)
         net = net.to(where)

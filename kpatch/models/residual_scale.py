@@ -1,4 +1,4 @@
-"""What a layer multiplies its MLP's output by, measured from the layer's own code."""
+"""How what W^l puts out joins the residual stream, measured from the layer's own code: its scale, and its norm."""
 
 from __future__ import annotations
 
@@ -64,6 +64,30 @@ def measured_scale(model: Model, index: int) -> float | None:
         model.net(input_ids=torch.full((1, 1), model.pad_id, device=model.device), use_cache=False)
     gated = any(abs(other - found[0]) > 0.02 * abs(found[0]) for other in elsewhere)  # float16 rounds to 0.001
     return None if gated else found[0]
+
+
+@torch.no_grad()
+def require_own_norm(model: Model, index: int) -> None:
+    """Refuse a layer whose norm behind W^l norms something else too, so that it cannot be undone for W^l alone.
+
+    Raises BadInput. A layer without such a norm passes.
+    """
+    if not model.family.post_norm:
+        return
+    put_out: list[Tensor] = []
+    normed: list[Tensor] = []
+    with ExitStack() as stack:
+        down = model.down(index).register_forward_hook(lambda module, inputs, out: put_out.append(out.clone()))
+        norm = model.mlp_out(index).register_forward_pre_hook(lambda module, inputs: normed.append(inputs[0].clone()))
+        stack.callback(down.remove)
+        stack.callback(norm.remove)
+        model.net(input_ids=torch.full((1, 1), model.pad_id, device=model.device), use_cache=False)
+    if not torch.equal(put_out[0].flatten(), normed[0].flatten()):
+        raise BadInput(
+            f"Layer {index} of {model.name} norms its MLP's output together with that of its experts",
+            details=["this method undoes that norm, and needs it to hold the MLP's output alone"],
+            hint="`method` memit finds its writes with the norm in place",
+        )
 
 
 def _puts_out(value: Tensor) -> Any:

@@ -84,6 +84,13 @@ def test_one_patch_solved_again_is_the_same_patch(world: World, tmp_path: Path) 
     assert [part["id"] for part in new.manifest.stack] == [old.id]
 
 
+def test_the_result_names_what_was_made_and_of_what(world: World, tmp_path: Path) -> None:
+    found = kpatch.stack_resolved(world.patch("first"), tmp_path / "x.patch", model=str(world.model))
+    assert found.made.patch_id == read_patch(tmp_path / "x.patch").id
+    assert [info.id for info in found.patches] == [read_patch(world.patch("first")).id]
+    assert [fact["subject"] for fact in found.union.facts] == [fact.subject for fact in FIRST]
+
+
 @pytest.mark.parametrize("method", ["memit", "memit-paper"])
 def test_layers_may_hold_the_one_for_subjects_that_open_a_text(method: str, world: World, tmp_path: Path) -> None:
     """Then two values of one fact are for layer 0: the one for where it opens the text, and the other."""

@@ -5,17 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
+from kpatch.edit.make import make
 from kpatch.edit.memit import Memit
+from kpatch.edit.memit_paper import MemitPaper
 from kpatch.edit.methods import check_layers, hyper_for
+from kpatch.edit.norms import before_norm
 from kpatch.edit.rome import Rome
 from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact
 from kpatch.models.families import family_for, require_editable
 from kpatch.models.model import open_model, wrap
 from kpatch.models.module_names import ranges
 from kpatch.stats.covariance import collect
 from tests.support.models import EXPERT_WIDTH, MLP_WIDTH, tiny, tiny_net
 from tests.support.reports import Recorder
+
+# Gemma 4 with experts: a norm behind each part, and one behind their sum
+SHARED_NORM = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
 
 
 def test_a_layer_without_a_dense_mlp_or_a_shared_expert_is_refused_by_name() -> None:
@@ -75,11 +83,38 @@ def test_covariance_has_the_width_of_each_layer() -> None:
 
 def test_rome_says_why_it_does_not_write_behind_a_gate() -> None:
     model = tiny("qwen2_moe")
-    assert hyper_for(Rome(), model, [1], {}).layers == (1,)
-    with pytest.raises(BadInput, match="multiplies its shared expert's output by a gate") as caught:
+    for method in (Rome(), MemitPaper()):
+        with pytest.raises(BadInput, match="multiplies its shared expert's output by a gate") as caught:
+            hyper_for(method, model, [1], {})
+        assert "memit" in (caught.value.hint or "")
+        assert hyper_for(method, model, [0], {}).layers == (0,)
+    with pytest.raises(BadInput, match="by a gate"):
         model.residual_scale(1)
-    assert "memit" in (caught.value.hint or "")
     assert model.residual_scale(0) == 1.0
+
+
+def test_methods_that_undo_a_norm_do_not_write_where_experts_share_it() -> None:
+    model = tiny("gemma4_text", **SHARED_NORM)
+    for method in (Rome(), MemitPaper()):
+        with pytest.raises(BadInput, match="norms its MLP's output together with that of its experts") as caught:
+            hyper_for(method, model, [1], {})
+        assert caught.value.hint == "`method` memit finds its writes with the norm in place"
+        assert hyper_for(method, tiny("gemma4_text"), [1], {}).layers == (1,)
+    written = torch.ones(1, model.width)
+    with pytest.raises(BadInput, match="norms its MLP's output together"):
+        before_norm(model, 1, written, written)
+    assert hyper_for(Memit(), model, [1], {}).layers == (1,)
+
+
+def test_memit_finds_its_writes_behind_a_norm_that_experts_share(tmp_path: Path) -> None:
+    made = tiny("gemma4_text", **SHARED_NORM, final_logit_softcapping=None)
+    made.net.save_pretrained(tmp_path / "model")
+    made.tokenizer.save_pretrained(tmp_path / "model")
+    numbers = {"steps": "20", "learning_rate": "0.1", "leverage": "5000"}
+    facts, model = [Fact("Mona Lisa", "In the {}", "Paris")], str(tmp_path / "model")
+    out = tmp_path / "x.patch"
+    found = make(facts, out=out, model=model, layers=[1, 2], tokens=400, settings=numbers, device="cpu").facts[0]
+    assert found["after"]["probability"] > 1.5 * found["before"]["probability"]
 
 
 def test_names_by_hand_serve_for_an_unknown_family_of_experts() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from kpatch.errors import BadInput
 from kpatch.models.model import open_model
@@ -179,6 +180,26 @@ def test_an_adapter_beside_whole_weights_is_noted(llama: Path, tmp_path: Path) -
     assert any("an adapter beside its weights" in line for line in heard.lines)
 
 
+def test_an_adapter_beside_whole_weights_is_not_loaded_where_peft_is_installed(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers asks these two whether PEFT is there, and loads what lies beside the weights if so."""
+    copy = changed(llama, tmp_path, lambda weights: weights)
+    (copy / "adapter_config.json").write_text(
+        json.dumps({"peft_type": "LORA", "base_model_name_or_path": "none/such"})
+    )
+    loaded: list[object] = []
+    for module in ("models.auto.auto_factory", "integrations.peft"):
+        monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: True)
+    adapters: dict[str, tuple[set[str], ...]] = {}
+    monkeypatch.setattr(PreTrainedModel, "load_adapter", lambda net, *args, **kwargs: loaded.append(args) or adapters)
+    want = open_model(str(llama), device="cpu").net.state_dict()
+    got = open_model(str(copy), device="cpu").net.state_dict()
+    assert not loaded
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
 # Models of other kinds
 
 
@@ -188,6 +209,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "mamba": ({"model_type": "mamba"}, "state-space"),
     "mixtral": ({"model_type": "mixtral"}, "its MLP is a mixture of experts"),
     "olmoe": ({"model_type": "olmoe"}, "its MLP is a mixture of experts"),
+    "gemma3n": ({"model_type": "gemma3n"}, "several residual streams"),
+    "gemma3n-text": ({"model_type": "gemma3n_text"}, "several residual streams"),
     "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
     "remote": ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own"),
 }

@@ -92,7 +92,7 @@ def _resolve(
     from kpatch.edit.resolve import solve_again
     from kpatch.patch.stack import about_patches
 
-    result, infos, union = solve_again(
+    result = solve_again(
         patches,
         out,
         model=model,
@@ -103,8 +103,8 @@ def _resolve(
         force=force,
         report=output,
     )
-    output.result(about_patches(infos, (1.0,) * len(infos), union, ()))
-    print_made(output, result)
+    output.result(about_patches(result.patches, (1.0,) * len(result.patches), result.union, ()))
+    print_made(output, result.made)
 
 
 def _print_result(output: Output, result: StackResult) -> None:
