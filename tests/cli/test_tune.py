@@ -27,8 +27,8 @@ def few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(pilots, "every_pilot", lambda: some)
     monkeypatch.setattr(pilots, "_known", lambda model, facts: frozenset(fact.id for fact in facts))
     monkeypatch.setattr(search, "NUMBERS", {"leverage": ("500",), "clamp": ("2.0",)})
-    monkeypatch.setattr(search, "DEPTHS", {"higher": (0.17, 0.57)})
-    monkeypatch.setattr(search, "QUICK", ("higher",))
+    monkeypatch.setattr(search, "DEPTHS", {"lower": (0.03, 0.33)})
+    monkeypatch.setattr(search, "QUICK", ("lower",))
     monkeypatch.setattr(search._Search, "_traced", lambda found: [1])
 
 
@@ -40,7 +40,7 @@ def test_a_search_end_to_end_and_a_patch_made_with_its_file(model: Path, tmp_pat
     assert {"model", "preset", "method", "layers", "settings", "wordings", "trials", "reported"} <= set(data)
     assert (data["preset"], data["method"], data["complete"]) == (str(preset), "memit", True)
     assert data["facts"] == {"choosing": 4, "reporting": 4, "left_out": 0}
-    assert [trial["what"] for trial in data["trials"]] == ["layers", "layers", "leverage", "clamp", "wordings"]
+    assert [trial["what"] for trial in data["trials"]] == [*["layers"] * 3, "leverage", "clamp", "wordings"]
     assert data["trials"][0]["reason"] == "the start"
     assert set(data["reported"]) == {"defaults", "chosen"}
     found = read_preset(preset)
