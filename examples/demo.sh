@@ -62,3 +62,6 @@ sums "$model" > "$work/after.sha256"
 cmp "$work/before.sha256" "$work/after.sha256"
 cat "$work/after.sha256"
 echo "every byte of $(wc -l < "$work/after.sha256" | tr -d ' ') files is back"
+
+step "8. And in a chat: a question, before and after"
+run kpatch ask "$model" "In which city is the Eiffel Tower?" --chat --patch "$patch"

@@ -23,6 +23,7 @@ from kpatch.models.model import Model
 from tests.support.cli import ROOT, Ran, run
 from tests.support.models import WIDTH, tiny
 from tests.support.paste import Program, blocks, paste
+from tests.support.templates import CHATML
 from tests.support.tokenizers import TEXT
 from tests.support.tracing import facts_known_by
 
@@ -97,7 +98,9 @@ PROGRAMS: dict[str, Program] = {
 
 @cache
 def tiny_model() -> Model:
-    return tiny("llama", num_hidden_layers=DEPTH)
+    made = tiny("llama", num_hidden_layers=DEPTH)
+    made.tokenizer.chat_template = CHATML
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +202,8 @@ def test_the_python_of_a_page_runs(page: Path, work: Path) -> None:
 def test_the_demo_gives_every_byte_back(work: Path) -> None:
     code, log = paste("sh examples/demo.sh", {"kpatch": answer_kpatch})
     assert code == 0, log
-    assert "every byte of 5 files is back" in log
+    assert "every byte of 6 files is back" in log
+    assert "In which city is the Eiffel Tower?" in log.partition("every byte")[2], "the demo ends with a question"
     assert "Traceback" not in log
     assert "\x1b" not in log, "no bold type where there is no terminal"
 
