@@ -103,7 +103,7 @@ class Checker:
         space = self.flag(data, "space", path)
         wordings = self.wordings(data, path)
         self.learned_is_not_asked(wordings, paraphrases, path)
-        question = self.optional(data, "question", path)
+        question = self.question(data, path)
         self.relations[name] = Relation(prompt, space, wordings, question, paraphrases, self.neighbors(data, path))
 
     def protected(self, data: object, path: Path) -> None:
@@ -152,13 +152,15 @@ class Checker:
         if not data.keys() <= _FACT_KEYS:
             self.unknown_keys(data, FACT_KEYS, path, "a fact")
         subject = self.needed(data, "subject", path)
+        if SLOT in subject:
+            self.problems.add((*path, "subject"), "the subject holds {}, which stands for a subject in prompts")
         name = self.optional(data, "relation", path)
         shared = self.relations.get(name) if name else None
         if shared and name:
             self.used.add(name)
         prompt = shared.prompt if shared and _absent(data, "prompt") else self.own_prompt(data, path, subject, name)
         wordings = self.wordings(data, path)
-        question = self.optional(data, "question", path)
+        question = self.question(data, path)
         paraphrases = self.texts(data, "paraphrases", path)
         neighbors = self.neighbors(data, path)
         space = self.flag(data, "space", path)
@@ -252,6 +254,14 @@ class Checker:
                     (*path, "wordings", index), "a wording is learned: it needs {} where the subject goes"
                 )
         return texts
+
+    def question(self, data: Mapping[str, Any], path: Path) -> str | None:
+        """How people ask, with at most one {}."""
+        text = self.optional(data, "question", path)
+        if text is not None and text.count(SLOT) > 1:
+            count = text.count(SLOT)
+            self.problems.add((*path, "question"), f"the question has {count} {{}}; one may stand for the subject")
+        return text
 
     def learned_is_not_asked(
         self, wordings: Sequence[str], paraphrases: Sequence[str], path: Path, subject: str = SLOT
