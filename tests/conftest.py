@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -27,10 +28,17 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.load_profile("quick" if "not slow" in config.getoption("markexpr") else "all")
 
 
+@pytest.fixture(scope="session")
+def _caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder for each test, with no listing of those that there are: thousands of tests would list thousands."""
+    base = tmp_path_factory.mktemp("caches")
+    return (base / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or leaves anything in a user's cache."""
-    folder: Path = tmp_path_factory.mktemp("cache", numbered=True)
+    folder = next(_caches)
     monkeypatch.setenv("KPATCH_CACHE", str(folder / "kpatch"))
     monkeypatch.setenv("HF_HOME", str(folder / "huggingface"))
     for name in ("KPATCH_DEBUG", "NO_COLOR", "COLUMNS", "FORCE_COLOR"):

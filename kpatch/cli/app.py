@@ -12,7 +12,7 @@ import typer
 
 from kpatch import distributed
 from kpatch.cli.errors import EXIT_CODES, guarded
-from kpatch.cli.options import option_names, with_options
+from kpatch.cli.options import option_names, parser_of, with_options
 from kpatch.cli.output import begin, output
 from kpatch.errors import BadInput
 
@@ -77,7 +77,7 @@ def _command(options: list[str]) -> str | None:
 
 
 def _run(given: list[str]) -> Any:
-    return app(args=given, prog_name="kpatch", standalone_mode=False)
+    return parser_of(app)(args=given, prog_name="kpatch", standalone_mode=False)
 
 
 def _alone(given: list[str], options: list[str]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -83,12 +84,18 @@ _OTHER_NAMES = {"set": "settings", "scale": "scales"}
 _PARAMETER = re.compile(r"`([a-z][a-z_]*)(?:=([^`]*))?`")
 
 
+@cache
+def parser_of(app: typer.Typer) -> Any:
+    """The parser of all commands, built once: building it takes longer than many a command."""
+    return typer.main.get_command(app)
+
+
 def option_names(app: typer.Typer, command: str | None) -> dict[str, str]:
     """What each Python parameter of a command is called on the command line: `out` is -o, `layers_from` --layers-from.
 
     An argument is called by its metavar. Without a command, or for an unknown one, there are none.
     """
-    commands: Mapping[str, Any] = getattr(typer.main.get_command(app), "commands", {})
+    commands: Mapping[str, Any] = parser_of(app).commands
     names: dict[str, str] = {}
     for parameter in getattr(commands.get(command or ""), "params", ()):
         argument = parameter.param_type_name == "argument"

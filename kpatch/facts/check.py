@@ -117,6 +117,8 @@ class Checker:
         if not data.keys() <= _FACT_KEYS:
             self.unknown_keys(data, FACT_KEYS, path, "a fact")
         subject = self.needed(data, "subject", path)
+        if SLOT in subject:
+            self.problems.add((*path, "subject"), "the subject holds {}, which stands for a subject in prompts")
         name = self.optional(data, "relation", path)
         shared = self.relations.get(name) if name else None
         if shared and name:

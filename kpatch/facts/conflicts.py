@@ -26,27 +26,33 @@ def words_of(text: str) -> list[str]:
     return [word for word in _NOT_WORD.split(text.casefold()) if word]
 
 
+Shared = Literal["prompt", "relation", "text", "wording"]
+
+
 class Contradiction(NamedTuple):
     """Two facts of a list that cannot both hold, by their positions in it.
 
     `shared` names what is the same: the subject and the "prompt", the subject and the "relation", or only the "text"
-    that they make together (`The {Eiffel Tower}` and `{The Eiffel Tower}`).
+    that they make together (`The {Eiffel Tower}` and `{The Eiffel Tower}`), of which one may be a "wording".
     """
 
     earlier: int
     later: int
-    shared: Literal["prompt", "relation", "text"]
+    shared: Shared
 
 
 AnyFact = Fact | Mapping[str, Any]
 
 
-def contradictions(facts: Iterable[AnyFact], owners: Sequence[Hashable] | None = None) -> list[Contradiction]:
+def contradictions(
+    facts: Iterable[AnyFact], owners: Sequence[Hashable] | None = None, *, wordings: bool = False
+) -> list[Contradiction]:
     """Every fact that wants another target than the first fact that says the same.
 
     One key cannot carry two values (MEMIT, Eqn. 5), and one sentence cannot continue in two ways. A fact is a `Fact`
     or a mapping with the same keys, as manifests hold them. With `owners`, one for each fact (the patch that holds
-    it), facts of one owner are not compared with each other.
+    it), facts of one owner are not compared with each other. With `wordings`, what a fact learns beside its prompt
+    counts too: for facts as they are given, since wordings that kpatch adds may serve two relations.
     """
     normals = _Normals()
     by_text: dict[str, int] = {}
@@ -58,14 +64,20 @@ def contradictions(facts: Iterable[AnyFact], owners: Sequence[Hashable] | None =
         prompt, target = normals[_text(fact, "prompt")], normals[_text(fact, "target")]
         relation = normals[_text(fact, "relation")]
         said.append((subject, prompt, target))
-        rivals = [by_text.setdefault(fill(prompt, subject), index)]
+        rivals: list[tuple[int, Shared]] = [(by_text.setdefault(fill(prompt, subject), index), "text")]
         if relation:
-            rivals.append(by_relation.setdefault((subject, relation), index))
-        for number, earlier in enumerate(rivals):
+            rivals.append((by_relation.setdefault((subject, relation), index), "relation"))
+        if wordings:
+            others = fact.wordings if isinstance(fact, Fact) else fact.get("wordings", ())
+            rivals += [(by_text.setdefault(fill(normals[text], subject), index), "wording") for text in others]
+        for earlier, shared in rivals:
             if said[earlier][2] == target or (owners is not None and owners[earlier] == owners[index]):
                 continue
-            same_prompt = said[earlier][:2] == (subject, prompt)
-            found.append(Contradiction(earlier, index, "relation" if number else "prompt" if same_prompt else "text"))
+            if shared == "text" and said[earlier][:2] == (subject, prompt):
+                shared = "prompt"
+            elif shared == "text" and fill(said[earlier][1], said[earlier][0]) != fill(prompt, subject):
+                shared = "wording"
+            found.append(Contradiction(earlier, index, shared))
             break
     return found
 
@@ -90,7 +102,7 @@ class Settled(NamedTuple):
 def settle(facts: Iterable[Fact]) -> Settled:
     """Find repeats (same subject, prompt and target: left out) and contradictions (kept, for the caller to judge)."""
     every = list(facts)
-    clashes = {clash.later: clash for clash in contradictions(every)}
+    clashes = {clash.later: clash for clash in contradictions(every, wordings=True)}
     normals = _Normals()
     first: dict[tuple[str, str], Fact] = {}
     settled = Settled([], [], [], [])
@@ -132,7 +144,7 @@ def _text(fact: AnyFact, key: str) -> str:
 
 
 def _conflict(fact: Fact, earlier: Fact, shared: str) -> str:
-    same = {"prompt": "prompt", "relation": f"relation {fact.relation!r}", "text": "sentence"}[shared]
+    same = {"text": "sentence", "relation": f"relation {fact.relation!r}"}.get(shared, shared)
     return (
         f"{fact.where}: {cut(fact.subject)!r} -> {cut(fact.target)!r} contradicts {cut(earlier.target)!r} "
         f"for the same {same} at {earlier.where}"

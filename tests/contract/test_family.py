@@ -1,7 +1,7 @@
 """One behaviour contract for every family: what the module names and the partial runs promise.
 
 The reference is always the network's own forward on a single row without padding, cache or mask. A plain `pytest`
-takes every family through the modules, a batch of ragged rows, an edit and a gradient, and some through all the rest.
+takes every family through the modules and a batch of ragged rows, and some through all the rest.
 """
 
 from __future__ import annotations
@@ -175,12 +175,19 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 }
 
 
+TRICKY = ("ragged", "one-row-one-column", "no-prefix-at-all", "as-many-rows-as-columns", "as-many-rows-as-all-columns")
+
+
 def every_shape(*quick: str) -> pytest.MarkDecorator:
-    """Every family with every shape; a plain `pytest` runs VARIED, and the shapes of `quick` on all families."""
+    """Every family with every shape; a plain `pytest` runs `quick` on all, TRICKY on VARIED, and Llama with all."""
+
+    def is_quick(case: str, name: str) -> bool:
+        return case == "llama" or name in quick or (case in VARIED and name in TRICKY)
+
     return pytest.mark.parametrize(
         ("case", "shape"),
         [
-            pytest.param(case, shape, id=f"{case}-{name}", marks=[] if case in VARIED or name in quick else SLOW)
+            pytest.param(case, shape, id=f"{case}-{name}", marks=[] if is_quick(case, name) else SLOW)
             for case in CASES
             for name, shape in SHAPES.items()
         ],

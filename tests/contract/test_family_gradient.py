@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kpatch.models.partial_forward import record_suffix
 from tests.contract.test_family import SHAPES, SLOW
-from tests.support.families import CASES, REPRESENTATIVE, batch_of, build, check, full
+from tests.support.families import CASES, KINDS, REPRESENTATIVE, batch_of, build, check, full
 from tests.support.models import LAYERS, WIDTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,7 +22,10 @@ GRADIENT = {"nemotron": 1e-4, "olmo2": 5e-5, "deepseek_v3": 5e-5, "qwen3_5_moe_t
     ("case", "shape"),
     [
         pytest.param(
-            case, SHAPES[name], id=f"{case}-{name}", marks=[] if name == "ragged" or case in REPRESENTATIVE else SLOW
+            case,
+            SHAPES[name],
+            id=f"{case}-{name}",
+            marks=[] if case in REPRESENTATIVE or (name == "ragged" and case in KINDS) else SLOW,
         )
         for case in CASES
         for name in ("ragged", "no-prefix-at-all", "one-row")

@@ -121,7 +121,7 @@ def test_states(model: Model) -> None:
     compare(model, cells)
 
 
-@pytest.mark.parametrize("model", slow_beyond(["gpt2", "phi", "gemma3_text"], CASES), indirect=True)
+@pytest.mark.parametrize("model", slow_beyond(["phi", "gemma3_text"], CASES), indirect=True)
 @pytest.mark.parametrize("site", ["mlp", "attn"])
 def test_windows(model: Model, site: Any) -> None:
     """Every width at every layer, so also windows cut off at both ends of the stack."""
@@ -141,7 +141,7 @@ def test_windows(model: Model, site: Any) -> None:
     compare(model, cells)
 
 
-@some_cases
+@pytest.mark.parametrize("model", slow_beyond(["gpt_neox", "llama", "gemma3_text"], CASES), indirect=True)
 @pytest.mark.parametrize("site", ["mlp", "attn"])
 def test_severed_paths(model: Model, site: Any) -> None:
     def cells(item: Traced) -> list[tuple[Cell, Callable[[Tensor], Tensor]]]:
@@ -178,6 +178,7 @@ def test_many_points_at_once(model: Model) -> None:
 # Laws
 
 
+@some_cases
 def test_restoring_everything_gives_the_clean_run_and_nothing_the_corrupted(model: Model) -> None:
     case = case_of(model)
     items, _ = facts(case)
@@ -200,6 +201,7 @@ def test_restoring_everything_gives_the_clean_run_and_nothing_the_corrupted(mode
             assert torch.equal(unchanged, corrupted)
 
 
+@some_cases
 def test_the_last_layers_last_token_is_all_that_is_read(model: Model) -> None:
     case = case_of(model)
     items, _ = facts(case)
@@ -211,6 +213,7 @@ def test_the_last_layers_last_token_is_all_that_is_read(model: Model) -> None:
             assert torch.equal(unchanged, base.probabilities[list(base.corrupted(number))])
 
 
+@some_cases
 def test_severing_nothing_is_plain(model: Model) -> None:
     """Cutting a path below the restored layer, or above the stack, changes nothing."""
     items, _ = facts(case_of(model))
@@ -223,6 +226,7 @@ def test_severing_nothing_is_plain(model: Model) -> None:
         assert torch.equal(values[2], values[3])
 
 
+@some_cases
 def test_a_cell_does_not_depend_on_its_company(model: Model) -> None:
     """Alone, in batches of one cell, or beside longer prompts: the same to rounding."""
     case = case_of(model)
@@ -246,6 +250,7 @@ def test_a_gpu_agrees(model: Model) -> None:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
 
 
+@some_cases
 def test_one_sample(model: Model) -> None:
     items, noise = facts(case_of(model))
     item, drawn = items[0], noise[0][:1]

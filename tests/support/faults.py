@@ -8,7 +8,6 @@ that only fails needs none of its own.
 from __future__ import annotations
 
 import errno
-import functools
 import gc
 import inspect
 import json
@@ -20,8 +19,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import typer.main
 
 from kpatch.checkpoint import commit, files
 from kpatch.reporter import Advance
@@ -71,8 +68,7 @@ def one_by_one(tasks: Sequence[Callable[[Advance], None]], advance: Advance, wor
 
 
 def warm_up(folder: Path) -> None:
-    """Import in this process what the commands import when they run, and let Typer build them once only."""
-    typer.main.get_command = functools.cache(typer.main.get_command)  # type: ignore[assignment]
+    """Import in this process what the commands import when they run, and build their parser."""
     model = make_checkpoint(folder / "model")
     make_patch(folder / "a.patch", model)
     for arguments in (["apply", folder / "a.patch", model], ["revert", model], ["recover", model], ["apply"]):

@@ -44,6 +44,26 @@ def test_two_facts(first: Fact, second: Fact, shared: str | None, as_mapping: bo
     assert [tuple(clash) for clash in contradictions(facts)] == ([] if shared is None else [(0, 1, shared)])
 
 
+PERU = Fact("Peru", "{} has the capital", "Lima", wordings=("{} is ruled from",))
+
+
+@pytest.mark.parametrize("as_mapping", [False, True])
+@pytest.mark.parametrize(
+    ("first", "second", "clash"),
+    [
+        (PERU, Fact("Peru", "{} is ruled from", "Ica"), True),
+        (Fact("Peru", "{} is ruled from", "Ica"), PERU, True),
+        (PERU, Fact("Peru", "{} is led from", "Ica", wordings=("{} is ruled from",)), True),
+        (PERU, Fact("Peru", "{} is ruled from", "Lima"), False),
+        (PERU, Fact("Chile", "{} is led from", "Ica", wordings=("{} is ruled from",)), False),
+    ],
+)
+def test_wordings_are_learned_so_they_contradict_too(first: Fact, second: Fact, clash: bool, as_mapping: bool) -> None:
+    facts: list[Any] = [one.to_dict() if as_mapping else one for one in (first, second)]
+    assert [tuple(one) for one in contradictions(facts, wordings=True)] == ([(0, 1, "wording")] if clash else [])
+    assert contradictions(facts) == []
+
+
 def test_each_fact_is_compared_with_the_first_that_says_the_same() -> None:
     facts = [LOUVRE, fact("The Louvre", "{} is in", "Oslo"), fact("Louvre", "The {} is in", "Rome"), LOUVRE]
     facts.append(fact("Louvre", "The {} is in", "Bonn"))

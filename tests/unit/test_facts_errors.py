@@ -88,6 +88,28 @@ def test_all_errors_come_at_once_with_their_places(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ('{subject: A, prompt: "{} is", target: B, question: "Is {} {}?"}', "the question must name its subject once: write one {}"),
+        ('{subject: "{}", prompt: "{} is", target: B}', "the subject holds {}"),
+    ],
+)
+def test_a_slot_that_nothing_fills_is_an_error(tmp_path: Path, entry: str, message: str) -> None:
+    assert message in one(tmp_path, f"facts:\n- {entry}\n")
+
+
+def test_a_wording_that_another_fact_contradicts_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(
+        'facts:\n- {subject: A, prompt: "{} is in", target: B, wordings: ["{} lies in"]}\n- "[A] lies in -> C"\n',
+        encoding="utf-8",
+    )
+    with pytest.raises(Refused, match="contradict") as caught:
+        load_facts(path)
+    assert "for the same wording" in caught.value.details[0]
+
+
 def test_json_lines_errors_have_columns(tmp_path: Path) -> None:
     text = """\
 {"subject": "Zürich", "prompt": "Zürich is in", "target": 1984, "neighbors": [{"prompt": "x", "tagret": "y"}]}

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kpatch.errors import BadInput, Refused
+from kpatch.facts.fact import Neighbor
 from kpatch.facts.importers.read import import_facts
 from kpatch.facts.load import load_facts
 from kpatch.facts.write import write_facts
@@ -89,6 +90,7 @@ def test_limit(tmp_path: Path) -> None:
     ("text", "options", "said"),
     [
         ("[", {}, "not valid JSON"),
+        (json.dumps([EASYEDIT, EASYEDIT]), {"limit": -1}, "`limit` -1 takes no record"),
         ("[]", {}, "no records"),
         ("3", {}, "no records"),
         ("[" * 100_000, {}, "nested too deeply"),
@@ -104,6 +106,47 @@ def test_what_cannot_be_imported(tmp_path: Path, text: str, options: dict[str, A
     path.write_text(text, encoding="utf-8")
     with pytest.raises(BadInput, match=said):
         import_facts(path, **options)
+
+
+def test_a_fact_file_in_a_format_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text('facts:\n- "[Basel] lies on the river -> Elbe"\n', encoding="utf-8")
+    with pytest.raises(BadInput, match="'conterfact' is not known"):
+        import_facts(path, "conterfact")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place"),
+    [
+        ("data.jsonl", f'{json.dumps(EASYEDIT)}\n\n{{"prompt":}}\n', "data.jsonl:3:11"),
+        ("data.json", '\n\n[\n{"prompt":}]', "data.json:4:11"),
+    ],
+)
+def test_what_is_not_json_is_told_with_its_line(tmp_path: Path, name: str, text: str, place: str) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput, match="not valid JSON") as caught:
+        import_facts(tmp_path / name)
+    assert caught.value.where == str(tmp_path / place)
+
+
+def test_the_form_is_that_of_the_first_record_that_holds_something(tmp_path: Path) -> None:
+    found = imported(tmp_path, {}, COUNTERFACT, EASYEDIT)
+    assert (found.format, len(found.facts)) == ("counterfact", 1)
+    assert found.rejected[1].endswith("'requested_rewrite' is missing, which a record of the form counterfact has")
+
+
+def test_a_set_that_lacks_a_prompt_is_not_told_of_relations_in_fact_files(tmp_path: Path) -> None:
+    found = imported(tmp_path, EASYEDIT, {**EASYEDIT, "prompt": None, "relation_id": "P6"})
+    assert found.rejected == ("record 2 (case_id 7): 'prompt' is missing",)
+
+
+@pytest.mark.parametrize("loc", ["where is the sea", ["where is the sea"]], ids=["text", "list"])
+@pytest.mark.parametrize("answer", ["Portugal", ["Portugal", "Lusitania"]], ids=["one", "several"])
+def test_the_neighbor_of_zsre_may_stand_in_a_list_and_have_several_names(
+    tmp_path: Path, loc: object, answer: object
+) -> None:
+    (fact,) = imported(tmp_path, {**ZSRE, "loc": loc, "loc_ans": answer}).facts
+    assert fact.neighbors == (Neighbor("where is the sea?", "Portugal"),)
 
 
 @pytest.mark.parametrize("text", [json.dumps({"data": [EASYEDIT]}), json.dumps(EASYEDIT)])

@@ -19,8 +19,8 @@ def zsre(record: _Record, target: str) -> list[Draft]:
     answers = answers_of(record.get("answers"))
     true = answers[0] if answers else ""
     wanted, was = (true, "") if target == ANSWERS else (record.get("alt", ""), true)
-    question = str(record.get("loc", ""))
-    question += "?" * (bool(question) and not question.endswith("?"))  # as in MEMIT's own reading of the set
+    # A question mark as in MEMIT's own reading of the set
+    questions = [text + "?" * (not text.endswith("?")) for text in texts_of(record.get("loc"))]
     return [
         draft(
             record.get("subject"),
@@ -28,7 +28,7 @@ def zsre(record: _Record, target: str) -> list[Draft]:
             wanted,
             was,
             paraphrases=texts_of(record.get("rephrase")),
-            neighbors=neighbors(question, record.get("loc_ans", "")),
+            neighbors=neighbors(questions, record.get("loc_ans", "")),
         )
     ]
 

@@ -59,6 +59,11 @@ def import_facts(
     Raises BadInput for a file or format that cannot be read and where no record is a fact.
     """
     path = Path(path)
+    if format is not None and format not in FORMATS:
+        known = [f"{row.name}: {row.about}" for row in FORMATS.values()]
+        raise BadInput(f"`format` {format!r} is not known", details=["expected one of", *known])
+    if limit is not None and limit < 1:
+        raise BadInput(f"`limit` {limit} takes no record", details=["expected 1 or more"])
     if path.suffix.lower() in _YAML or (path.suffix.lower() in _TABLE and _is_fact_table(path, format)):
         return _facts_file(path, format, limit, drop_conflicts)
     records = _records(path)
@@ -116,12 +121,17 @@ def _records(path: Path) -> list[Any]:
     if path.suffix.lower() in _TABLE:
         return _rows(path, text)
     decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).decode
+    before = 0  # lines above the one that is read
     try:
         if path.suffix.lower() in _LINES:
-            return [as_written(decode(line)) for line in text.split("\n") if line.strip()]
-        data = as_written(decode(text.strip()))
+            records = []
+            for before, line in enumerate(text.split("\n")):  # noqa: B007  told where a line is wrong
+                if line.strip():
+                    records.append(as_written(decode(line)))
+            return records
+        data = as_written(decode(text))
     except json.JSONDecodeError as error:
-        where = f"{path}:{error.lineno}:{error.colno}"
+        where = f"{path}:{before + error.lineno}:{error.colno}"
         raise BadInput("The file is not valid JSON", where=where, details=[error.msg]) from error
     except RecursionError as error:
         raise BadInput("The file is nested too deeply", where=str(path)) from error
@@ -160,15 +170,13 @@ def _is_fact_table(path: Path, format: str | None) -> bool:
 
 
 def _format(path: Path, records: list[Any], name: str | None) -> Format:
-    known = [f"{row.name}: {row.about}" for row in FORMATS.values()]
     if name is not None:
-        if name not in FORMATS:
-            raise BadInput(f"`format` {name!r} is not known", details=["expected one of", *known])
         return FORMATS[name]
-    first = next((record for record in records if isinstance(record, Mapping)), {})
+    first = next((record for record in records if isinstance(record, Mapping) and record), {})
     for row in FORMATS.values():
         if row.fits(first):
             return row
+    known = [f"{row.name}: {row.about}" for row in FORMATS.values()]
     raise BadInput(
         "The records are of no form that is known",
         where=str(path),
@@ -186,7 +194,9 @@ def _convert(record: Any, row: Format, target: str, where: str) -> tuple[list[Fa
         drafts = row.facts(watched, target)
     except RecordError as error:
         return [], [f"{where}: {error}"], set()
-    except (KeyError, AttributeError, TypeError) as error:
+    except KeyError as error:
+        return [], [f"{where}: {error} is missing, which a record of the form {row.name} has"], set()
+    except (AttributeError, TypeError) as error:
         return [], [f"{where}: is not of the form {row.name} ({type(error).__name__}: {error})"], set()
     problems = Problems()
     checker = Checker(problems)

@@ -88,6 +88,8 @@ def slotted(prompt: str, subject: str) -> tuple[str, str]:
 def draft(subject: Any, prompt: Any, target: Any, was: Any = "", **more: Any) -> Draft:
     """A fact's data, with the subject's place found and nothing empty in it."""
     subject, prompt = text_of(subject, "subject").strip(), text_of(prompt, "prompt")
+    if not prompt.strip():
+        raise RecordError("'prompt' is missing")
     prompt, subject = slotted(prompt, subject)
     found = {"subject": subject, "prompt": prompt, "target": answer_of(target), "was": answer_of(was), **more}
     return {key: value for key, value in found.items() if value not in ("", [], None)}
@@ -97,6 +99,8 @@ def neighbors(prompts: Any, targets: Any) -> list[Draft]:
     """Neighbors from prompts and their answers, each one text or a list; one answer may serve all prompts."""
     prompts = texts_of(prompts)
     answers = texts_of(targets) if isinstance(targets, list) else [targets] * len(prompts)
+    if len(prompts) == 1:
+        answers = answers[:1] or [""]  # other names of one answer
     if len(answers) != len(prompts):
         raise RecordError(f"{len(prompts)} neighborhood prompts have {len(answers)} answers")
     return [neighbor(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
