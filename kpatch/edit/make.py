@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.retention import Retention, retention
-from kpatch.facts.fact import Fact, FactFile
+from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import check_lengths
 from kpatch.facts.wordings import with_wordings
 from kpatch.models.model import Model, open_model, tokenizer_hash
@@ -92,11 +92,13 @@ def make(
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
     """
     started = time.monotonic()
-    chosen = with_wordings(facts.facts if isinstance(facts, FactFile) else tuple(facts), wordings, report)
+    chosen = with_wordings(facts_in(facts), wordings, report)
     if not chosen:
         raise BadInput("There are no facts to make a patch from")
     if layers is not None and layers_from is not None:
         raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
+    if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
+        raise BadInput(f"`layers` is {layers!r}", details=["expected a list of whole numbers, as in [3, 4, 5]"])
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
     editor = method_named(method)
     edited = _load(facts, model, on, device, dtype, modules, report)
@@ -161,6 +163,10 @@ def write_edit(
     return run() if method.ranks_share else distributed.main_does(run)
 
 
+def _listed(layers: object) -> list[object]:
+    return list(layers) if isinstance(layers, Iterable) else [None]
+
+
 def _load(
     facts: FactFile | Sequence[Fact],
     model: str | Model | None,
@@ -179,7 +185,7 @@ def _load(
         )
     if not isinstance(model, Model):
         named = facts.model if isinstance(facts, FactFile) else None
-        address = str(on) if on is not None else model or named
+        address: str | Path | None = on if on is not None else model or named
         if address is None:
             raise BadInput(
                 "No model was named",

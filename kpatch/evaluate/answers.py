@@ -17,7 +17,7 @@ from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
 from kpatch.facts.join import is_unspaced
-from kpatch.models.model import Model
+from kpatch.models.model import Model, require_loaded
 from kpatch.models.partial_forward import Batch, align
 from kpatch.reporter import SILENT, Reporter
 
@@ -56,13 +56,19 @@ class Greedy:
 
 
 def ask(
-    model: Model, prompts: Sequence[str], top: int = 5, max_tokens: int = 12, report: Reporter = SILENT
+    model: Model, prompts: str | Sequence[str], top: int = 5, max_tokens: int = 12, report: Reporter = SILENT
 ) -> list[Answer]:
     """Complete plain prompts greedily, with at most `max_tokens` tokens; EOS ends an answer.
 
-    Nothing is sampled, and no chat template is used. Spaces at a prompt's end are left out, because they belong to
-    the answer's first word. Raises BadInput for an empty prompt and for one that is too long for the model.
+    One prompt counts as a list of one. Nothing is sampled, and no chat template is used. Spaces at a prompt's end are
+    left out, because they belong to the answer's first word. Raises BadInput for an empty prompt and for one that is
+    too long for the model.
     """
+    require_loaded(model)
+    for name, number in (("top", top), ("max_tokens", max_tokens)):
+        if number < 0:
+            raise BadInput(f"`{name}={number}` is less than nothing", details=["expected 0 or more"])
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     rows = [_plain_ids(model.tokenizer, prompt) for prompt in prompts]
     answers = []
     for prompt, row, found in zip(prompts, rows, complete(model, rows, max_tokens, top, report=report), strict=True):
