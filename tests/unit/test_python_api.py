@@ -94,7 +94,7 @@ def test_layers_are_a_list_of_whole_numbers(layers: Any, tmp_path: Path) -> None
 
 def test_a_setting_that_is_nothing_is_no_number() -> None:
     with pytest.raises(BadInput, match="steps=None is not a number"):
-        with_settings(MemitHyper(), {"steps": None})  # type: ignore[dict-item]
+        with_settings(MemitHyper((1,)), {"steps": None})  # type: ignore[dict-item]
 
 
 def test_a_models_address_may_be_a_path_and_nothing_else_but_text(tmp_path: Path) -> None:
