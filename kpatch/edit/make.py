@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.retention import Retention, retention
-from kpatch.facts.fact import Fact, FactFile
+from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import check_lengths
 from kpatch.facts.wordings import LEARNED, with_wordings
 from kpatch.models.model import Model, open_model, tokenizer_hash
@@ -100,11 +100,13 @@ def make(
     started = time.monotonic()
     file = None if preset is None else read_preset(preset)
     wanted = wordings or (file.wordings if file else None) or "auto"
-    chosen = with_wordings(facts.facts if isinstance(facts, FactFile) else tuple(facts), wanted, report)
+    chosen = with_wordings(facts_in(facts), wanted, report)
     if not chosen:
         raise BadInput("There are no facts to make a patch from")
     if layers is not None and layers_from is not None:
         raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
+    if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
+        raise BadInput(f"`layers` is {layers!r}", details=["expected a list of whole numbers, as in [3, 4, 5]"])
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
     editor = method_named(_method(method, file))
     edited = _load(facts, model, on, device, dtype, modules, report)
@@ -182,6 +184,10 @@ def _method(name: str | None, file: PresetFile | None) -> str:
     return name or (file.method if file else "memit")
 
 
+def _listed(layers: object) -> list[object]:
+    return list(layers) if isinstance(layers, Iterable) else [None]
+
+
 def _load(
     facts: FactFile | Sequence[Fact],
     model: str | Model | None,
@@ -200,7 +206,7 @@ def _load(
         )
     if not isinstance(model, Model):
         named = facts.model if isinstance(facts, FactFile) else None
-        address = str(on) if on is not None else model or named
+        address: str | Path | None = on if on is not None else model or named
         if address is None:
             raise BadInput(
                 "No model was named",

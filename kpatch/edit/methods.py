@@ -265,7 +265,7 @@ def with_settings(hyper: Any, settings: Mapping[str, str]) -> Any:
         kind = int if isinstance(getattr(hyper, key), int) else float
         try:
             value = kind(text)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise BadInput(
                 f"The setting {key}={text} is not a number", details=[f"expected {kind.__name__}"]
             ) from error

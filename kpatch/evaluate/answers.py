@@ -18,7 +18,7 @@ from kpatch.evaluate.forward import logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
 from kpatch.facts.chat import Turn, chat_rows, turn_ends
 from kpatch.facts.join import is_unspaced
-from kpatch.models.model import Model
+from kpatch.models.model import Model, require_loaded
 from kpatch.models.partial_forward import Batch, align
 from kpatch.reporter import SILENT, Reporter
 
@@ -59,7 +59,7 @@ class Greedy:
 
 def ask(
     model: Model,
-    prompts: Sequence[str],
+    prompts: str | Sequence[str],
     top: int = 5,
     max_tokens: int | None = None,
     chat: bool = False,
@@ -67,17 +67,23 @@ def ask(
 ) -> list[Answer]:
     """Complete prompts greedily, with at most `max_tokens` tokens (12, in a chat 64); the model's own EOS ends them.
 
-    Prompts are plain texts; spaces at their end are left out, because they belong to the answer's first word. With
-    `chat` each is a user's turn in the model's chat template, and the end of the model's turn ends an answer. Nothing
-    is sampled. Raises BadInput for an empty prompt, one that is too long for the model, and as `chat_rows` does.
+    One prompt counts as a list of one. Prompts are plain texts; spaces at their end are left out, because they belong
+    to the answer's first word. With `chat` each is a user's turn in the model's chat template, and the end of the
+    model's turn ends an answer. Nothing is sampled. Raises BadInput for an empty prompt, one that is too long for the
+    model, and as `chat_rows` does.
     """
+    require_loaded(model)
+    for name, number in (("top", top), ("max_tokens", max_tokens)):
+        if number is not None and number < 0:
+            raise BadInput(f"`{name}={number}` is less than nothing", details=["expected 0 or more"])
+    prompts = [prompts] if isinstance(prompts, str) else prompts
     rows: Sequence[Sequence[int]]
     if chat:
         rows = [row.ids for row in chat_rows(model.tokenizer, [Turn(prompt) for prompt in prompts])]
         ends, most = turn_ends(model.tokenizer), CHAT_TOKENS
     else:
         rows, ends, most = [_plain_ids(model.tokenizer, prompt) for prompt in prompts], frozenset(), COMPLETION_TOKENS
-    found = complete(model, rows, max_tokens or most, top, report=report, ends=ends)
+    found = complete(model, rows, most if max_tokens is None else max_tokens, top, report=report, ends=ends)
     answers = []
     for prompt, row, one in zip(prompts, rows, found, strict=True):
         tokens = tuple(Token(text_after(model.tokenizer, row, [token]), chance) for token, chance in one.top)

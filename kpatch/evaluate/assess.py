@@ -15,8 +15,8 @@ from kpatch.evaluate.perplexity import perplexity
 from kpatch.evaluate.rates import KINDS
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.evaluate.writing import TOKENS, Writing, write_on
-from kpatch.facts.fact import Fact
-from kpatch.models.model import Model
+from kpatch.facts.fact import Fact, facts_in
+from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Reporter
 
 
@@ -62,7 +62,8 @@ def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, re
 
     Raises what `measure`, `prepare`, `write_on` and `perplexity` raise.
     """
-    wanted = wanted or Wanted()
+    require_loaded(model)
+    facts, wanted = facts_in(facts), wanted or Wanted()
     free = KINDS[:2] if wanted.generate else KINDS[:1]
     prepared = prepare(model, facts, wanted.forms, report)  # a form that the model does not have fails first
     found = measure(model, facts, wanted.batch_tokens, free=free, report=report)

@@ -15,14 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpatch.errors import BadInput
 from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import Prompts
 from kpatch.evaluate.forward import vocabulary
 from kpatch.evaluate.score import HEAD_NUMBERS
-from kpatch.facts.fact import SLOT, Fact
+from kpatch.facts.fact import SLOT, Fact, facts_in
 from kpatch.facts.join import join
 from kpatch.facts.tokens import Item, encode_many, item_of
-from kpatch.models.model import Model
+from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Reporter
 
 AT = (1, 10, 100)
@@ -56,6 +57,10 @@ def rank_objects(
     when its first tokens are less likely than the whole target.
     Raises BadInput for text that the tokenizer cannot take.
     """
+    require_loaded(model)
+    facts = facts_in(facts)
+    if objects is not None and len(objects) != len(facts):
+        raise BadInput(f"`objects` has {len(objects)} lists", details=[f"expected {len(facts)}, one for each fact"])
     if objects is None:
         objects = [tuple(dict.fromkeys(fact.target for fact in facts))] * len(facts)
     prompts = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 from kpatch.errors import BadInput
@@ -140,6 +141,28 @@ class FactFile:
     model: str | None = None
     warnings: tuple[str, ...] = ()
     protect: tuple[Protected, ...] = ()
+
+
+def facts_in(facts: Any) -> tuple[Fact, ...]:
+    """The facts of a FactFile or an iterable; one counts as a list of one. Raises BadInput for anything else."""
+    if isinstance(facts, FactFile):
+        return facts.facts
+    if isinstance(facts, Fact):
+        return (facts,)
+    if isinstance(facts, str | PathLike):
+        raise BadInput("`facts` is a text or a path, not facts", hint="kpatch.load_facts(path) reads a fact file")
+    try:
+        found = tuple(facts)
+    except TypeError:
+        raise BadInput(
+            f"`facts` is a {type(facts).__name__}, not facts", details=["expected a list of Fact"]
+        ) from None
+    wrong = next((one for one in found if not isinstance(one, Fact)), None)
+    if wrong is not None:
+        raise BadInput(
+            f"`facts` holds a {type(wrong).__name__}, not a Fact", hint="kpatch.facts.fact.Fact.from_dict makes a Fact"
+        )
+    return found
 
 
 def _text(data: Mapping[str, Any], key: str, needed: bool = False) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 from kpatch.errors import BadInput, Damaged
@@ -39,13 +40,19 @@ class Resolved:
     said: str
 
 
-def resolve(address: str, report: Reporter = SILENT) -> Resolved:
+def resolve(address: str | Path, report: Reporter = SILENT) -> Resolved:
     """Find the model called `address`: a directory, a GGUF file, an alias or a hub id, the last two with @revision.
 
     An existing checkpoint directory wins over an alias or a hub id of the same name.
     Raises BadInput for an address that leads nowhere or to something that cannot be edited,
     and Damaged for a directory that an interrupted apply left closed.
     """
+    if not isinstance(address, str | PathLike):
+        raise BadInput(
+            f"`model` is a {type(address).__name__}, not a model's address",
+            hint="kpatch.load_model(address) loads one, from an alias, a hub id, a directory or a GGUF file",
+        )
+    address = str(address)
     if not address.strip():
         raise BadInput("The model's address is empty", hint="`kpatch models` lists what can stand there")
     path = Path(address).expanduser()
@@ -133,7 +140,6 @@ def check_directory(path: Path, called: str) -> None:
     names = {entry.name for entry in path.iterdir()}
     if "config.json" not in names:
         _refuse_without_config(path, called, names)
-    weights = {name for name in names if name.endswith(".safetensors")}
     index = path / "model.safetensors.index.json"
     if index.is_file():
         missing = sorted(_shards(index) - names)
@@ -144,7 +150,7 @@ def check_directory(path: Path, called: str) -> None:
                 details=[f"missing {name}" for name in missing[:5]],
                 hint="copy or download the checkpoint again",
             )
-    if not weights:
+    if not index.is_file() and not (path / "model.safetensors").is_file():
         _refuse_without_weights(path, called, names)
     if not names.intersection(_TOKENIZER_FILES):
         raise BadInput(
@@ -185,10 +191,11 @@ def _refuse_without_weights(path: Path, called: str, names: set[str]) -> None:
             where=str(path),
             hint="convert it once: load it with transformers and call save_pretrained on a new directory",
         )
+    found = [f"found {name}" for name in sorted(names) if name.endswith(".safetensors")][:3]
     raise BadInput(
         f"{called} is a model directory without weights",
         where=str(path),
-        details=["expected model.safetensors, or model.safetensors.index.json and its shards"],
+        details=["expected model.safetensors, or model.safetensors.index.json and its shards", *found],
         hint="copy or download the weights",
     )
 

@@ -1,11 +1,13 @@
-"""Whether every weight of a loaded network came out of its checkpoint, whole and finite."""
+"""Whether the files of a checkpoint can be read, and every weight of a loaded network came out, whole and finite."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from kpatch.errors import BadInput
 
@@ -52,6 +54,56 @@ def require_complete(net: Any, loaded: Mapping[str, Any], name: str, where: str)
             details=broken[:_SHOWN],
             hint="copy or download the checkpoint again",
         )
+
+
+def read_config(path: str, name: str) -> Any:
+    """The transformers configuration of a checkpoint directory. Raises BadInput where transformers refuses it."""
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise _unread(name, path, "config.json", error) from error
+
+
+def read_tokenizer(path: str, name: str) -> Any:
+    """The tokenizer of a checkpoint directory. Raises BadInput where its files are damaged."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # tokenizers raises bare Exceptions
+        raise _unread(name, path, "the tokenizer's files", error) from error
+
+
+def _unread(name: str, path: str, what: str, error: Exception) -> BadInput:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    reason = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    return BadInput(
+        f"{name} could not be loaded: {what} cannot be read",
+        where=path,
+        details=[reason],
+        hint="copy them again from the model's original directory",
+    )
+
+
+def damaged_weights(folder: Path, name: str, error: SafetensorError) -> BadInput:
+    """What to raise for a weight file that safetensors cannot open; names the first such file."""
+    found = "*.safetensors"
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError):
+            found = file.name
+            break
+    return BadInput(
+        f"A weight file of {name} is cut off or damaged",
+        where=str(folder),
+        details=[f"{found}: {error}"],
+        hint="copy or download the checkpoint again",
+    )
 
 
 def _names(net: Any) -> dict[str, set[str]]:

@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
-from kpatch.models.complete import require_complete
+from kpatch.models.complete import damaged_weights, read_config, read_tokenizer, require_complete
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
 from kpatch.models.module_names import fit_names, require_any_place
 from kpatch.models.quiet import quiet_transformers
@@ -248,8 +249,14 @@ def _stop(module: nn.Module, inputs: Any, out: Any) -> None:
     raise _StoppedError(out)
 
 
+def require_loaded(model: object) -> None:
+    """Raise BadInput where a Model is expected and something else was given: an address, say, or a bare network."""
+    if not isinstance(model, Model):
+        raise BadInput(f"`model` is a {type(model).__name__}, not a loaded Model", hint="kpatch.load_model gives one")
+
+
 def open_model(
-    address: str | Resolved,
+    address: str | Path | Resolved,
     *,
     device: str = "auto",
     dtype: str = "auto",
@@ -281,14 +288,12 @@ def load_model(
     Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, or
     one that the model does not fit on.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     where = _device(device)
     path = str(resolved.path)
     require_own_code(resolved.path, resolved.name)
     try:
         with quiet_transformers():
-            config = AutoConfig.from_pretrained(path)
+            config = read_config(path, resolved.name)
             require_editable(config, resolved.name, modules is not None)
             text = text_config(config)
             family = family_for(text.model_type, modules)
@@ -298,7 +303,7 @@ def load_model(
                     details=["Gemma 4 models without shared layers can be edited"],
                 )
             require_any_place(config, family, resolved.name)
-            tokenizer = AutoTokenizer.from_pretrained(path)
+            tokenizer = read_tokenizer(path, resolved.name)
             net, loaded = loader(config).from_pretrained(
                 path,
                 dtype=_dtype(dtype, where),
@@ -315,6 +320,8 @@ def load_model(
             details=["a model is held by one device as a whole: spreading it over several is not supported"],
             hint="`dtype` bfloat16 takes half of float32; `device` cpu takes the machine's memory",
         ) from error
+    except SafetensorError as error:
+        raise damaged_weights(resolved.path, resolved.name, error) from error
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BadInput(f"{resolved.name} could not be loaded", where=path, details=[reason]) from error
@@ -378,6 +385,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    name = str(name).removeprefix("torch.")
     if name not in dtypes:
         raise BadInput(f"Unknown dtype {name!r}", details=[f"expected one of auto, {', '.join(dtypes)}"])
     return dtypes[name]

@@ -186,6 +186,10 @@ def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple
             details=[f"expected {len(infos)}, in the order of the patches   found {len(scales)}"],
             hint="give `scales=1` for a patch that is to stay as it is",
         )
+    given: Sequence[object] = scales
+    strange = [scale for scale in given if not isinstance(scale, int | float)]
+    if strange:
+        raise BadInput(f"`scales` holds {strange[0]!r}, which is no number", details=["expected some as [1, 0.5]"])
     wrong = [scale for scale in scales if not (scale > 0 and math.isfinite(scale))]
     if wrong:
         raise BadInput(f"`scales={wrong[0]:g}` is not above 0", hint="leave out a patch that is not to count")

@@ -17,9 +17,9 @@ from torch import Tensor
 from kpatch import distributed
 from kpatch.cache import atomic_write_text, cache_dir
 from kpatch.errors import BadInput
-from kpatch.facts.fact import Fact
+from kpatch.facts.fact import Fact, facts_in
 from kpatch.models.fingerprint import weights_fingerprint
-from kpatch.models.model import Model
+from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.trace.cells import Cell, cells_of, sections, shape
 from kpatch.trace.clean_corrupted import run_clean_and_corrupted
@@ -96,9 +96,10 @@ def trace(
     and CheckFailed.
     """
     started = time.monotonic()
+    require_loaded(model)
     settings = settings or TraceSettings()
     _check(model, settings)
-    given = built_in() if facts is None else tuple(facts)
+    given = built_in() if facts is None else facts_in(facts)
     known: tuple[Known, ...]
     if prompt is not None:
         known, tried = (distributed.main_does(lambda: ask_one(model, *prompt)),), 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,6 +150,41 @@ def test_a_tensor_in_two_shards_of_which_the_index_names_the_last_is_loaded(llam
     assert name in load_file(copy / FIRST)
     assert name in load_file(copy / SECOND)
     assert torch.equal(open_model(str(copy), device="cpu").net.get_parameter(name), want)
+
+
+@pytest.mark.parametrize("size", [0, 3000])
+def test_a_weight_file_that_is_cut_off_is_named(llama: Path, tmp_path: Path, size: int) -> None:
+    copy = in_shards(llama, tmp_path, {})
+    os.truncate(copy / SECOND, size)
+    with pytest.raises(BadInput, match="A weight file of shards is cut off or damaged") as caught:
+        open_model(str(copy), device="cpu")
+    assert caught.value.details[0].startswith(f"{SECOND}: ")
+
+
+@pytest.mark.parametrize("name", ["model.fp16.safetensors", "adapter_model.safetensors"])
+def test_a_weight_file_of_another_name_is_told(llama: Path, tmp_path: Path, name: str) -> None:
+    copy = changed(llama, tmp_path, lambda weights: weights)
+    (copy / "model.safetensors").rename(copy / name)
+    with pytest.raises(BadInput, match="is a model directory without weights") as caught:
+        open_model(str(copy), device="cpu")
+    assert f"found {name}" in caught.value.details
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("config.json", '{"model_type": "llama", "hidden_size": 32, "num_attention_heads": 5}', "config.json"),
+        ("config.json", '{"model_type": "llama", "dtype": "float99"}', "config.json"),
+        ("config.json", "{", "config.json"),
+        ("tokenizer.json", "{", "the tokenizer's files"),
+        ("tokenizer.json", "{}", "the tokenizer's files"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(llama: Path, tmp_path: Path, file: str, text: str, said: str) -> None:
+    copy = changed(llama, tmp_path, lambda weights: weights)
+    (copy / file).write_text(text)
+    with pytest.raises(BadInput, match=f"could not be loaded: {said} cannot be read"):
+        open_model(str(copy), device="cpu")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -11,8 +11,13 @@ from typing import Any
 import pytest
 
 import kpatch
+from kpatch.edit.methods import with_settings
+from kpatch.edit.presets import MemitHyper
+from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.patch.header import read_header
 from tests.support import checkpoints, cli
+from tests.support.models import tiny
 
 PAGE = (Path(__file__).parents[2] / "docs" / "python.md").read_text(encoding="utf-8")
 TABLE = [line for line in PAGE.splitlines() if line.startswith("| `")]
@@ -57,6 +62,68 @@ def test_the_table_has_every_function() -> None:
 @pytest.mark.parametrize("name", sorted(set(kpatch.__all__) - {"__version__"}))
 def test_the_table_has_the_real_parameters(name: str) -> None:
     assert stated(STATED[name]) == real(getattr(kpatch, name))
+
+
+FACT = Fact("Rome", "{} is in", "Spain")
+
+
+@pytest.mark.parametrize("form", [tuple, list, iter, lambda facts: facts[0], FactFile])
+def test_facts_are_given_in_any_of_these_forms(form: Any) -> None:
+    assert facts_in(form((FACT,))) == (FACT,)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("facts.yaml", "is a text or a path"),
+        (Path("facts.yaml"), "is a text or a path"),
+        ([FACT, FACT.to_dict()], "holds a dict, not a Fact"),
+        (3, "is a int, not facts"),
+    ],
+)
+def test_what_is_no_facts_is_refused_by_what_it_is(given: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=said):
+        kpatch.make(given, out=tmp_path / "x.patch", model="none/such")
+
+
+@pytest.mark.parametrize("layers", [3, "1-2", ["1"], [1.0]])
+def test_layers_are_a_list_of_whole_numbers(layers: Any, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="`layers` is"):
+        kpatch.make([FACT], out=tmp_path / "x.patch", model="none/such", layers=layers)
+
+
+def test_a_setting_that_is_nothing_is_no_number() -> None:
+    with pytest.raises(BadInput, match="steps=None is not a number"):
+        with_settings(MemitHyper((1,)), {"steps": None})  # type: ignore[dict-item]
+
+
+def test_a_models_address_may_be_a_path_and_nothing_else_but_text(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="is not a model directory"):
+        kpatch.load_model(tmp_path)
+    with pytest.raises(BadInput, match="`model` is a dict, not a model's address"):
+        kpatch.load_model({})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("call", [kpatch.ask, kpatch.evaluate_facts, kpatch.probe_facts, kpatch.trace_facts])
+def test_an_address_is_no_loaded_model(call: Any) -> None:
+    with pytest.raises(BadInput, match="`model` is a str, not a loaded Model"):
+        call("smollm2", [FACT])
+
+
+def test_numbers_and_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    model, patch = tiny("llama"), tmp_path / "a.patch"
+    checkpoints.make_patch(patch, checkpoints.make_checkpoint(tmp_path / "model"))
+    with pytest.raises(BadInput, match="`top=-1` is less than nothing"):
+        kpatch.ask(model, "The sea", top=-1)
+    with pytest.raises(BadInput, match="`scales` holds '1', which is no number"):
+        kpatch.stack(patch, scales=["1"])
+    with pytest.raises(BadInput, match="`objects` has 0 lists"):
+        kpatch.probe_facts(model, [FACT], objects=[])
+
+
+def test_one_prompt_is_a_list_of_one() -> None:
+    model = tiny("llama")
+    assert kpatch.ask(model, "The sea", max_tokens=2) == kpatch.ask(model, ["The sea"], max_tokens=2)
 
 
 @pytest.mark.parametrize("form", ["text", "path", "info", "patch"])
