@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kpatch.cli.output import Cell, Output, percent
+from kpatch.facts.problems import cut
 
-FORM_HEADERS = ("Form", "Asked", "Edits", "95 %", "Exact", "Neighbors asked", "Neighbors", "95 %")
-FORM_NUMBERS = (1, 2, 3, 4, 5, 6, 7)
-FOLLOW_HEADERS = ("Consequence", "Over", "n", "Without", "With", "95 %")
-FOLLOW_NUMBERS = (2, 3, 4, 5)
+Table = tuple[list[str], list[list[Cell]], list[int]]  # headers, rows, columns of numbers
+
 _OVER = {
     "distraction": "neighbors right behind the new fact",
     "choice": "new answer chosen over the old, in both orders",
@@ -19,7 +18,7 @@ _OVER = {
 _ANSWERS_SHOWN = 25
 
 
-def form_rows(found: Mapping[str, Any]) -> list[list[Cell]]:
+def form_table(found: Mapping[str, Any]) -> Table:
     """A row for each form: how many were asked, and how often the right answer was named, exact, and kept."""
     old = (found["unpatched"] or {}).get("forms") or {}
     rows: list[list[Cell]] = []
@@ -34,32 +33,33 @@ def form_rows(found: Mapping[str, Any]) -> list[list[Cell]]:
                 if key == "named":
                     row.append(between(part["named_interval"]))
         rows.append(row)
-    return rows
+    headers = ["Form", "Asked", "Edits", "95 %", "Exact", "Neighbors asked", "Neighbors", "95 %"]
+    return headers, rows, [1, 2, 3, 4, 5, 6, 7]
 
 
-def follow_rows(found: Mapping[str, Any]) -> list[list[Cell]]:
+def follow_table(found: Mapping[str, Any]) -> Table:
     """A row for each probe of consequences. Neighbors are told without the new fact before them as well."""
     old = (found["unpatched"] or {}).get("consequences") or {}
     rows: list[list[Cell]] = []
     for kind, part in (found.get("consequences") or {}).items():
         was = old.get(kind) or {}
-        numbers: list[Cell] = [percent(was.get("rate")) if was else "", percent(part["rate"])]
+        numbers: list[Cell] = [percent(was.get("rate")), percent(part["rate"])]
         rows.append([kind.replace("_", "/"), _OVER[kind], part["n"], *numbers, between(part["interval"])])
         if kind == "distraction":
-            alone: list[Cell] = [percent(was.get("alone")) if was else "", percent(part["alone"])]
+            alone: list[Cell] = [percent(was.get("alone")), percent(part["alone"])]
             rows.append(["", "the same without that fact before them", None, *alone, ""])
-    return rows
+    headers = ["Consequence", "Over", "n", "Without", "With", "95 %"]
+    if found["unpatched"] is None:
+        return ["Consequence", "Over", "n", "Value", "95 %"], [[*row[:3], *row[4:]] for row in rows], [2, 3, 4]
+    return headers, rows, [2, 3, 4, 5]
 
 
 def print_asked(output: Output, found: Mapping[str, Any], facts: Sequence[Mapping[str, Any]]) -> None:
     """Print the tables of forms and consequences, if there are any, and the answers of `facts` that do not count."""
-    forms, follow = form_rows(found), follow_rows(found)
-    if forms:
-        output.line()
-        output.table(FORM_HEADERS, forms, right=FORM_NUMBERS)
-    if follow:
-        output.line()
-        output.table(FOLLOW_HEADERS, follow, right=FOLLOW_NUMBERS)
+    for headers, rows, numbers in (form_table(found), follow_table(found)):
+        if rows:
+            output.line()
+            output.table(headers, rows, right=numbers)
     wrong = wrong_answers(facts)
     if wrong:
         output.line()
@@ -71,7 +71,7 @@ def print_asked(output: Output, found: Mapping[str, Any], facts: Sequence[Mappin
 def wrong_answers(facts: Sequence[Mapping[str, Any]]) -> list[list[Cell]]:
     """Form, question, answer and target of every edit's answer that does not count."""
     return [
-        [form, one["asked"], one["answer"] or "(empty)", fact["target"]]
+        [form, one["asked"], cut(one["answer"]) or "(empty)", fact["target"]]
         for fact in facts
         for form, given in fact.get("forms", {}).items()
         for one in given["edits"]

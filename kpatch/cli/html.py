@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.cache import atomic_write_text
-from kpatch.cli.asked import FOLLOW_HEADERS, FOLLOW_NUMBERS, FORM_HEADERS, FORM_NUMBERS, follow_rows, form_rows
+from kpatch.cli.asked import follow_table, form_table
 from kpatch.cli.output import percent
 from kpatch.cli.tables import RATES, failures, format_number
 
@@ -86,10 +86,8 @@ def _rates(found: Mapping[str, Any]) -> str:
 def _asked(found: Mapping[str, Any]) -> str:
     """What the model answers by itself in several forms, and what follows from the facts, where these were asked."""
     parts = []
-    for title, headers, rows, numbers in (
-        ("Asked in several forms", FORM_HEADERS, form_rows(found), FORM_NUMBERS),
-        ("What follows", FOLLOW_HEADERS, follow_rows(found), FOLLOW_NUMBERS),
-    ):
+    for title, table in (("Asked in several forms", form_table(found)), ("What follows", follow_table(found))):
+        headers, rows, numbers = table
         if rows:
             shown = [["" if cell is None else cell for cell in row] for row in rows]
             parts.append(f"<h2>{title}</h2>\n{_table(headers, shown, numbers)}\n")

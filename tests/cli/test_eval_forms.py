@@ -84,7 +84,7 @@ def test_a_row_for_each_form(model: Path, facts: Path, patch: Path, tmp_path: Pa
     for form in ("question", "chat"):
         assert re.search(rf"^{form} +2 \(1 left out\) +[\d.]+ % → [\d.]+ % ", done.out, re.M), done.out
     assert re.search(r"^distraction +neighbors right behind the new fact +3 +[\d.]+ % +[\d.]+ %", done.out, re.M)
-    assert "In which city is the Eiffel Tower?" in done.out, "answers that do not count are listed"
+    assert re.search(r"^chat +In which city", done.out, re.M), "answers that do not count are listed"
     written = page.read_text(encoding="utf-8")
     assert "Asked in several forms" in written
     assert "What follows" in written
@@ -92,6 +92,9 @@ def test_a_row_for_each_form(model: Path, facts: Path, patch: Path, tmp_path: Pa
     single = run("eval", facts, model, "--forms", "question", "--samples", "20").out
     assert re.search(r"^question +2 \(1 left out\) +[\d.]+ % +", single, re.M)
     assert "→" not in single
+    value = run("eval", facts, model, "--consequences", "--samples", "20").out
+    assert re.search(r"^Consequence +Over +n +Value", value, re.M)
+    assert re.search(r"^yes/no +yes to the new answer and no to the old +1 +[\d.]+ %", value, re.M)
     assert "Consequence" not in single
 
 
