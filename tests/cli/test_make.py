@@ -132,7 +132,7 @@ def test_ask_before_and_after(made: tuple[Path, Ran], model: Path) -> None:
 
 def test_ask_without_a_patch(model: Path) -> None:
     done = run("ask", model, "Eiffel Tower is in", "--json")
-    assert set(done.json) == {"schema_version", "prompts"}
+    assert set(done.json) == {"schema_version", "prompts", "chat"}
     assert "Next token" in run("ask", model, "Eiffel Tower is in").out
 
 
