@@ -1,4 +1,4 @@
-"""`kpatch probe`: what a model knows, by the rank of each fact's object among many."""
+"""`kpatch probe`: what a model knows, by the rank of each fact's object among many, or by its answers to questions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli import parse
+from kpatch.cli.closed_book import Asking, probe_answers
 from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.targets import check_patches, facts_and_model, open_facts, open_model
 from kpatch.errors import BadInput
@@ -22,26 +23,54 @@ if TYPE_CHECKING:
     from kpatch.facts.fact import Fact
 
 EXAMPLES = opt.examples(
-    "kpatch probe known.yaml smollm2",
     "kpatch probe news.yaml smollm2 --patch news.patch --objects cities.txt --per-fact",
+    "kpatch probe questions.jsonl smollm2 --answers",
 )
 _RATES = ("p_at_1", "p_at_10", "p_at_100", "mrr")
 
 
 def command(
-    facts: opt.FactsFirst,
+    facts: Annotated[
+        str,
+        typer.Argument(
+            metavar="FACTS",
+            help="A fact file. With --answers a question file: JSON Lines of question and answers, zsRE,"
+            " HalluEditBench, or facts with questions.",
+        ),
+    ],
     model: opt.Model,
     patch: opt.Patches = None,
+    answers: Annotated[
+        bool,
+        typer.Option(
+            "--answers",
+            help="Let the model answer questions by itself, and count exact matches with accepted answers.",
+        ),
+    ] = False,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            metavar="chat|completion",
+            help="How --answers puts a question: in the model's chat template or as plain text. Default: chat where"
+            " there is a template.",
+        ),
+    ] = None,
+    samples: Annotated[
+        int, typer.Option(min=0, max=100_000, metavar="N", help="Bootstrap samples for the intervals of --answers.")
+    ] = 2000,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the bootstrap samples.")] = 0,
     objects: Annotated[
-        str,
+        str | None,
         typer.Option(
             metavar="all|relation|FILE",
-            help="What targets are ranked among: those of all facts, those of the fact's relation, or the lines of a"
-            " text file besides those of all facts.",
+            help="What targets are ranked among: those of all facts (the default), those of the fact's relation, or"
+            " the lines of a text file besides those of all facts.",
         ),
-    ] = "all",
+    ] = None,
     limit: opt.FirstFacts = None,
-    per_fact: Annotated[bool, typer.Option("--per-fact", help="Also show every fact's rank and best object.")] = False,
+    per_fact: Annotated[
+        bool, typer.Option("--per-fact", help="Also show every fact's rank and best object, or every answer.")
+    ] = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
     modules: opt.Modules = None,
@@ -52,15 +81,25 @@ def command(
     """Ask a model what it knows.
 
     Each fact's target is ranked among all objects that come into question: P@1, P@10, P@100 and mean reciprocal rank,
-    for every relation. With patches, before and after.
+    for every relation. With --answers the model answers questions instead: exact match and recall. With patches,
+    before and after.
     """
     output = begin(json, quiet, verbose)
     started = time.monotonic()
-    path, address = facts_and_model(facts, model)
     names = parse.modules(modules)
+    if answers:
+        if objects is not None:
+            raise BadInput("`objects` are for ranks, and `answers` ranks nothing", hint="leave one of the two out")
+        probe_answers(
+            output, facts, model, patch or (), Asking(form, limit, per_fact, samples, seed), (device, dtype, names)
+        )
+        return
+    if form is not None:
+        raise BadInput("`form` needs `answers`")
+    path, address = facts_and_model(facts, model)
     file = open_facts(output, path, conflicts=True)
     chosen = file.facts[:limit]
-    choices = _objects(file.facts, chosen, objects)
+    choices = _objects(file.facts, chosen, objects or "all")
     check_patches(patch or ())
     loaded = open_model(output, address, device, dtype, names)
 
