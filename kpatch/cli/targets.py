@@ -86,16 +86,16 @@ def open_facts(output: Output, path: Path, *, conflicts: bool = False) -> FactFi
     return file
 
 
-def facts_and_model(first: str, second: str) -> tuple[Path, str]:
-    """FACTS and MODEL from two arguments in either order; a fact file is a file with the suffix of one."""
-    if _is_fact_file(second) and not _is_fact_file(first):
+def facts_and_model(first: str, second: str, suffixes: Sequence[str] = _FACT_FILES) -> tuple[Path, str]:
+    """FACTS and MODEL from two arguments in either order; a fact file is a file with one of the `suffixes`."""
+    if _is_file(second, suffixes) and not _is_file(first, suffixes):
         first, second = second, first
     return Path(first), second
 
 
-def _is_fact_file(argument: str) -> bool:
+def _is_file(argument: str, suffixes: Sequence[str]) -> bool:
     path = Path(argument)
-    return path.suffix.lower() in _FACT_FILES and path.is_file()
+    return path.suffix.lower() in suffixes and path.is_file()
 
 
 def check_patches(patches: Sequence[Path]) -> None:

@@ -53,7 +53,7 @@ def test_the_json_of_probe(model: Path, facts: Path) -> None:
 def test_a_patch_before_and_after(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None:
     tried = run("probe", facts, model, "--patch", patch, "--json", "--per-fact").json
     alone = run("probe", facts, model, "--json").json
-    assert tried["unpatched"] == {"all": alone["all"], "relations": alone["relations"]}
+    assert tried["unpatched"] == {key: alone[key] for key in ("all", "relations", "lama")}
     assert tried["all"] != alone["all"]
     folder = Path(shutil.copytree(model, tmp_path / "model"))
     apply([patch], folder)
@@ -77,6 +77,22 @@ def test_objects(model: Path, facts: Path, tmp_path: Path) -> None:
     assert [row["rank"] for row in by_relation["facts"][2:]] == [1, 1], "the only one of its relation"
     limited = run("probe", facts, model, "--limit", "1", "--json").json
     assert (limited["all"]["n"], limited["objects"]) == (1, 4)
+
+
+def test_the_table_of_lama(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None:
+    data = run("probe", facts, model, "--json").json
+    rows = [(row["relation"], row["kind"], row["facts"], row["frequency"]) for row in data["lama"]["relations"]]
+    assert rows == [("P17", "1-1", 2, 0.5), ("P170", "1-1", 1, 1.0)]
+    kinds = {row["kind"]: (row["relations"], row["facts"], row["frequency"]) for row in data["lama"]["totals"]}
+    assert kinds == {"1-1": (2, 3, 0.75), "N-1": (0, 0, None), "N-M": (0, 0, None), "total": (2, 3, 0.75)}
+    among = run("probe", facts, model, "--among", "relation", "--json").json
+    assert among["lama"]["relations"][1]["p_at_1"] == 1.0, "the only one of its relation"
+    done = run("probe", facts, model, "--patch", patch)
+    assert "1-1" in done.out
+    assert "N-M" not in done.out, "there is none"
+    unnamed = save_facts(tmp_path / "unnamed.yaml", FACTS[3:])
+    assert run("probe", unnamed, model, "--json").json["lama"] is None
+    assert "LAMA" not in run("probe", unnamed, model).out
 
 
 @pytest.mark.parametrize("command", ["probe", "eval"])

@@ -64,9 +64,9 @@ def import_facts(
         raise BadInput(f"`format` {format!r} is not known", details=["expected one of", *known])
     if limit is not None and limit < 1:
         raise BadInput(f"`limit` {limit} takes no record", details=["expected 1 or more"])
-    if path.suffix.lower() in _YAML or (path.suffix.lower() in _TABLE and _is_fact_table(path, format)):
+    if path.suffix.lower() in _YAML or (path.suffix.lower() in _TABLE and is_fact_table(path, format)):
         return _facts_file(path, format, limit, drop_conflicts)
-    records = _records(path)
+    records = read_records(path)
     if not records:
         raise BadInput("The file has no records", where=str(path))
     row = _format(path, records, format)
@@ -116,7 +116,8 @@ def _facts_file(path: Path, format: str | None, limit: int | None, drop_conflict
     return _settled("facts", len(facts), facts, [], drop_conflicts)
 
 
-def _records(path: Path) -> list[Any]:
+def read_records(path: Path) -> list[Any]:
+    """The records of a JSON, JSON Lines or CSV file, with scalars as text. Raises BadInput for one that has none."""
     text = read_text(path, (*_JSON, *_LINES, *_TABLE, *_YAML))
     if path.suffix.lower() in _TABLE:
         return _rows(path, text)
@@ -159,7 +160,7 @@ def _rows(path: Path, text: str) -> list[Any]:
         raise BadInput("The file is not valid CSV", where=str(path), details=[str(error)]) from error
 
 
-def _is_fact_table(path: Path, format: str | None) -> bool:
+def is_fact_table(path: Path, format: str | None) -> bool:
     """True for a CSV file with the columns of a fact file."""
     if format is not None:
         return format == "facts"
