@@ -84,7 +84,7 @@ def test_a_row_for_each_form(model: Path, facts: Path, patch: Path, tmp_path: Pa
     for form in ("question", "chat"):
         assert re.search(rf"^{form} +2 \(1 left out\) +[\d.]+ % → [\d.]+ % ", done.out, re.M), done.out
     assert re.search(r"^distraction +neighbors right behind the new fact +3 +[\d.]+ % +[\d.]+ %", done.out, re.M)
-    assert re.search(r"^chat +Where is Chicago", done.out, re.M), "answers that do not count are listed"
+    assert re.search(r"^chat +Where\b", done.out, re.M), "answers that do not count are listed"
     written = page.read_text(encoding="utf-8")
     assert "Asked in several forms" in written
     assert "What follows" in written
