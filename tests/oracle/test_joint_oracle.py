@@ -23,7 +23,7 @@ from kpatch.models.model import Model
 from tests.oracle import joint as oracle
 from tests.oracle import memit as paper
 from tests.oracle.test_fast_path import CONTEXTS, FACTS
-from tests.support.families import KINDS
+from tests.support.families import KINDS, slow_beyond
 from tests.support.models import WIDTH, tiny
 from tests.support.tokenizers import byte_level
 
@@ -64,7 +64,7 @@ def assert_same(model: Model, fast: Values, slow: list[tuple[dict[int, Tensor], 
             assert float((got[index] - target[layer]).norm()) <= 2e-3 * float(delta.norm()) + 1e-5
 
 
-@pytest.mark.parametrize("family", [*KINDS, *EXPERTS])
+@pytest.mark.parametrize("family", slow_beyond(SOME, [*KINDS, *EXPERTS]))
 def test_targets_are_the_oracles(family: str) -> None:
     model = build(family)
     assert_same(model, METHOD.objective(HYPER).search(model, grouped(model)), found(family))
@@ -115,7 +115,7 @@ def covariances(model: Model) -> dict[int, Tensor]:
     return {layer: root @ root.T / 200 for layer, root in roots.items()}
 
 
-@pytest.mark.parametrize("family", [*KINDS, *EXPERTS])
+@pytest.mark.parametrize("family", slow_beyond((*SOME, "qwen2_moe"), [*KINDS, *EXPERTS]))
 @pytest.mark.parametrize("layers", [(1, 2), (0, 2)])
 def test_deltas_are_the_oracles(family: str, layers: tuple[int, ...]) -> None:
     model, hyper = build(family), replace(HYPER, layers=layers)
