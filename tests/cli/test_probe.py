@@ -85,7 +85,7 @@ def test_the_table_of_lama(model: Path, facts: Path, patch: Path, tmp_path: Path
     assert rows == [("P17", "1-1", 2, 0.5), ("P170", "1-1", 1, 1.0)]
     kinds = {row["kind"]: (row["relations"], row["facts"], row["frequency"]) for row in data["lama"]["totals"]}
     assert kinds == {"1-1": (2, 3, 0.75), "N-1": (0, 0, None), "N-M": (0, 0, None), "total": (2, 3, 0.75)}
-    among = run("probe", facts, model, "--among", "relation", "--json").json
+    among = run("probe", facts, model, "--objects", "relation", "--json").json
     assert among["lama"]["relations"][1]["p_at_1"] == 1.0, "the only one of its relation"
     done = run("probe", facts, model, "--patch", patch)
     assert "1-1" in done.out

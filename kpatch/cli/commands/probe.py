@@ -64,7 +64,6 @@ def command(
         str | None,
         typer.Option(
             "--objects",
-            "--among",
             metavar="all|relation|FILE",
             help="What targets are ranked among: those of all facts (the default), those of the fact's relation, or"
             " the lines of a text file besides those of all facts.",
