@@ -11,14 +11,12 @@ from kpatch.cli.output import Cell, Output, percent
 from kpatch.cli.targets import check_patches, facts_and_model, open_model
 from kpatch.errors import BadInput
 from kpatch.evaluate.with_without import without_and_with
-from kpatch.facts.question_files import SUFFIXES, load_questions
+from kpatch.facts.question_files import ANSWER_FORMS, SUFFIXES, load_questions
 from kpatch.text import counted
 
 if TYPE_CHECKING:
     from kpatch.evaluate.closed_book import Answered
     from kpatch.facts.question_files import Question
-
-_FORMS = ("chat", "completion")
 
 
 class Asking(NamedTuple):
@@ -44,8 +42,8 @@ def probe_answers(
     `loading` is the device, the dtype and the modules' names. Raises as the steps do.
     """
     started = time.monotonic()
-    if asking.form not in (None, *_FORMS):  # before a model is loaded
-        raise BadInput(f"`form` {asking.form!r} is not known", details=[f"expected {' or '.join(_FORMS)}"])
+    if asking.form not in (None, *ANSWER_FORMS):  # before a model is loaded
+        raise BadInput(f"`form` {asking.form!r} is not known", details=[f"expected {' or '.join(ANSWER_FORMS)}"])
     path, address = facts_and_model(first, second, SUFFIXES)
     file = load_questions(path)
     for warning in file.warnings:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import torch
 
-from kpatch.evaluate.answers import ANSWER_TOKENS, complete, end_ids, first_words, says, text_after
+from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, folded, plain_ids, says, text_after
 from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.join import is_unspaced
 from kpatch.models.model import Model
@@ -87,8 +87,7 @@ def _continued(
 ) -> list[str]:
     if not prompts:
         return []
-    rows = [list(model.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    rows = [row[:-1] if row and row[-1] in end_ids(model) else row for row in rows]
+    rows = [plain_ids(model.tokenizer, prompt) for prompt in prompts]
     found = complete(
         model,
         rows,
@@ -107,15 +106,11 @@ def _wording(fact: Fact, text: str) -> str | None:
     line = line.strip()
     if not ended or line.count(fact.subject) != 1 or line[-1:] in ".?!" or SLOT in line:
         return None
-    known = {_plain(fill(one, fact.subject)) for one in (fact.prompt, *fact.paraphrases)}
+    known = {folded(fill(one, fact.subject)) for one in (fact.prompt, *fact.paraphrases)}
     answers = [answer for answer in (fact.target, fact.was) if answer]
-    if _plain(line) in known or any(says(line, answer) for answer in answers):
+    if folded(line) in known or any(says(line, answer) for answer in answers):
         return None
     return line.replace(fact.subject, SLOT)
-
-
-def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
 
 
 def _answer(fact: Fact, text: str) -> str:

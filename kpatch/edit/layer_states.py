@@ -23,8 +23,6 @@ class _Batch:
 
     calls: Calls
     hidden: Tensor
-    owner: Tensor  # (B,) position among the batch's groups
-    share: Tensor  # (B, 1) weight of each row in its group's mean key
     bare: Tensor  # (m,) row of each group's bare prompt
 
 
@@ -75,22 +73,14 @@ class LayerStates:
 
     def _run(self, members: list[int]) -> _Batch:
         rows = [row for index in members for row in self.groups[index].rows]
-        owner = [at for at, index in enumerate(members) for _ in self.groups[index].rows]
-        bare, share, first = [], [], 0
+        bare, first = [], 0
         for index in members:
             bare.append(first + self.groups[index].bare)
-            share += key_shares(self.groups[index])
             first += len(self.groups[index].rows)
         device = self.model.device
         ids = [row.ids[: row.subject_last + 1] for row in rows]
         calls = record(self.model, align(ids, [row.subject_last for row in rows], self.model.pad_id, device))
-        return _Batch(
-            calls,
-            calls.start,
-            torch.tensor(owner, device=device),
-            torch.tensor(share, device=device)[:, None],
-            torch.tensor(bare, device=device),
-        )
+        return _Batch(calls, calls.start, torch.tensor(bare, device=device))
 
     @torch.no_grad()
     def start(self, layer: int) -> None:
@@ -102,21 +92,19 @@ class LayerStates:
     def at(self, layer: int, last: int) -> tuple[Keys, Tensor]:
         """Keys at `layer` and states h^last [n, d] of the bare rows, float32 on the CPU."""
         states = torch.empty(len(self.groups), self.model.width)
-        means = torch.empty(len(self.groups), self.model.key_width(layer))
 
-        def run(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        def run(number: int) -> tuple[Tensor, Tensor]:
             batch = self.running[number]
             out, key = batch.calls.run_with_key(batch.hidden, layer)
-            key = key[:, -1].float()  # (B, f)
-            mean = torch.zeros(len(batch.bare), key.shape[1], device=key.device)
             above = batch.calls.select(batch.bare).run(out[batch.bare], layer + 1, last + 1)
-            mean = mean.index_add(0, batch.owner, key * batch.share)
-            return mean.cpu(), key.cpu(), above[:, -1].float().cpu()
+            return key[:, -1].float().cpu(), above[:, -1].float().cpu()  # (B, f), (m, d)
 
         found = distributed.share(range(len(self.batches)), run)
-        for members, (mean, _, above) in zip(self.batches, found, strict=True):
-            means[members], states[members] = mean, above
-        return Keys(means, torch.cat([rows for _, rows, _ in found]), self.shares, self.owner), states
+        for members, (_, above) in zip(self.batches, found, strict=True):
+            states[members] = above
+        rows = torch.cat([keys for keys, _ in found])
+        means = torch.zeros(len(self.groups), rows.shape[1]).index_add(0, self.owner, rows * self.shares[:, None])
+        return Keys(means, rows, self.shares, self.owner), states
 
     @torch.no_grad()
     def advance(self, layer: int, above: int) -> None:

@@ -5,7 +5,6 @@ Format version 1, described in docs/tune.md. Reading needs no torch but for the 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -14,10 +13,11 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from kpatch.edit.methods import check_layers, method_named, method_names, with_settings
 from kpatch.errors import BadInput
-from kpatch.facts.check import kind_of
+from kpatch.facts.check import absent, kind_of
 from kpatch.facts.load import read_text
 from kpatch.facts.problems import Kind, Path, Problems, Spot, Target, at, cut, did_you_mean
 from kpatch.facts.wordings import Mode
+from kpatch.facts.write import quoted
 from kpatch.facts.yaml_tree import locate, read
 from kpatch.reporter import Reporter
 from kpatch.text import parse_ranges, ranges
@@ -175,7 +175,7 @@ class _Checker:
 
     def layers(self, data: Mapping[str, Any]) -> tuple[int, ...] | None:
         """R as `4-8`, `4,5,6`, or a list of numbers."""
-        if _absent(data, "layers"):
+        if absent(data, "layers"):
             return None
         value = data["layers"]
         text = ",".join(str(item) for item in value) if isinstance(value, list) else value
@@ -199,7 +199,7 @@ class _Checker:
                 others = f"; {method} has {', '.join(known) or 'none'}"
                 message = f"unknown setting {cut(key)!r}{did_you_mean(key, known, others)}"
                 self.problems.add(("settings", key), message, key=True)
-            elif _absent(inner, key):
+            elif absent(inner, key):
                 self.problems.add(("settings", key), f"the setting {key} has no value")
             elif text is not None:
                 found[key] = text
@@ -221,7 +221,7 @@ class _Checker:
         return text
 
     def mapping(self, data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-        if _absent(data, key):
+        if absent(data, key):
             return {}
         value = data[key]
         if not isinstance(value, Mapping):
@@ -230,13 +230,13 @@ class _Checker:
         return value
 
     def needed(self, data: Mapping[str, Any], key: str) -> str:
-        if _absent(data, key):
+        if absent(data, key):
             self.problems.add((key,) if key in data else (), f"{key!r} is missing")
             return ""
         return self.text(data, key) or ""
 
     def text(self, data: Mapping[str, Any], key: str, path: Path = ()) -> str | None:
-        if _absent(data, key):
+        if absent(data, key):
             return None
         value = data[key]
         if not isinstance(value, str):
@@ -258,11 +258,6 @@ class _Checker:
                 self.problems.add(
                     (*path, key), f"unknown key {cut(key)!r}{did_you_mean(key, known, others)}", key=True
                 )
-
-
-def _absent(data: Mapping[str, Any], key: str) -> bool:
-    """A key that is left blank counts as one that is not there."""
-    return bool(data.get(key, "") == "")
 
 
 def _lines(value: object, indent: int) -> list[str]:
@@ -287,4 +282,4 @@ def _scalar(value: object) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_scalar(item) for item in value) + "]"
     text = str(value)
-    return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+    return text if _PLAIN.fullmatch(text) else quoted(text)

@@ -123,13 +123,16 @@ def group_facts(
             )
     told = {subject: _items(facts, members, contexts, spare) for subject, members in by_subject.items()}
     encoded = iter(encode_many(model.tokenizer, [item for rows in told.values() for item, _ in rows]))
-    asked = [fact for fact in facts if chat and fact.question]
-    turns = [Turn(fact.question or "", fact.subject, fact.target) for fact in asked]
-    in_chat = dict(zip(map(id, asked), chat_rows(model.tokenizer, turns), strict=True)) if turns else {}
+    turns = {
+        index: Turn(fact.question, fact.subject, fact.target)
+        for index, fact in enumerate(facts)
+        if chat and fact.question
+    }
+    in_chat = dict(zip(turns, chat_rows(model.tokenizer, list(turns.values())), strict=True)) if turns else {}
     groups = []
     for subject, members in by_subject.items():
         rows = [(next(encoded), context) for _, context in told[subject]]
-        rows += [(in_chat[id(facts[index])], _CHAT) for index in members if id(facts[index]) in in_chat]
+        rows += [(in_chat[index], _CHAT) for index in members if index in in_chat]
         groups += _by_place(subject, tuple(members), rows)
     return groups
 

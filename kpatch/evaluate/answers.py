@@ -82,7 +82,7 @@ def ask(
         rows = [row.ids for row in chat_rows(model.tokenizer, [Turn(prompt) for prompt in prompts])]
         ends, most = turn_ends(model.tokenizer), CHAT_TOKENS
     else:
-        rows, ends, most = [_plain_ids(model.tokenizer, prompt) for prompt in prompts], frozenset(), COMPLETION_TOKENS
+        rows, ends, most = [plain_ids(model.tokenizer, prompt) for prompt in prompts], frozenset(), COMPLETION_TOKENS
     found = complete(model, rows, most if max_tokens is None else max_tokens, top, report=report, ends=ends)
     answers = []
     for prompt, row, one in zip(prompts, rows, found, strict=True):
@@ -91,22 +91,59 @@ def ask(
     return answers
 
 
+def answer_rows(
+    model: Model,
+    rows: Sequence[Ids],
+    chat: bool,
+    ends_text: Callable[[str], bool],
+    tokens: int = CHAT_TOKENS,
+    batch_tokens: int = BATCH_TOKENS,
+    doing: str = "Answering",
+    report: Reporter = SILENT,
+) -> list[str]:
+    """What the model writes behind each row, at most `tokens` tokens; a row that comes twice is run once.
+
+    An answer ends with the model's own EOS, in a chat with the end of its turn too, and otherwise where `ends_text`
+    holds of what is written. Near the end of the model's positions it has as many tokens as fit. Raises as `complete`.
+    """
+    distinct = list(dict.fromkeys(tuple(row) for row in rows))
+    longest = window(model)
+    room = [tokens if longest is None else max(1, min(tokens, longest - len(row) + 1)) for row in distinct]
+
+    def ended(row: Ids, written: Ids) -> bool:
+        return ends_text(text_after(model.tokenizer, row, written))
+
+    found = complete(
+        model,
+        distinct,
+        room,
+        batch_tokens=batch_tokens,
+        report=report,
+        doing=doing,
+        ends=turn_ends(model.tokenizer) if chat else (),
+        until=None if chat else ended,
+    )
+    texts = {row: text_after(model.tokenizer, row, one.ids) for row, one in zip(distinct, found, strict=True)}
+    return [texts[tuple(row)] for row in rows]
+
+
 def says(text: str, answer: str) -> bool:
     """Whether a text has an answer in it, in letters of any case; as whole words where spaces part words."""
-    return _spot(answer).search(_folded(text)) is not None
+    return _spot(answer).search(folded(text)) is not None
 
 
 def without(text: str, answer: str) -> str:
     """A text in small letters, with nothing where it says `answer`."""
-    return _spot(answer).sub("", _folded(text))
+    return _spot(answer).sub("", folded(text))
 
 
-def _folded(text: str) -> str:
+def folded(text: str) -> str:
+    """A text as `says` compares it: small letters, one space between words."""
     return " ".join(text.split()).casefold()
 
 
 def _spot(answer: str) -> re.Pattern[str]:
-    wanted = _folded(answer)
+    wanted = folded(answer)
     before = "" if is_unspaced(wanted[0]) else r"(?<!\w)"
     after = "" if is_unspaced(wanted[-1]) else r"(?!\w)"
     return re.compile(before + re.escape(wanted) + after)
@@ -302,7 +339,8 @@ def text_after(tokenizer: Any, before: Sequence[int], ids: Sequence[int]) -> str
     return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
 
-def _plain_ids(tokenizer: Any, text: str) -> list[int]:
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    """The tokens of a text that the model goes on with."""
     ids = list(tokenizer(text.rstrip(" "))["input_ids"])
     # Some tokenizers put EOS behind every text; an answer is to follow here
     while ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):

@@ -14,19 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from kpatch.errors import BadInput
-from kpatch.evaluate.answers import complete, first_words, says, text_after
-from kpatch.evaluate.forward import window
+from kpatch.evaluate.answers import CHAT_TOKENS, answer_rows, first_words, says
 from kpatch.evaluate.intervals import SAMPLES, mean_interval
-from kpatch.evaluate.score import BATCH_TOKENS, Ids
+from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.facts.chat import Turn, can_chat, chat_rows, turn_ends
-from kpatch.facts.question_files import Question
+from kpatch.facts.question_files import ANSWER_FORMS, Question
 from kpatch.facts.tokens import Item, encode_many
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
-FORMS = ("chat", "completion")
 PLAIN = "Question: {}\nAnswer:"  # the completion form
-TOKENS = 64  # an answer has at most
 UNGROUPED = "(none)"
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 
@@ -47,8 +44,8 @@ def form_for(model: Model, form: str | None = None) -> str:
     """
     if form is None:
         return "chat" if can_chat(model.tokenizer) else "completion"
-    if form not in FORMS:
-        raise BadInput(f"`form` {form!r} is not known", details=[f"expected {' or '.join(FORMS)}"])
+    if form not in ANSWER_FORMS:
+        raise BadInput(f"`form` {form!r} is not known", details=[f"expected {' or '.join(ANSWER_FORMS)}"])
     if form == "chat":
         turn_ends(model.tokenizer)
     return form
@@ -58,7 +55,7 @@ def answer_questions(
     model: Model,
     questions: Sequence[Question],
     form: str | None = None,
-    tokens: int = TOKENS,
+    tokens: int = CHAT_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> list[Answered]:
@@ -73,24 +70,16 @@ def answer_questions(
         found = chat_rows(model.tokenizer, [Turn(question.text) for question in questions])
     else:
         found = encode_many(model.tokenizer, [Item(PLAIN, question.text) for question in questions])
-    rows = list(dict.fromkeys(row.ids for row in found))  # what is asked twice is run once
-    longest = window(model)
-    room = [tokens if longest is None else max(1, min(tokens, longest - len(row) + 1)) for row in rows]
-
-    def ended(row: Ids, written: Ids) -> bool:
-        return "\n" in text_after(model.tokenizer, row, written).lstrip()
-
-    done = complete(
+    texts = answer_rows(
         model,
-        rows,
-        room,
-        batch_tokens=batch_tokens,
+        [row.ids for row in found],
+        form == "chat",
+        lambda text: "\n" in text.lstrip(),
+        tokens,
+        batch_tokens,
         report=report,
-        ends=turn_ends(model.tokenizer) if form == "chat" else (),
-        until=None if form == "chat" else ended,
     )
-    texts = {row: text_after(model.tokenizer, row, one.ids) for row, one in zip(rows, done, strict=True)}
-    said = [texts[row.ids].strip() if form == "chat" else first_words(texts[row.ids]) for row in found]
+    said = [text.strip() if form == "chat" else first_words(text) for text in texts]
     return [judged(text, question.answers) for text, question in zip(said, questions, strict=True)]
 
 

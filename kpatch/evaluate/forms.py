@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from kpatch.errors import BadInput
-from kpatch.evaluate.answers import complete, says, text_after, without
-from kpatch.evaluate.forward import window
+from kpatch.evaluate.answers import answer_rows, says, without
 from kpatch.evaluate.intervals import SAMPLES, grouped_interval
 from kpatch.evaluate.score import BATCH_TOKENS, Ids
-from kpatch.facts.chat import Turn, chat_rows, turn_ends
+from kpatch.facts.chat import Turn, chat_rows
 from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.questions import FORMS, question_of, question_of_neighbor
 from kpatch.facts.tokens import Item, encode_many
@@ -23,7 +22,6 @@ from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import counted
 
-TOKENS = 64  # an answer has at most
 PLAIN = "Q: {}\nA:"  # how a question is put without a chat template
 
 # A line end behind some words, or a full stop with white space behind it. Not behind an initial or a short form
@@ -175,29 +173,18 @@ def _asked(number: int, fact: Fact, form: str) -> Iterator[tuple[int, bool, str 
 
 
 def _write(model: Model, one: Prepared, batch_tokens: int, report: Reporter) -> list[str]:
-    """The answers to all that is asked in one form; what is asked twice is run once."""
+    """The answers to all that is asked in one form."""
     chat = one.form == "chat"
-    rows = list(dict.fromkeys(tuple(asked.row) for asked in one.asked))
-    longest = window(model)
-    room = [TOKENS if longest is None else max(1, min(TOKENS, longest - len(row) + 1)) for row in rows]
-
-    def ended(row: Ids, written: Ids) -> bool:
-        return _END.search(text_after(model.tokenizer, row, written)) is not None
-
-    found = complete(
+    texts = answer_rows(
         model,
-        rows,
-        room,
+        [asked.row for asked in one.asked],
+        chat,
+        lambda text: _END.search(text) is not None,
         batch_tokens=batch_tokens,
-        report=report,
         doing=f"Asking in the {one.form} form",
-        ends=turn_ends(model.tokenizer) if chat else (),
-        until=None if chat else ended,
+        report=report,
     )
-    texts = {row: text_after(model.tokenizer, row, answer.ids) for row, answer in zip(rows, found, strict=True)}
-    return [
-        texts[tuple(asked.row)].strip() if chat else first_sentence(texts[tuple(asked.row)]) for asked in one.asked
-    ]
+    return [text.strip() if chat else first_sentence(text) for text in texts]
 
 
 def _given(asked: _Asked, text: str) -> _Given:

@@ -154,8 +154,6 @@ def _rewritten(text: str, whole: str) -> BadInput:
 
 def can_chat(tokenizer: Any) -> bool:
     """Whether questions can be put in the tokenizer's chat form."""
-    if not getattr(tokenizer, "chat_template", None):
-        return False
     try:
         _Template(tokenizer)
     except BadInput:

@@ -79,7 +79,7 @@ class Checker:
             return self.problems.add(path, f"expected a subject, or a mapping with 'subject', found {kind_of(data)}")
         self.unknown_keys(data, PROTECT_KEYS, path, "a protected subject")
         subject = self.needed(data, "subject", path)
-        prompt = None if _absent(data, "prompt") else self.prompt(data, path, subject)
+        prompt = None if absent(data, "prompt") else self.prompt(data, path, subject)
         text, weight = self.optional(data, "weight", path), 1.0
         if text is not None:
             try:
@@ -123,7 +123,7 @@ class Checker:
         shared = self.relations.get(name) if name else None
         if shared and name:
             self.used.add(name)
-        prompt = shared.prompt if shared and _absent(data, "prompt") else self.own_prompt(data, path, subject, name)
+        prompt = shared.prompt if shared and absent(data, "prompt") else self.own_prompt(data, path, subject, name)
         wordings = self.wordings(data, path)
         question = self.question(data, path, subject)
         paraphrases = self.texts(data, "paraphrases", path)
@@ -157,7 +157,7 @@ class Checker:
         )
 
     def own_prompt(self, data: Mapping[str, Any], path: Path, subject: str, relation: str | None) -> str:
-        if relation and _absent(data, "prompt"):
+        if relation and absent(data, "prompt"):
             if self.relations:
                 end = did_you_mean(relation, self.relations, f"; there are {', '.join(sorted(self.relations)[:10])}")
                 self.problems.add((*path, "relation"), f"the file defines no relation {relation!r}{end}")
@@ -259,7 +259,7 @@ class Checker:
         return tuple(result)
 
     def entries(self, data: Mapping[str, Any], key: str, path: Path) -> Sequence[object]:
-        if _absent(data, key):
+        if absent(data, key):
             return ()
         value = data[key]
         if not isinstance(value, list):
@@ -279,11 +279,11 @@ class Checker:
         return text or ""
 
     def optional(self, data: Mapping[str, Any], key: str, path: Path) -> str | None:
-        return None if _absent(data, key) else self.text(data[key], (*path, key)) or None
+        return None if absent(data, key) else self.text(data[key], (*path, key)) or None
 
     def flag(self, data: Mapping[str, Any], key: str, path: Path) -> bool | None:
         """true or false as YAML writes them; None where the key is absent or blank."""
-        if _absent(data, key):
+        if absent(data, key):
             return None
         value = data[key]
         if not isinstance(value, str) or value.strip() not in _FLAGS:
@@ -318,7 +318,7 @@ class Checker:
                 self.problems.add((*path, key), message, key=True)
 
 
-def _absent(data: Mapping[str, Any], key: str) -> bool:
+def absent(data: Mapping[str, Any], key: str) -> bool:
     """A key that is left blank counts as one that is not there."""
     return bool(data.get(key, "") == "")
 

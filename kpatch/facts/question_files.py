@@ -23,6 +23,7 @@ from kpatch.facts.readers import SOURCES
 from kpatch.facts.tables import read_lines
 from kpatch.text import counted
 
+ANSWER_FORMS = ("chat", "completion")  # how they are put to a model
 KEYS = ("question", "answers", "relation", "topic")
 QUESTION_FILE = Kind("question file", "docs/metrics.md")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".yaml", ".yml")

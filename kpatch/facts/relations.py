@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
@@ -76,12 +76,9 @@ def wordings_for(
     return tuple(wording for wording in fitting if _without_article(_words(wording)) not in taken)[:count]
 
 
-def question_for(prompt: str, avoid: Sequence[str] = ()) -> str | None:
-    """The question of the prompt's relation; None where none is known, or one of `avoid` asks it in the same words."""
-    relation = relation_of(prompt)
-    if relation is None or _words(relation.question) in map(_words, avoid):
-        return None
-    return relation.question
+def same_words(prompt: str, others: Iterable[str]) -> bool:
+    """Whether one of `others` says or asks what `prompt` does, word for word: case, articles and tense aside."""
+    return _words(prompt) in map(_words, others)
 
 
 def relations() -> Mapping[str, Relation]:

@@ -8,7 +8,8 @@ from typing import Literal, get_args
 
 from kpatch.errors import BadInput
 from kpatch.facts.fact import SLOT, Fact
-from kpatch.facts.relations import question_for, wordings_for
+from kpatch.facts.questions import question_of
+from kpatch.facts.relations import same_words, wordings_for
 from kpatch.reporter import SILENT, Reporter
 
 Mode = Literal["none", "given", "auto"]
@@ -39,4 +40,7 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
 def _known(fact: Fact) -> Fact:
     asked = [text if SLOT in text else text.replace(fact.subject, SLOT, 1) for text in fact.paraphrases]
     wordings = fact.wordings or wordings_for(fact.prompt, asked, LEARNED, fact.target)
-    return replace(fact, wordings=wordings, question=fact.question or question_for(fact.prompt, asked))
+    question = question_of(fact)
+    if not fact.question and question and same_words(question, asked):
+        question = None
+    return replace(fact, wordings=wordings, question=question)

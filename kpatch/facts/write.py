@@ -65,15 +65,15 @@ def _yaml(facts: Sequence[dict[str, Any]], model: str | None) -> Iterator[str]:
 
 def _item(item: str | dict[str, str]) -> str:
     if isinstance(item, str):
-        return _quoted(item)
-    return "{" + ", ".join(f"{key}: {_quoted(value)}" for key, value in item.items()) + "}"
+        return quoted(item)
+    return "{" + ", ".join(f"{key}: {quoted(value)}" for key, value in item.items()) + "}"
 
 
 def _scalar(text: str) -> str:
-    return text if _PLAIN.fullmatch(text) else _quoted(text)
+    return text if _PLAIN.fullmatch(text) else quoted(text)
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
     """A JSON string, which YAML reads alike."""
     return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", json.dumps(text, ensure_ascii=False))
 

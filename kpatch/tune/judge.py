@@ -18,6 +18,7 @@ from kpatch.edit.methods import Inputs, Method
 from kpatch.edit.presets import HyperParams
 from kpatch.edit.weights import add, restored
 from kpatch.evaluate.forward import logits_at
+from kpatch.evaluate.rates import harmonic_mean
 from kpatch.evaluate.score import Scored, score
 from kpatch.facts.conflicts import words_of
 from kpatch.facts.fact import SLOT, Fact
@@ -59,8 +60,7 @@ class Verdict:
     @property
     def score(self) -> float:
         """The harmonic mean of the three shares; 0 where one is 0."""
-        shares = (self.efficacy, self.paraphrases, self.neighbors)
-        return 3 / sum(1 / share for share in shares) if min(shares) > 0 else 0.0
+        return harmonic_mean([self.efficacy, self.paraphrases, self.neighbors]) or 0.0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"gains": list(self.gains)}

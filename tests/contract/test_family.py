@@ -181,17 +181,12 @@ TRICKY = ("ragged", "one-row-one-column", "no-prefix-at-all", "as-many-rows-as-c
 def every_shape(*quick: str) -> pytest.MarkDecorator:
     """Every family with every shape; a plain `pytest` runs `quick` on all, TRICKY on VARIED, and Llama with all."""
 
-    def is_quick(case: str, name: str) -> bool:
-        return case == "llama" or name in quick or (case in VARIED and name in TRICKY)
+    def marks(case: str, name: str) -> Any:
+        return [] if case == "llama" or name in quick or (case in VARIED and name in TRICKY) else SLOW
 
-    return pytest.mark.parametrize(
-        ("case", "shape"),
-        [
-            pytest.param(case, shape, id=f"{case}-{name}", marks=[] if is_quick(case, name) else SLOW)
-            for case in CASES
-            for name, shape in SHAPES.items()
-        ],
-    )
+    pairs = [(case, name) for case in CASES for name in SHAPES]
+    params = [pytest.param(case, SHAPES[name], id=f"{case}-{name}", marks=marks(case, name)) for case, name in pairs]
+    return pytest.mark.parametrize(("case", "shape"), params)
 
 
 @every_shape("ragged")

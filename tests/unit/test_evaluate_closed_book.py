@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kpatch.errors import BadInput
-from kpatch.evaluate import closed_book
+from kpatch.evaluate import answers
 from kpatch.evaluate.answers import Greedy
 from kpatch.evaluate.closed_book import Answered, answer_questions, by_group, form_for, judged, normalized, rates
 from kpatch.facts.question_files import Question
@@ -99,7 +99,7 @@ def test_scripted_answers_are_compared_with_their_questions(monkeypatch: pytest.
         plain = [model.tokenizer(text, add_special_tokens=False)["input_ids"] for text in scripts]
         return [Greedy(tuple(ids), ()) for ids in plain]
 
-    monkeypatch.setattr(closed_book, "complete", scripted)
+    monkeypatch.setattr(answers, "complete", scripted)
     found = answer_questions(model, QUESTIONS, "completion")
     assert [text.strip() for text in asked] == [f"Question: {one.text}\nAnswer:" for one in QUESTIONS]
     assert found == [
@@ -147,13 +147,13 @@ def test_the_completion_form_is_the_first_line_that_transformers_generates() -> 
 
 def test_what_is_asked_twice_is_run_once_and_judged_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ran = tiny("llama"), []
-    complete = closed_book.complete
+    complete = answers.complete
 
     def counting(model: Model, rows: list[tuple[int, ...]], *more: object, **named: object) -> list[Greedy]:
         ran.append(len(rows))
         return complete(model, rows, *more, **named)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(closed_book, "complete", counting)
+    monkeypatch.setattr(answers, "complete", counting)
     said = answer_questions(model, QUESTIONS[:1], tokens=4)[0].answer
     assert normalized(said)
     again = answer_questions(model, [QUESTIONS[0], Question(QUESTIONS[0].text, (said,))], tokens=4)

@@ -10,6 +10,7 @@ import torch
 
 from kpatch.errors import BadInput
 from kpatch.evaluate import forms
+from kpatch.evaluate.answers import CHAT_TOKENS
 from kpatch.evaluate.assess import Wanted, assess
 from kpatch.evaluate.forms import ask_forms, counts, first_sentence, is_exactly, prepare
 from kpatch.facts.fact import Fact, Neighbor
@@ -135,10 +136,10 @@ def test_answers_are_those_of_each_question_alone() -> None:
             if form == "chat":
                 turns = [{"role": "user", "content": text}]
                 ids = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
-                assert answers[text] == generated(model, ids, forms.TOKENS).strip()
+                assert answers[text] == generated(model, ids, CHAT_TOKENS).strip()
             else:
                 ids = model.tokenizer(forms.PLAIN.format(text) if form == "question" else text).input_ids
-                assert answers[text] == first_sentence(generated(model, ids, forms.TOKENS))
+                assert answers[text] == first_sentence(generated(model, ids, CHAT_TOKENS))
 
 
 def test_writing_stops_behind_the_first_sentence() -> None:

@@ -58,6 +58,11 @@ def test_the_relation_s_question_comes_with_its_wordings() -> None:
     assert with_wordings([CAPITAL], "given")[0].question is None
 
 
+def test_an_article_before_the_subject_goes_into_its_question() -> None:
+    (fact,) = with_wordings([Fact("Eiffel Tower", "The {} is located in the city of", "Rome")], "auto")
+    assert fact.question == "In which city is the {}?"
+
+
 def test_a_question_and_wordings_that_are_asked_are_never_learned() -> None:
     relation = relation_of(CAPITAL.prompt)
     assert relation is not None
