@@ -8,12 +8,11 @@ from collections.abc import Iterator
 from kpatch.errors import BadInput
 from kpatch.facts.fact import SLOT, Fact, Neighbor, fill
 from kpatch.facts.problems import cut
-from kpatch.facts.relations import relation_of
+from kpatch.facts.relations import relation_of, with_article
 
 # How people ask: a prompt to continue, a question in plain text, a question in the model's chat template
 FORMS = ("completion", "question", "chat")
 _LONGEST_PROMPT = 30  # words in which a subject is looked for
-_ARTICLE = re.compile(r"\b(the|an?) \{\}", re.IGNORECASE)
 # Verbs of prompts: a subject holds none of them
 _VERBS = frozenset("is are was were has had have does did do lies stands plays".split())
 _EDGE = "\"'“”‘’.,;:!?()"
@@ -67,15 +66,7 @@ def question_of_neighbor(fact: Fact, neighbor: Neighbor) -> str | None:
 def _known(prompt: str) -> str | None:
     """The library's question for what a prompt says. An article before the prompt's subject goes with it."""
     relation = relation_of(prompt)
-    if relation is None:
-        return None
-    article = _ARTICLE.search(prompt)
-    own = article is None or _ARTICLE.search(relation.question)
-    return (
-        relation.question
-        if own or article is None
-        else relation.question.replace(SLOT, f"{article[1].lower()} {SLOT}")
-    )
+    return with_article(relation.question, prompt) if relation else None
 
 
 def _subject_in(text: str, template: str) -> str | None:

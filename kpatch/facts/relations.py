@@ -23,6 +23,7 @@ _QUESTION = re.compile(r"\A([^?]*\{\}[^?]*\?).*\Z", re.DOTALL)
 _WORD = re.compile(r"\{\}|'s\b|[^\W_]+")
 _ARTICLE_AT_END = re.compile(r" (?:a|an|the)\Z")
 _ARTICLES = frozenset({"a", "an", "the"})
+_ARTICLE_OF_SUBJECT = re.compile(r"\b(the|an?) \{\}", re.IGNORECASE)
 _PRESENT = {"was": "is", "were": "is", "are": "is", "had": "has", "did": "does", "which": "what", "whom": "who"}
 # What people put before a subject to say what kind of thing it is: the city of {}, the famous artist {}. Not so "the
 # author of {}", which is somebody else.
@@ -64,8 +65,9 @@ def wordings_for(
 ) -> tuple[str, ...]:
     """The first `count` (default: all) wordings of the prompt's relation, none for a prompt that has none.
 
-    Left out are those that say the prompt, or one of `avoid` (templates with {}), in the same words. Before a target
-    that brings its own article ("the euro") a wording loses the one it ends in.
+    Left out are those that say the prompt, or one of `avoid` (templates with {}), in the same words. A subject keeps
+    the article that the prompt gives it ("The {} is in"). Before a target that brings its own article ("the euro") a
+    wording loses the one it ends in.
     """
     relation = relation_of(prompt)
     if relation is None:
@@ -73,7 +75,17 @@ def wordings_for(
     taken = {_without_article(_words(template)) for template in (prompt, *avoid)}
     articled = target.lower().startswith(("a ", "an ", "the "))
     fitting = (_without_article(wording) if articled else wording for wording in relation.wordings)
-    return tuple(wording for wording in fitting if _without_article(_words(wording)) not in taken)[:count]
+    chosen = (wording for wording in fitting if _without_article(_words(wording)) not in taken)
+    return tuple(with_article(wording, prompt) for wording in chosen)[:count]
+
+
+def with_article(template: str, prompt: str) -> str:
+    """`template` with the article that `prompt` gives its subject, where it gives one and the template has none."""
+    article = _ARTICLE_OF_SUBJECT.search(prompt)
+    if article is None or _ARTICLE_OF_SUBJECT.search(template):
+        return template
+    word = article[1].capitalize() if template.startswith(SLOT) else article[1].lower()
+    return template.replace(SLOT, f"{word} {SLOT}")
 
 
 def same_words(prompt: str, others: Iterable[str]) -> bool:

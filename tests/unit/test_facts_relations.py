@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from kpatch.facts.fact import SLOT
-from kpatch.facts.relations import Relation, phrasings, relation_of, relations, wordings_for
+from kpatch.facts.relations import Relation, phrasings, relation_of, relations, with_article, wordings_for
 
 LIBRARY = relations()
 COMMON = (
@@ -136,7 +136,7 @@ def test_wordings_leave_out_the_prompt_and_what_is_only_asked() -> None:
     assert wordings_for("The capital of {} is") == every
     assert wordings_for("The capital of {} is", count=2) == every[:2]
     assert wordings_for("The capital of {} is", count=0) == ()
-    assert wordings_for(every[1].upper().replace(SLOT, "the {}"), count=2) == (every[0], every[2])
+    assert wordings_for(every[1].upper(), count=2) == (every[0], every[2])
     assert wordings_for("The capital of {} is", [every[0].lower() + " the", "{} is big"], 2) == every[1:3]
 
 
@@ -164,3 +164,25 @@ def test_the_data_files_go_into_the_wheel() -> None:
     held = {path for pattern in patterns for path in (root / "kpatch").glob(pattern)}
     data = {path for path in (root / "kpatch").rglob("*") if path.suffix in (".yaml", ".json", ".txt")}
     assert data - held == set()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        ("The {} is located in", "The ", "the "),
+        ("You will find the {} in", "The ", "the "),
+        ("A {} is located in", "A ", "a "),
+        ("{} is located in", "", ""),
+    ],
+)
+def test_a_subject_keeps_the_article_of_its_prompt(prompt: str, first: str, second: str) -> None:
+    opening, inside = with_article("{} stands in", prompt), with_article("People visit {} in", prompt)
+    assert (opening, inside) == (f"{first}{{}} stands in", f"People visit {second}{{}} in")
+    assert with_article("The {} stands in", prompt) == "The {} stands in"
+
+
+def test_wordings_keep_the_article_and_mean_the_same_relation() -> None:
+    plain, articled = wordings_for("{} is located in"), wordings_for("The {} is located in")
+    assert plain and len(plain) == len(articled)
+    assert all("the {}" in wording.lower() for wording in articled)
+    assert {relation_of(wording) for wording in articled} == {relation_of("{} is located in")}
