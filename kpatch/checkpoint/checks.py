@@ -1,4 +1,4 @@
-"""What must hold before a weight is written, each with its refusal: parents, kept bytes, files that are our own."""
+"""What must hold before a weight is written, each with its refusal: parents, kept bytes, plain numbers, own files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from kpatch.checkpoint import parallel
 from kpatch.checkpoint.base_weights import read_base, require_base
 from kpatch.checkpoint.records import AppliedPatch
-from kpatch.checkpoint.shards import Checkpoint, TensorRef
+from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_json
 from kpatch.checkpoint.store import Store
 from kpatch.errors import KpatchError, Refused
 from kpatch.patch.header import PatchInfo
+from kpatch.quantized import quantized_by
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 
@@ -59,6 +60,21 @@ def _held_by(patch: AppliedPatch, store: Store) -> set[str]:
 
 def _named(patch: AppliedPatch) -> str:
     return f"{printable(patch.name, 80)} ({patch.id[:12]})"
+
+
+def refuse_quantized(checkpoint: Checkpoint) -> None:
+    """Raise Refused for a quantized checkpoint, with the reason and the way."""
+    config = checkpoint.path / "config.json"
+    value = read_json(config, str(config)) if config.exists() else {}
+    why = quantized_by(value, {name: ref.dtype for name, ref in checkpoint.tensors.items()})
+    if why is not None:
+        raise Refused(
+            f"{checkpoint.given} is quantized ({why})",
+            details=[
+                "its weights are stored as codes and scales; adding a change to them would not give what was meant"
+            ],
+            hint="use the unquantized checkpoint, and quantize that again",
+        )
 
 
 def require_own_files(checkpoint: Checkpoint, files: Iterable[str], force: bool) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.base_weights import StoredWeights, Weights
+from kpatch.checkpoint.checks import refuse_quantized
 from kpatch.checkpoint.commit import unfinished
-from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.shards import Checkpoint, open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
@@ -126,9 +126,7 @@ def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights
     if how == "other dtype":
         detail = f"the same weights as it was made for, but stored as {ref.dtype} instead of {expected.dtype}"
         return WeightFit(name, stored, how, hashed(), detail)
-    if ref.dtype not in FLOAT_DTYPES:
-        why = f"stored as {printable(ref.dtype, 20)}: quantized"
-    elif weights.after(stored) == expected.sha256:
+    if weights.after(stored) == expected.sha256:
         why = "made for this checkpoint with patches on it; use `kpatch make --on` for that"
     elif ref.dtype == expected.dtype:
         why = "same shape; other weights, not another dtype of the same"
@@ -141,10 +139,12 @@ def _fit_weight(info: PatchInfo, name: str, stored: str | None, weights: Weights
 def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter = SILENT) -> dict[str, BaseWeight]:
     """What a manifest says of the weights it is made for, from the checkpoint's bytes as they are without patches.
 
-    For `make`, also with `on`, and `diff`. Raises BadInput for a weight that is not there or holds no float numbers.
+    For `make`, also with `on`, and `diff`. Raises BadInput for a weight that is not there or holds no float numbers,
+    Refused for a quantized checkpoint.
     """
     checkpoint = open_checkpoint(model_dir)
     store = settled_store(checkpoint)
+    refuse_quantized(checkpoint)
     weights = StoredWeights(checkpoint, store, store.applied())
     result = {}
     for name in sorted(names):

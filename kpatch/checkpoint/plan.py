@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from kpatch.checkpoint.base_weights import Stamp, Weights, require_intact, stamp
-from kpatch.checkpoint.checks import require_kept, require_no_child, require_own_files, require_parents
+from kpatch.checkpoint.checks import (
+    refuse_quantized,
+    require_kept,
+    require_no_child,
+    require_own_files,
+    require_parents,
+)
 from kpatch.checkpoint.fit import fit
-from kpatch.checkpoint.quantized import refuse_quantized
 from kpatch.checkpoint.records import Applied, AppliedPatch
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
 from kpatch.checkpoint.store import Store

@@ -200,6 +200,12 @@ def _refuse_without_weights(path: Path, called: str, names: set[str]) -> None:
     )
 
 
+def weight_files(path: Path) -> list[str]:
+    """The names of the weight files that a checkpoint directory is loaded from. Raises BadInput for a broken index."""
+    index = path / "model.safetensors.index.json"
+    return sorted(_shards(index)) if index.is_file() else ["model.safetensors"]
+
+
 def _shards(index: Path) -> set[str]:
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from kpatch.errors import BadInput
+from kpatch.models.address import weight_files
+from kpatch.quantized import quantized_by
 
 _SHOWN = 5  # names in one message
 
@@ -53,6 +56,32 @@ def require_complete(net: Any, loaded: Mapping[str, Any], name: str, where: str)
             where=where,
             details=broken[:_SHOWN],
             hint="copy or download the checkpoint again",
+        )
+
+
+def require_unquantized(folder: Path, name: str) -> None:
+    """Refuse quantized weights by the config and the headers of the weight files, before anything is loaded.
+
+    transformers would make ordinary numbers of bare codes without a word. Raises BadInput; files that cannot be read
+    are left to what reads them next.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    dtypes: dict[str, str] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(folder / file, framework="pt") as weights:
+                dtypes |= {key: weights.get_slice(key).get_dtype() for key in weights.keys()}
+        except (SafetensorError, OSError):
+            continue
+    why = quantized_by(config, dtypes)
+    if why is not None:
+        raise BadInput(
+            f"{name} holds quantized weights, which cannot be edited ({why})",
+            where=str(folder),
+            hint="make the patch for the unquantized checkpoint",
         )
 
 

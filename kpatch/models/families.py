@@ -170,11 +170,6 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
     """
     text, hint = text_config(config), None
     why = None
-    if getattr(config, "quantization_config", None) is not None:
-        raise BadInput(
-            f"{name} holds quantized weights, which cannot be edited",
-            hint="make the patch for the unquantized checkpoint",
-        )
     if getattr(config, "is_encoder_decoder", False):
         why = "is an encoder-decoder: a fact's subject is read by one network and its target written by another"
     elif config.model_type in _ENCODERS:

@@ -19,7 +19,13 @@ from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
-from kpatch.models.complete import damaged_weights, read_config, read_tokenizer, require_complete
+from kpatch.models.complete import (
+    damaged_weights,
+    read_config,
+    read_tokenizer,
+    require_complete,
+    require_unquantized,
+)
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
 from kpatch.models.module_names import fit_names, require_any_place
 from kpatch.models.quiet import quiet_transformers
@@ -291,6 +297,7 @@ def load_model(
     where = _device(device)
     path = str(resolved.path)
     require_own_code(resolved.path, resolved.name)
+    require_unquantized(resolved.path, resolved.name)
     try:
         with quiet_transformers():
             config = read_config(path, resolved.name)

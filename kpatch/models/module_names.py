@@ -45,6 +45,7 @@ def fit_names(model: Model) -> None:
         if not model.editable:
             require_any_place(model.net.config, family, model.name)
         first = model.editable[0] if model.editable else 0
+        _require_numbers(model, first)
         out_width = model.weight(first).shape[1 if model.stores_transposed else 0]
         model.returns_tuple  # noqa: B018  seen now, while no hook of a caller is on the network
         if out_width != model.width:
@@ -57,6 +58,16 @@ def fit_names(model: Model) -> None:
             details=[str(error)],
             hint="give the names by hand with `modules`: layers=…,down=…,attn_out=…",
         ) from error
+
+
+def _require_numbers(model: Model, layer: int) -> None:
+    dtype = model.weight(layer).dtype
+    if not dtype.is_floating_point or dtype.itemsize < 2:
+        raise BadInput(
+            f"{model.name} holds quantized weights, which cannot be edited",
+            details=[f"{model.weight_name(layer)} is {str(dtype).removeprefix('torch.')}"],
+            hint="load the unquantized checkpoint",
+        )
 
 
 @torch.no_grad()

@@ -161,10 +161,6 @@ def test_quantized_checkpoints_are_refused_with_the_reason(model: Path) -> None:
     assert "codes and scales" in error.details[0]
     (model / "config.json").write_text("{}")
     tensors = load_file(model / FIRST)
-    save_file({**tensors, WEIGHTS[0]: tensors[WEIGHTS[0]].to(torch.int8)}, model / FIRST)
-    assert "quantized" in refused(model, Refused).details[0]
-    save_file({**tensors, WEIGHTS[0]: tensors[WEIGHTS[0]].view(torch.int32)}, model / FIRST)  # equal bytes even
-    assert "quantized" in refused(model, Refused).details[0]
     save_file({**tensors, WEIGHTS[0]: tensors[WEIGHTS[0]].T.contiguous()}, model / FIRST)
     assert "shape" in refused(model, Refused).details[0]
     save_file({**tensors, "mask": torch.ones(3, dtype=torch.int8), "empty": torch.ones(0, 3)}, model / FIRST)
@@ -198,6 +194,41 @@ def test_quantized_checkpoints_are_known_by_their_tensors(model: Path, suffix: s
     assert said in refused(model, Refused).message
     with pytest.raises(Refused, match="quantized"):
         verify_fit(model.parent / "a.patch", model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.int32, "I32"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.float8_e5m2, "F8_E5M2"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", [WEIGHTS[0], "model.layers.0.self_attn.q_proj.weight"], ids=["patched", "other"])
+def test_codes_without_scales_are_known_by_how_they_are_stored(
+    model: Path, dtype: torch.dtype, stored: str, name: str
+) -> None:
+    """Whichever weight it is: what the whole network computes with codes is not what the patch was made for."""
+    tensors = load_file(model / FIRST)
+    coded = tensors.get(name, torch.ones(4, 4)).to(dtype)
+    if dtype == torch.int32:
+        coded = tensors.get(name, torch.ones(4, 4)).view(dtype)  # the very bytes that the patch was made for
+    change_index(model, lambda index: index["weight_map"].update({name: FIRST}))
+    save_file({**tensors, name: coded}, model / FIRST)
+    assert f"is quantized (tensor {name} is stored as {stored})" in refused(model, Refused).message
+    for action in (verify_fit, lambda patch, path: base_weights(path, WEIGHTS[1:2])):
+        with pytest.raises(Refused, match="is quantized"):
+            action(model.parent / "a.patch", model)
+
+
+def test_masks_and_positions_of_whole_numbers_are_no_weights(model: Path) -> None:
+    extra = {"model.layers.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8), "ids": torch.arange(4)}
+    change_index(model, lambda index: index["weight_map"].update(dict.fromkeys(extra, FIRST)))
+    save_file({**load_file(model / FIRST), **extra}, model / FIRST)
+    apply([model.parent / "a.patch"], model)
 
 
 def test_a_text_model_inside_another_is_known_as_quantized(model: Path) -> None:

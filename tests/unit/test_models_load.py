@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from kpatch.errors import BadInput
-from kpatch.models.model import open_model
+from kpatch.models.model import open_model, wrap
 from kpatch.reporter import Advance
 from tests.support.models import tiny
 
@@ -187,6 +187,41 @@ def test_a_file_that_cannot_be_read_is_named(llama: Path, tmp_path: Path, file: 
         open_model(str(copy), device="cpu")
 
 
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [(torch.int8, "I8"), (torch.uint8, "U8"), (torch.float8_e4m3fn, "F8_E4M3"), (torch.float8_e5m2, "F8_E5M2")],
+    ids=str,
+)
+@pytest.mark.parametrize("where", ["single", "shards", "scales"])
+def test_codes_never_load_as_ordinary_numbers(
+    llama: Path, tmp_path: Path, dtype: torch.dtype, stored: str, where: str
+) -> None:
+    """transformers does it without a word, with scales beside them or without."""
+
+    def code(weights: Weights) -> Weights:
+        coded = {**weights, DOWN: (weights[DOWN] * 50).to(dtype)}
+        return {**coded, DOWN.replace("weight", "SCB"): torch.ones(4)} if where == "scales" else coded
+
+    copy = changed(llama, tmp_path, code)
+    if where == "shards":
+        copy = in_shards(copy, tmp_path, {})
+    with pytest.raises(BadInput, match="holds quantized weights, which cannot be edited") as caught:
+        open_model(str(copy), device="cpu")
+    said = "bitsandbytes 8-bit: tensor" if where == "scales" else f"tensor {DOWN} is stored as {stored}"
+    assert said in caught.value.message
+
+
+def test_codes_in_memory_are_refused_too() -> None:
+    model = tiny("llama")
+    model.down(0).weight = torch.nn.Parameter(model.weight(0).to(torch.float8_e4m3fn), requires_grad=False)
+    with pytest.raises(BadInput, match="holds quantized weights") as caught:
+        wrap(model.net, model.tokenizer)
+    assert "float8_e4m3fn" in caught.value.details[0]
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_numbers_are_named(llama: Path, tmp_path: Path, value: float) -> None:
     def spoil(weights: Weights) -> Weights:
@@ -247,7 +282,8 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "olmoe": ({"model_type": "olmoe"}, "its MLP is a mixture of experts"),
     "gemma3n": ({"model_type": "gemma3n"}, "several residual streams"),
     "gemma3n-text": ({"model_type": "gemma3n_text"}, "several residual streams"),
-    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized"),
+    "quantized": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantized weights.*gptq"),
+    "quantized-text": ({"text_config": {"quantization_config": {"quant_method": "awq"}}}, "quantized weights.*awq"),
     "remote": ({"model_type": "mystery", "auto_map": {"AutoConfig": "code.Config"}}, "code of its own"),
 }
 

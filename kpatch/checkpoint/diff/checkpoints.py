@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kpatch.checkpoint.checks import refuse_quantized
 from kpatch.checkpoint.commit import system_errors
 from kpatch.checkpoint.diff.compare import Comparison, compare, model_type
 from kpatch.checkpoint.diff.difference import Difference, Size
@@ -106,8 +107,8 @@ def diff_checkpoints(
 
     Each change is stored in the smallest form with which `apply` gives b's very bytes. With `tolerance`, factors
     whose relative Frobenius error is within it will do. `max_rank` bounds the columns tried, `seed` the randomness.
-    Raises Refused (other tensors, shapes, architecture; `a` carries patches on what changed; `out` exists), BadInput
-    (options, NaN), CheckFailed where `out` is given and nothing differs, Damaged.
+    Raises Refused (other tensors, shapes, architecture; `a` carries patches on what changed; `out` exists, or is
+    given for a quantized `a`), BadInput (options, NaN), CheckFailed where `out` is given and nothing differs, Damaged.
     """
     start = time.monotonic()
     if tolerance is not None and not 0 < tolerance < 1:
@@ -116,6 +117,8 @@ def diff_checkpoints(
         raise BadInput(f"`max_rank={max_rank}` is not a rank")
     with system_errors(Path(a)):
         found = compare(a, b, report)
+        if out is not None:
+            refuse_quantized(found.a)  # `apply` would refuse it
         sizes = _measure(found, report)
         changed = [difference for difference in found.changed if sizes[difference.name].norm > 0]
         notes = list(found.notes)
