@@ -50,9 +50,10 @@ def memory(text: str | None) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
-    if match is None or match[2].lower() not in _UNITS or float(match[1]) == 0:
+    unit = _UNITS.get(match[2].lower()) if match else None
+    if match is None or unit is None or not 1 <= float(match[1]) * unit < float("inf"):
         raise BadInput(f"--memory {text!r} is not a size", hint="write 2GB or 512MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower()])
+    return int(float(match[1]) * unit)
 
 
 def _pairs(pairs: Sequence[str], option: str) -> dict[str, str]:

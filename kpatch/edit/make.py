@@ -37,6 +37,7 @@ from kpatch.patch.format import Patch, pack, read_patch, write_patch
 from kpatch.patch.manifest import BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.trace.files import read_layers
+from kpatch.trace.memory import bytes_given
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ def make(
         raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
     if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
         raise BadInput(f"`layers` is {layers!r}", details=["expected a list of whole numbers, as in [3, 4, 5]"])
+    budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
     editor = method_named(_method(method, file))
     edited = _load(facts, model, on, device, dtype, modules, report)
@@ -117,7 +119,6 @@ def make(
     check_lengths(edited.tokenizer, chosen)
     hyper = hyper_for(editor, edited, layers, settings or {}, report, file)
     carried = _carried(edited) if on is not None else ()
-    budget = DEFAULT_BUDGET if memory is None else memory
     protect = facts.protect if isinstance(facts, FactFile) else ()
     inputs = Inputs(corpus, tokens, seed, budget, resume, carried, protect, report=report)
     return write_edit(edited, chosen, editor, hyper, inputs, out=out, force=force, started=started)

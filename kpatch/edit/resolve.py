@@ -45,6 +45,7 @@ from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
 from kpatch.text import printable
+from kpatch.trace.memory import bytes_given
 
 _METHODS = ("memit", "memit-paper")  # those whose values can be solved again
 
@@ -209,6 +210,7 @@ def solve_again(
     infos = tuple(read_header(patch) for patch in patch_list(patches))
     if not infos:
         raise BadInput("No patch given")
+    budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     refuse_twice([(info.name, info) for info in infos])
     union = unite(infos)
     base = common_base(infos, report)
@@ -221,7 +223,7 @@ def solve_again(
         corpus=settings.corpus,
         tokens=settings.tokens,
         seed=settings.seed,
-        budget=DEFAULT_BUDGET if memory is None else memory,
+        budget=budget,
         stored=_stored(infos, union),
         protect=tuple(
             Protected(str(one["subject"]), one.get("prompt"), float(one.get("weight", 1.0)))

@@ -40,6 +40,12 @@ def fit_names(model: Model) -> None:
     family = model.family
     try:
         model.family = replace(family, layers=find_layers(model.net, family.layers))
+        if not model.n_layers:
+            raise BadInput(
+                f"{model.name} has no layers, says its configuration",
+                details=["expected one layer or more"],
+                hint="give the config.json that belongs to the weights",
+            )
         for index in range(model.n_layers):
             model.attn_out(index), model.mlp_out(index)
         if not model.editable:

@@ -26,7 +26,7 @@ from kpatch.trace.clean_corrupted import run_clean_and_corrupted
 from kpatch.trace.engine import trace_cells
 from kpatch.trace.fact_lists import built_in
 from kpatch.trace.known import Known, ask_one, find_known, subject_items, tokens_of
-from kpatch.trace.memory import DEFAULT_BUDGET, MemoryBudget, out_of_memory
+from kpatch.trace.memory import DEFAULT_BUDGET, MemoryBudget, bytes_given, out_of_memory
 from kpatch.trace.noise import draw, spread_of_embeddings
 
 _CODE = 1  # raise it when the same settings come to give other numbers
@@ -85,18 +85,19 @@ def trace(
     prompt: tuple[str, str] | None = None,
     limit: int | None = MOST_FACTS,
     settings: TraceSettings | None = None,
-    budget: int = DEFAULT_BUDGET,
+    budget: int | None = None,
     resume: bool = True,
     report: Reporter = SILENT,
 ) -> Traces:
     """Trace `facts` (default: the built-in list), or one `prompt` (text with {}, subject).
 
     Of the facts that the model knows at most `limit` are traced, drawn by the seed. `budget` bounds memory in bytes
-    besides the model's own. With `resume`, what earlier runs found is used. Ranks share the facts. Raises BadInput
-    and CheckFailed.
+    besides the model's own (default 1 GB). With `resume`, what earlier runs found is used. Ranks share the facts.
+    Raises BadInput and CheckFailed.
     """
     started = time.monotonic()
     require_loaded(model)
+    memory = MemoryBudget(bytes_given(budget, DEFAULT_BUDGET, "budget"))
     settings = settings or TraceSettings()
     _check(model, settings)
     given = built_in() if facts is None else facts_in(facts)
@@ -111,7 +112,7 @@ def trace(
         report.note(f"{model.name} predicts {len(known):,} of {tried:,} facts tried: these are traced")
     sigma = distributed.main_does(lambda: spread_of_embeddings(model, subject_items(model, given)))
     work = _Work(model, settings, settings.noise * sigma, known, resume, report)
-    found = work.run(MemoryBudget(budget))
+    found = work.run(memory)
     return Traces(
         model=model.name,
         layers=model.n_layers,

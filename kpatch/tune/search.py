@@ -19,6 +19,7 @@ from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import counted, ranges
+from kpatch.trace.memory import bytes_given
 from kpatch.trace.run import TraceSettings, trace
 from kpatch.trace.summary import Summary
 from kpatch.tune.candidates import DEPTHS, NUMBERS, QUICK, WORDINGS, LayersToTry, by_depth, by_trace
@@ -147,7 +148,7 @@ def tune(
     `memory` is the bytes that activations may take. Raises BadInput for a model that memit cannot edit.
     """
     limit = 60 * (minutes if minutes is not None else QUICK_MINUTES if quick else MINUTES)
-    budget = DEFAULT_BUDGET if memory is None else memory
+    budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     return _Search(model, limit, quick, Inputs(seed=seed, budget=budget, resume=resume, report=report)).run()
 
 

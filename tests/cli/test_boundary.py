@@ -168,6 +168,10 @@ def test_debug_shows_the_traceback(failing: Callable[[BaseException], None], mon
         ["make", "f.yaml", "--layers", "8-4"],
         ["make", "f.yaml", "--set", "steps"],
         ["make", "f.yaml", "--memory", "lots"],
+        ["make", "f.yaml", "--memory", "-1"],
+        ["stack", "a.patch", "--resolve", "-o", "b.patch", "--memory", "-1"],
+        ["tune", "m", "--memory=-1"],
+        ["trace", "m", "--memory", "-1"],
         ["make", "f.yaml", "--modules", "down"],
         ["make", "nowhere.yaml"],
         ["ask", "m", " "],
@@ -189,6 +193,8 @@ def test_bad_usage_and_bad_input_exit_2(arguments: list[str], tmp_path: Path, mo
     as_json = run(*arguments, "--json")
     assert as_json.code == 2
     assert as_json.json["error"]["message"]
+    if "--memory" in " ".join(arguments):
+        assert "--memory" in as_json.json["error"]["message"]
 
 
 def test_json_after_two_dashes_is_no_option() -> None:

@@ -106,6 +106,12 @@ def test_weights_that_are_not_in_the_checkpoint_are_never_made_up(llama: Path, t
     assert any(named in line for line in caught.value.details)
 
 
+def test_a_config_without_layers_is_named(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="changed has no layers") as caught:
+        open_model(str(changed(llama, tmp_path, lambda weights: weights, num_hidden_layers=0)), device="cpu")
+    assert caught.value.hint == "give the config.json that belongs to the weights"
+
+
 def test_a_tied_head_is_no_hole(tmp_path: Path) -> None:
     model = tiny("llama", tie_word_embeddings=True)
     model.net.save_pretrained(tmp_path / "tied")

@@ -63,7 +63,7 @@ def test_memory(text: str | None, size: int | None) -> None:
     assert parse.memory(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "0", "-1GB", "2 XB", "1e9", "nan"])
+@pytest.mark.parametrize("text", ["", "GB", "0", "-1", "-1GB", "2 XB", "1e9", "nan", "0.4", "9" * 400 + "GB"])
 def test_memory_that_is_none(text: str) -> None:
     with pytest.raises(BadInput, match="--memory"):
         parse.memory(text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,23 @@ def test_numbers_and_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         kpatch.stack(patch, scales=["1"])
     with pytest.raises(BadInput, match="`objects` has 0 lists"):
         kpatch.probe_facts(model, [FACT], objects=[])
+
+
+@pytest.mark.parametrize("memory", [-1, 0, 0.5, float("nan"), float("inf"), "2GB", True], ids=str)
+def test_memory_is_a_number_of_bytes(memory: Any, tmp_path: Path) -> None:
+    model, patch = tiny("llama"), tmp_path / "a.patch"
+    checkpoints.make_patch(patch, checkpoints.make_checkpoint(tmp_path / "model"))
+    out = tmp_path / "out.patch"
+    calls: dict[str, Callable[[], object]] = {
+        "memory": lambda: kpatch.make([FACT], out=out, model=model, memory=memory),
+        "again": lambda: kpatch.stack_resolved(patch, out, model=model, memory=memory),
+        "tune": lambda: kpatch.tune_settings(model, memory=memory),
+        "trace": lambda: kpatch.trace_facts(model, [FACT], budget=memory),
+    }
+    for name, call in calls.items():
+        with pytest.raises(BadInput, match=f"`{'budget' if name == 'trace' else 'memory'}={memory}` is no number of"):
+            call()
+    assert not out.exists()
 
 
 def test_one_prompt_is_a_list_of_one() -> None:

@@ -74,7 +74,6 @@ def command(
     loaded = open_model(output, model, device, dtype, names)
 
     from kpatch.trace.files import write_folder, write_html
-    from kpatch.trace.memory import DEFAULT_BUDGET
     from kpatch.trace.run import TraceSettings, trace
     from kpatch.trace.summary import Summary
 
@@ -84,7 +83,7 @@ def command(
         prompt=one,
         limit=limit,
         settings=TraceSettings(samples, noise, window, seed, quick),
-        budget=DEFAULT_BUDGET if budget is None else budget,
+        budget=budget,
         resume=resume,
         report=output,
     )
