@@ -128,6 +128,20 @@ class CovarianceCache:
     def has_group(self, number: int) -> bool:
         return self.folder is not None and (self.folder / f"text-{number}.safetensors").exists()
 
+    def kept(self, name: str, build: Callable[[dict[str, Any], dict[str, Tensor]], _Value]) -> _Value | None:
+        """What `build` makes of another statistic's file `name`, its notes and its tensors; None where there is none.
+
+        A KeyError or ValueError of `build` says that the file is damaged.
+        """
+        if self.folder is None or not (self.folder / name).exists():
+            return None
+        return self._read(self.folder / name, build)
+
+    def keep(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Keep another statistic on the same text as file `name`. Raises BadInput for a full disk."""
+        if self.folder is not None:
+            self._write(self.folder / name, tensors, about)
+
     def require_space(self, width: int, moments: int) -> None:
         """Raise BadInput before the work, not after it, when `moments` more of them would not fit on the disk."""
         if self.folder is None:

@@ -5,15 +5,12 @@ A pass that was interrupted is resumed, and finished sums grow to more tokens.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -22,22 +19,16 @@ from torch import Tensor
 
 from kpatch import distributed
 from kpatch.errors import BadInput
-from kpatch.models.fingerprint import weights_fingerprint
-from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.model import Model
 from kpatch.models.module_names import require_places
 from kpatch.models.partial_forward import Batch, run_to
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.stats.cache import CovarianceCache, LayerSums, canonical
-from kpatch.stats.corpus import SELF, Corpus, open_corpus, pack
+from kpatch.stats.cache import LayerSums
+from kpatch.stats.corpus import SELF
 from kpatch.stats.moment import SecondMoment, check
-from kpatch.stats.self_text import group_rows, sample_group
+from kpatch.stats.text import Text, open_text
 from kpatch.text import format_size, ranges
 
-# Anything that changes keys, sums or the text they are taken on changes this number.
-VERSION = 2
-ROW = 256
-# Sampling goes one token at a time through all rows at once: half as long is a third faster, and was as good for edits
-SELF_ROW = 128
 # Ten rows of 256: measured fastest on two CPU cores, and a whole number of them in 10 f tokens wherever 256 divides f
 BATCH_TOKENS = 2560
 # Seconds between saves of the work so far, and how many times longer than a save they must be apart
@@ -90,92 +81,20 @@ def collect(
     tokens = 10 * max(map(model.key_width, wanted)) if tokens is None else tokens
     if tokens < 1:
         raise BadInput("The covariance needs tokens", details=[f"found `tokens={tokens}`"])
-    row = row or (SELF_ROW if corpus == SELF else ROW)
-    row = max(2, min(row, int(getattr(model.config, "max_position_embeddings", None) or row)))
-    source = None if corpus == SELF else open_corpus(corpus)
-    name = source.name if source is not None else SELF
-    settings = _settings(model, source, row, seed, report)
-    about = {"model": model.name, "corpus": name}
-    cache = CovarianceCache(settings, about, keep=use_cache and distributed.is_main(), report=report)
-    text = _Text(model, source, tokens, row, seed, cache, report)
-    with cache.locked():
-        found = _Pass(model, text, max(1, batch_tokens // row), cache, report).run(wanted)
+    text = open_text(model, corpus, tokens, seed=seed, row=row, report=report, use_cache=use_cache)
+    with text.cache.locked():
+        found = _Pass(model, text, max(1, batch_tokens // text.row), report).run(wanted)
         moments = {layer: found[layer].moment() for layer in wanted if layer in found}
     for layer, moment in moments.items():
         check(moment, f"layer {layer} of {model.name}")
-    return Covariance(_sha256({**settings, "tokens": tokens}), name, tokens, moments)
-
-
-def _settings(model: Model, source: Corpus | None, row: int, seed: int, report: Reporter) -> dict[str, Any]:
-    """All that decides the text and its keys."""
-    config = json.loads(model.net.config.to_json_string(use_diff=True))
-    for volatile in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
-        config.pop(volatile, None)
-    settings: dict[str, Any] = {
-        "version": VERSION,
-        "weights": weights_fingerprint(model, report),
-        "config": hashlib.sha256(canonical(config).encode()).hexdigest(),
-        "tokenizer": tokenizer_hash(model.tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "corpus": source.identity if source is not None else SELF,
-        "row": row,
-    }
-    return settings if source is not None else {**settings, "seed": seed, "group": group_rows(model, row)}
-
-
-@dataclass(frozen=True)
-class _Text:
-    """The first `tokens` tokens of a corpus, or of what the model itself writes (no `source`), in rows of `row`."""
-
-    model: Model
-    source: Corpus | None
-    tokens: int
-    row: int
-    seed: int
-    cache: CovarianceCache
-    report: Reporter
-
-    @property
-    def name(self) -> str:
-        return SELF if self.source is None else self.source.name
-
-    def ids(self) -> Tensor:
-        """The rows, end to end: [tokens] int32."""
-        if self.source is not None:
-            documents = self.source.documents()
-            return pack(self.model, documents, self.tokens, self.row, self.source.name, self.report)
-        sampled = self.sample()
-        groups = [
-            self.cache.group(number, partial(sampled.__getitem__, number))  # what other ranks have sampled is kept
-            if number in sampled
-            else self._group(number)
-            for number in self._numbers()
-        ]
-        return torch.cat(groups).flatten()[: self.tokens]
-
-    def sample(self) -> dict[int, Tensor]:
-        """The groups of text that rank 0's cache lacks, each [G, row], sampled by all ranks."""
-        numbers = self._numbers()
-        new = distributed.main_does(lambda: [number for number in numbers if not self.cache.has_group(number)])
-        if not new:
-            return {}
-        own = sum(distributed.mine(place) for place in range(len(new))) * group_rows(self.model, self.row) * self.row
-        with self.report.task("Sampling text from the model", own, "token") as advance:
-            made = distributed.share(new, lambda number: self._group(number, advance))
-        return dict(zip(new, made, strict=True))
-
-    def _numbers(self) -> range:
-        return range(-(-self.tokens // (group_rows(self.model, self.row) * self.row)))
-
-    def _group(self, number: int, advance: Advance = lambda amount: None) -> Tensor:
-        return self.cache.group(number, lambda: sample_group(self.model, self.row, self.seed, number, advance))
+    return Covariance(text.id, text.name, tokens, moments)
 
 
 class _Pass:
     """One run over the text for all layers whose sums are not in the cache, in batches of `batch_rows` rows."""
 
-    def __init__(self, model: Model, text: _Text, batch_rows: int, cache: CovarianceCache, report: Reporter) -> None:
-        self.model, self.text, self.batch_rows, self.cache, self.report = model, text, batch_rows, cache, report
+    def __init__(self, model: Model, text: Text, batch_rows: int, report: Reporter) -> None:
+        self.model, self.text, self.batch_rows, self.cache, self.report = model, text, batch_rows, text.cache, report
         self.tokens, self.row = text.tokens, text.row
         self.whole = self.tokens // (self.row * batch_rows) * batch_rows  # rows in whole batches
 
@@ -289,10 +208,6 @@ def _sums_on(model: Model, size: int) -> torch.device:
 
 def _layers(layers: Sequence[int]) -> str:
     return f"layer{'s' if len(layers) > 1 else ''} {ranges(layers)}"
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(canonical(value).encode()).hexdigest()
 
 
 # Ctrl-C between short steps that must not be cut in two

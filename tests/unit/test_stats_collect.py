@@ -18,6 +18,7 @@ from kpatch.models.model import Model
 from kpatch.models.partial_forward import captured_inputs
 from kpatch.stats import cache as cache_module
 from kpatch.stats import covariance as module
+from kpatch.stats import text as text_module
 from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
 from tests.support.families import slow_beyond
@@ -84,7 +85,7 @@ def test_one_pass_gives_each_layer_its_own_sum(family: str, kind: str, tokens: i
     model = tiny(family, tokenizer=TOKENIZERS[kind])
     found = run(model, [2, 0], text, tokens, use_cache=False)
     assert list(found.moments) == [0, 2]
-    ids = module.pack(model, module.open_corpus(text).documents(), tokens, ROW)
+    ids = text_module.pack(model, text_module.open_corpus(text).documents(), tokens, ROW)
     for layer, moment in found.moments.items():
         exact = torch.zeros(model.mlp_width, model.mlp_width, dtype=torch.float64)
         for at in range(0, tokens, ROW):  # one row at a time, through the whole model
@@ -122,7 +123,7 @@ def test_self_is_sampled_once_and_named_by_its_seed(model: Model, monkeypatch: p
     def sample(*_: Any) -> Tensor:
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(module, "sample_group", sample)
+    monkeypatch.setattr(text_module, "sample_group", sample)
     run(model, [2], "self", None)  # a layer added later: on the same text
     run(model, [1, 2], "self", None)
 
