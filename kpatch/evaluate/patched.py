@@ -172,6 +172,12 @@ def patched(
             state.leave(net, new, report)
 
 
+def check_fit(model: Model, patch: Patch) -> None:
+    """Check that `model` has the very weights that `patch` was made for; nothing is changed. Raises Refused."""
+    found = _fitting(network(model), _State(), patch)
+    _check_base(patch, {weight.name: weight.base for weight in found.deltas})
+
+
 def _read(patch: PatchSource | Deltas) -> Patch | Deltas:
     if isinstance(patch, Patch | Mapping):
         return patch

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str]] = {
     "patch": {"facts"},
     "checkpoint": {"patch", "facts"},
     "evaluate": {"models", "facts", "patch", "checkpoint"},
+    "memories": {"models", "facts", "stats", "patch", "evaluate"},
     "export": {"models", "patch", "checkpoint"},
 }
 EVERYWHERE = {"errors", "reporter", "text", "cache", "distributed", "outputs", "quantized", "_version"}

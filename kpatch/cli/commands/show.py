@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin, clean, percent
 from kpatch.cli.tables import print_facts, print_rates
 from kpatch.text import counted, format_size, ranges
 
-EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --json | jq .facts")
+EXAMPLES = opt.examples("kpatch show news.patch", "kpatch show news.patch --memories smollm2")
 
 _FACTS_SHOWN = 25
 
 
 def command(
     patch: opt.Patch,
+    memories: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL", help="Also load the patch's base, and show through which units each fact is written."
+        ),
+    ] = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
@@ -30,6 +38,10 @@ def command(
     _summary(output, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {format_size(info.bytes)}")
     _facts(output, manifest, None if verbose else _FACTS_SHOWN)
     _weights(output, info.weights())
+    if memories is not None:
+        from kpatch.cli.patch_writes import show_writes
+
+        show_writes(output, patch, memories, whole=verbose)
 
 
 def _summary(output: Output, manifest: dict[str, Any], title: str) -> None:

@@ -1,0 +1,24 @@
+"""Tokens and texts as people read them in a table: white space made visible, long texts cut to their ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+_SHOWN = str.maketrans({"\n": "⏎", "\t": "⇥"})
+
+
+def shown(token: str) -> str:
+    """A token by itself: without the space in front, unless it is nothing else."""
+    text = token.translate(_SHOWN)
+    return text.strip(" ") or text.replace(" ", "␣") or "∅"
+
+
+def ending(text: str, most: int) -> str:
+    """The end of a text, at most that many characters, on one line."""
+    line = text.translate(_SHOWN)
+    return line if len(line) <= most else f"…{line[-most + 1 :]}"
+
+
+def listed(promotes: Sequence[tuple[str, float]], most: int) -> str:
+    """The first tokens of a list, with middle dots between them."""
+    return " · ".join(shown(token) for token, _ in promotes[:most])
