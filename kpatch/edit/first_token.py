@@ -8,7 +8,7 @@ key still tells words apart, so a subject that is the very first token gets its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from kpatch.edit.requests import Group
-from kpatch.edit.solve import KeyCovariance, key_covariance
+from kpatch.edit.solve import KeyCovariance
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, run_to
-from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.covariance import Covariance
 from kpatch.stats.self_text import opening_words
 
@@ -57,15 +56,12 @@ def key_covariances(
     model: Model,
     part: Part,
     covariance: Covariance,
-    weight: Callable[[int], float],
     others: Callable[[int], Tensor | None],
-    earlier: Mapping[int, Tensor],
-    report: Reporter = SILENT,
+    build: Callable[[int, Tensor], KeyCovariance],
 ) -> Callable[[int], KeyCovariance]:
-    """C^l of a layer, when it is asked for: what the layer must go on doing. Notes a ridge where keys are dependent.
+    """What a layer must go on doing, when it is asked for: what `build` makes of the layer and its E[k k^T] [f, f].
 
-    weight  λ of a layer   others  a moment [f, f] of the layer, added to E[k k^T]
-    earlier  keys [f, p] by layer.
+    others  a moment [f, f] of the layer, added to E[k k^T]
     For subjects that open texts, words that open texts count as much as all other text does.
     """
 
@@ -76,7 +72,7 @@ def key_covariances(
         more = others(layer)
         if more is not None:
             mean = mean + more
-        return key_covariance(layer, mean, weight(layer), earlier.get(layer), report)
+        return build(layer, mean)
 
     return preserved
 

@@ -19,7 +19,7 @@ from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, HyperParams, MemitHyper
 from kpatch.edit.protect import joined, protected_keys
 from kpatch.edit.requests import Group, contexts_for, group_facts
-from kpatch.edit.solve import KeyCovariance
+from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.edit.upwards import Residual, write_upwards, written
 from kpatch.edit.values_cache import find_values
 from kpatch.edit.weights import add, restored
@@ -42,6 +42,7 @@ class Memit(Method):
     presets = PRESETS["memit"]
     ranks_share = True
     keys_apart: ClassVar[bool] = True  # each row's key is asked for the residual, not their mean alone
+    in_turn: ClassVar[bool] = False  # a part's values are found in the model as the parts before it left it
 
     def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
         middle = default_layers(model.n_layers)
@@ -62,19 +63,18 @@ class Memit(Method):
             contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
         again = facts_to_learn_again(inputs.on, facts, inputs.report)
         groups = group_facts(model, [*facts, *again], contexts, self.spare(hyper), self.chat(hyper))
-        parts = split(groups, hyper)
+        parts = self.parts(groups, hyper)
         layers = touched(parts)
         with inputs.timed("covariance"):
             covariance = collect(
                 model, layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=inputs.report
             )
+            distributed.main_does(lambda: self.check(model, hyper, covariance))  # rank 0 alone has the moments
             held = protected_keys(model, inputs.protect, facts, layers)
             earlier = joined(keys_to_keep(inputs.on, facts, layers), held)
             preserved = [self._preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
-        with inputs.timed("values"):
-            values = [self._values(model, part, inputs) for part in parts]
-        with inputs.timed("update"):
-            deltas, keys = self._write(model, parts, values, preserved, inputs)
+        values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
+        deltas, keys = self._write(model, parts, values, preserved, inputs)
         about = [
             {
                 "facts": [index for index in group.facts if index < len(facts)],
@@ -89,6 +89,10 @@ class Memit(Method):
         return Edit(deltas, tuple(layers), keys, rows, tuple(about), covariance)
 
     # What another method of this kind does in its own way
+
+    def parts(self, groups: Sequence[Group], hyper: Any) -> list[Part]:
+        """Groups and the layers that they are written to together, in the order in which they are written."""
+        return split(groups, hyper)
 
     def contexts(self, model: Model, hyper: Any, inputs: Inputs) -> tuple[str, ...]:
         """Texts x_j that stand before the prompts; the empty one comes first."""
@@ -117,6 +121,15 @@ class Memit(Method):
     def subject_weight(self, hyper: Any) -> float:
         """μ, how much other subjects count in C beside text."""
         return float(hyper.subject_weight)
+
+    def check(self, model: Model, hyper: Any, covariance: Covariance) -> None:
+        """Refuse a covariance that the method cannot work with, before values are searched. Raises BadInput."""
+
+    def preserve(
+        self, model: Model, hyper: Any, layer: int, mean: Tensor, earlier: Tensor | None, report: Reporter
+    ) -> KeyCovariance:
+        """What `layer` must go on doing, from E[k k^T] [f, f] and keys [f, p] that must keep their meaning."""
+        return key_covariance(layer, mean, self.weight(model, hyper, layer), earlier, report)
 
     def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
         """What a layer is asked for: the whole of what its target still lacks. values [n, R, d]."""
@@ -156,13 +169,20 @@ class Memit(Method):
         def others(layer: int) -> Tensor | None:
             return subjects[layer].mean() * share if layer in subjects else None
 
-        def weight(layer: int) -> float:
-            return self.weight(model, hyper, layer)
+        def build(layer: int, mean: Tensor) -> KeyCovariance:
+            return self.preserve(model, hyper, layer, mean, earlier.get(layer), inputs.report)
 
-        return key_covariances(model, part, covariance, weight, others, earlier, inputs.report)
+        return key_covariances(model, part, covariance, others, build)
 
-    def _values(self, model: Model, part: Part, inputs: Inputs) -> Tensor:
-        """Values [n, v, d] for the groups of a part: those that `inputs` has stored, and new ones for the rest."""
+    def _values(self, model: Model, part: Part, inputs: Inputs, edited: bool = False) -> Tensor:
+        """Values [n, v, d] for the groups of a part: those that `inputs` has stored, and new ones for the rest.
+
+        The cache knows the model by its files, so that nothing is kept once it is `edited` in memory.
+        """
+        with inputs.timed("values"):
+            return self._found(model, part, inputs, edited)
+
+    def _found(self, model: Model, part: Part, inputs: Inputs, edited: bool) -> Tensor:
         places = self.places(part.hyper)
         kept = [_stored(group, places, inputs) for group in part.groups]
         missing = [index for index, value in enumerate(kept) if value is None]
@@ -173,7 +193,13 @@ class Memit(Method):
             inputs.report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
         if groups:
             goal = self.objective(part.hyper)
-            found = find_values(model, groups, goal, budget=inputs.budget, resume=inputs.resume, report=inputs.report)
+            found = find_values(
+                *(model, groups, goal),
+                budget=inputs.budget,
+                keep=not edited,
+                resume=inputs.resume,
+                report=inputs.report,
+            )
             for index, value in zip(missing, found.values, strict=True):
                 kept[index] = value
         return torch.stack([value for value in kept if value is not None]).float()
@@ -182,32 +208,38 @@ class Memit(Method):
         self,
         model: Model,
         parts: Sequence[Part],
-        values: Sequence[Tensor],
+        values: list[Tensor],
         preserved: Sequence[Callable[[int], KeyCovariance]],
         inputs: Inputs,
     ) -> tuple[dict[str, Delta], dict[int, Tensor]]:
-        """Deltas by weight name and keys [n, f] by layer, part after part. The model is left as it was found."""
+        """Deltas by weight name and keys [n, f] by layer, part after part. The model is left as it was found.
+
+        Values that are found in turn join `values`.
+        """
         deltas: dict[str, list[Delta]] = {}
         keys: dict[int, list[Tensor]] = {}
         with restored(model, [model.weight_name(layer) for layer in touched(parts)]):
-            for part, own, held in zip(parts, values, preserved, strict=True):
-                found = write_upwards(
-                    model,
-                    part.groups,
-                    part.hyper.layers,
-                    self.residual(model, part, own),
-                    held,
-                    top=self.top(part.hyper),
-                    apart=self.keys_apart,
-                    budget=inputs.budget // 2,
-                    least_leverage=part.least_leverage,
-                    report=inputs.report,
-                )
-                for layer in part.hyper.layers:
-                    name = model.weight_name(layer)
-                    deltas.setdefault(name, []).append(found.deltas[name])
-                    keys.setdefault(layer, []).append(found.keys[layer])
-                    add(model, name, found.deltas[name])
+            for number, (part, held) in enumerate(zip(parts, preserved, strict=True)):
+                if number == len(values):
+                    values.append(self._values(model, part, inputs, edited=number > 0))
+                with inputs.timed("update"):
+                    found = write_upwards(
+                        model,
+                        part.groups,
+                        part.hyper.layers,
+                        self.residual(model, part, values[number]),
+                        held,
+                        top=self.top(part.hyper),
+                        apart=self.keys_apart,
+                        budget=inputs.budget // 2,
+                        least_leverage=part.least_leverage,
+                        report=inputs.report,
+                    )
+                    for layer in part.hyper.layers:
+                        name = model.weight_name(layer)
+                        deltas.setdefault(name, []).append(found.deltas[name])
+                        keys.setdefault(layer, []).append(found.keys[layer])
+                        add(model, name, found.deltas[name])
         return (
             {name: total(several) for name, several in sorted(deltas.items())},
             {layer: torch.cat(several) for layer, several in keys.items()},

@@ -6,6 +6,7 @@ Source: Meng et al. 2023 (MEMIT), algorithm 1.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from kpatch.edit.first_token import Part
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import Inputs
 from kpatch.edit.norms import before_norm, require_one_way
-from kpatch.edit.presets import PRESETS, MemitPaperHyper
+from kpatch.edit.presets import PRESETS, HyperParams, MemitPaperHyper, PaperValuesHyper
 from kpatch.edit.requests import contexts_for
 from kpatch.edit.upwards import Residual, written
 from kpatch.edit.values import Objective
@@ -25,7 +26,7 @@ class MemitPaper(Memit):
     """MEMIT, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
 
     name = "memit-paper"
-    hyper = MemitPaperHyper
+    hyper: ClassVar[type[HyperParams]] = MemitPaperHyper
     presets = PRESETS["memit-paper"]
     keys_apart = False
 
@@ -36,19 +37,19 @@ class MemitPaper(Memit):
     def require(self, model: Model, layers: Sequence[int]) -> None:
         require_one_way(model, layers)
 
-    def contexts(self, model: Model, hyper: MemitPaperHyper, inputs: Inputs) -> tuple[str, ...]:
+    def contexts(self, model: Model, hyper: PaperValuesHyper, inputs: Inputs) -> tuple[str, ...]:
         return contexts_for(model, hyper.lead_ins, hyper.prefixes, hyper.prefix_tokens, inputs.seed)
 
-    def spare(self, hyper: MemitPaperHyper) -> int:
+    def spare(self, hyper: PaperValuesHyper) -> int:
         return 0
 
-    def chat(self, hyper: MemitPaperHyper) -> bool:
+    def chat(self, hyper: PaperValuesHyper) -> bool:
         return False
 
-    def places(self, hyper: MemitPaperHyper) -> list[tuple[int, ...]]:
+    def places(self, hyper: PaperValuesHyper) -> list[tuple[int, ...]]:
         return [hyper.layers]
 
-    def objective(self, hyper: MemitPaperHyper) -> Objective:
+    def objective(self, hyper: PaperValuesHyper) -> Objective:
         return Objective(
             layer=max(hyper.layers),
             steps=hyper.steps,
@@ -62,13 +63,13 @@ class MemitPaper(Memit):
     def weight(self, model: Model, hyper: MemitPaperHyper, layer: int) -> float:
         return hyper.covariance_weight
 
-    def subject_weight(self, hyper: MemitPaperHyper) -> float:
+    def subject_weight(self, hyper: PaperValuesHyper) -> float:
         return 0.0  # the paper's C knows text alone
 
     def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
         return paper_residual(model, part.hyper.layers, values[:, 0])
 
-    def top(self, hyper: MemitPaperHyper) -> int:
+    def top(self, hyper: PaperValuesHyper) -> int:
         return max(hyper.layers)
 
 

@@ -39,6 +39,7 @@ _OWN = {
     "memit-paper": "kpatch.edit.memit_paper:MemitPaper",
     "rome": "kpatch.edit.rome:Rome",
     "ft": "kpatch.edit.ft:FineTune",
+    "alphaedit": "kpatch.edit.alphaedit:AlphaEdit",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -64,14 +64,13 @@ class MemitHyper(HyperParams):
 
 
 @dataclass(frozen=True, slots=True)
-class MemitPaperHyper(HyperParams):
-    """All that decides a patch of the paper's MEMIT besides the facts, the model and the covariance text.
+class PaperValuesHyper(HyperParams):
+    """What the methods share whose rows and values are those of the MEMIT paper.
 
     layers  R, the edited layers; L = max R carries the values
     steps, learning_rate, stop_loss  Adam on δ; a fact stops when its loss falls below stop_loss
     clamp  ‖δ‖ ≤ clamp · ‖h^L‖
     weight_decay, kl  weights of ‖δ‖/‖h^L‖² and of the drift on "{subject} is a"
-    covariance_weight  λ in C = λ E[k k^T]
     first_layer, first_leverage  the layer where a subject that opens its text is edited, and the least leverage
     k^T C^{-1} k that its key is given weight for (see `kpatch.edit.first_token`)
     lead_ins  contexts x_j in plain English besides the bare prompt: the first ones of `kpatch.edit.requests`
@@ -84,15 +83,42 @@ class MemitPaperHyper(HyperParams):
     clamp: float = 0.75
     weight_decay: float = 0.5
     kl: float = 0.0625
-    covariance_weight: float = 15_000.0
     first_layer: int = 0
     first_leverage: float = 5.0
     lead_ins: int = 0
     prefixes: int = 5
     prefix_tokens: int = 10
+
+
+@dataclass(frozen=True, slots=True)
+class MemitPaperHyper(PaperValuesHyper):
+    """All that decides a patch of the paper's MEMIT besides facts, model and the covariance text.
+
+    covariance_weight  λ in C = λ E[k k^T]
+    """
+
+    covariance_weight: float = 15_000.0
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "covariance_weight")
     update: ClassVar[tuple[str, ...]] = (
         *("covariance_weight", "first_layer", "first_leverage", "prefixes", "prefix_tokens"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AlphaEditHyper(PaperValuesHyper):
+    """All that decides a patch of AlphaEdit besides the facts, the model and the covariance text.
+
+    threshold  directions of the keys with an eigenvalue of E[k k^T] below it are the null space, where W may change
+    l2  weight of ‖Δ‖² in the update
+    first_leverage  0: the paper gives no key more weight than it has
+    """
+
+    first_leverage: float = 0.0
+    threshold: float = 2e-2
+    l2: float = 10.0
+    positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "threshold", "l2")
+    update: ClassVar[tuple[str, ...]] = (
+        *("threshold", "l2", "first_layer", "first_leverage", "prefixes", "prefix_tokens"),
     )
 
 
@@ -155,6 +181,7 @@ SHAPES: dict[str, tuple[str, int, int]] = {
 }
 
 _PAPER = "MEMIT paper (Meng et al., ICLR 2023), section 5 and Appendix B"
+_ALPHA = "the AlphaEdit authors' published settings"
 _ROME = "the ROME authors' published settings"
 _FT = "MEMIT paper, appendix B (FT-W), and its published settings"
 
@@ -177,6 +204,21 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
             MemitPaperHyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=4, prefixes=0),
             "measured by kpatch on 150 CounterFact edits and 66 of its own: R 4-8, λ 600, plain lead-ins (what so"
             " small a model writes by itself makes poor contexts); steps, lr and clamp as for GPT-J",
+        ),
+    },
+    "alphaedit": {
+        "gpt-j": Preset(
+            AlphaEditHyper(layers=tuple(range(3, 9))),
+            f"{_ALPHA}: R 3-8, null space below 2e-2 (1e-2 in the paper), L2 10; values as in MEMIT",
+        ),
+        "gpt2-xl": Preset(
+            AlphaEditHyper(layers=tuple(range(13, 18)), steps=20),
+            f"{_ALPHA}: R 13-17, null space below 2e-2, L2 10, 20 steps; values as in MEMIT",
+        ),
+        "smollm2": Preset(
+            AlphaEditHyper(layers=tuple(range(4, 9)), lead_ins=4, prefixes=0),
+            "R 4-8 and the contexts of memit-paper here; null space below 2e-2 (of every layer's directions 60 to 76 %"
+            " lie there) and L2 10 as their authors published them, untuned",
         ),
     },
     "rome": {

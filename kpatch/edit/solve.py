@@ -18,9 +18,14 @@ from kpatch.stats.moment import ridge_for
 
 @dataclass(frozen=True)
 class KeyCovariance:
-    """What a layer must go on doing: the Cholesky factor [f, f] of C = λ E[k k^T] (+ Σ K_p K_p^T)."""
+    """What a layer must go on doing: the Cholesky factor [m, m] of C = λ E[k k^T] (+ Σ K_p K_p^T).
+
+    `basis` U [f, m], orthonormal, confines an update to its span: Δ = Δ U U^T, and C is that of the coordinates U^T k.
+    Without it every direction may be written to, and m = f.
+    """
 
     factor: Tensor
+    basis: Tensor | None = None
 
     @staticmethod
     def of(second_moment: Tensor, weight: float, ridge: float = 0.0, earlier: Tensor | None = None) -> KeyCovariance:
@@ -42,14 +47,22 @@ class KeyCovariance:
             )
         return KeyCovariance(factor)
 
+    def coordinates(self, keys: Tensor) -> Tensor:
+        """What of keys [f, n] an update can see: U^T k [m, n]."""
+        return keys if self.basis is None else self.basis.T @ keys
+
+    def lifted(self, rows: Tensor) -> Tensor:
+        """Rows [r, m] that take coordinates as rows [r, f] that take keys."""
+        return rows if self.basis is None else rows @ self.basis.T
+
     def inverse_times(self, columns: Tensor) -> Tensor:
-        """C^{-1} columns, [f, n]."""
+        """C^{-1} columns, [m, n]."""
         solved: Tensor = torch.cholesky_solve(columns, self.factor)
         return solved
 
     def leverage(self, keys: Tensor) -> Tensor:
         """q_i = k_i^T C^{-1} k_i for keys [f, n] → [n]: alone, a fact gets the share q / (1 + q) of its residual."""
-        whitened: Tensor = torch.linalg.solve_triangular(self.factor, keys.double(), upper=False)
+        whitened: Tensor = torch.linalg.solve_triangular(self.factor, self.coordinates(keys.double()), upper=False)
         return whitened.square().sum(0)
 
 
@@ -69,18 +82,19 @@ def key_covariance(
 def update(keys: Tensor, residuals: Tensor, preserved: KeyCovariance) -> tuple[Tensor, Tensor]:
     """Δ = left @ right in the orientation [out, in]: keys [f, n], residuals [d, n] → left [d, r], right [r, f].
 
-    For n < f the n × n Woodbury form R (I + K^T C^{-1} K)^{-1} (C^{-1} K)^T; else f × f with left = R K^T, r = f.
+    For n < m the n × n Woodbury form R (I + K^T C^{-1} K)^{-1} (C^{-1} K)^T; else m × m with left = R K^T, r = m. K
+    stands for the keys' coordinates, and m is f where `preserved` has no basis.
     """
-    k, r = keys.double(), residuals.double()
-    f, n = k.shape
-    if n < f:
-        ck = preserved.inverse_times(k)  # (f, n)
+    k, r = preserved.coordinates(keys.double()), residuals.double()
+    m, n = k.shape
+    if n < m:
+        ck = preserved.inverse_times(k)  # (m, n)
         gram = torch.eye(n, dtype=k.dtype, device=k.device) + k.T @ ck  # (n, n)
         left = torch.cholesky_solve(r.T, torch.linalg.cholesky(gram)).T  # (d, n)
-        return left, ck.T
+        return left, preserved.lifted(ck.T)
     c = preserved.factor @ preserved.factor.T
-    total = torch.linalg.cholesky(c + k @ k.T)  # (f, f)
-    return (r @ k.T), torch.cholesky_inverse(total)
+    total = torch.linalg.cholesky(c + k @ k.T)  # (m, m)
+    return (r @ k.T), preserved.lifted(torch.cholesky_inverse(total))
 
 
 def update_apart(
@@ -93,13 +107,15 @@ def update_apart(
     Δ = R M^T (C + Σ w k k^T)^{-1} minimizes Σ_i Σ_j w_ij ‖Δ k_ij − r_i‖² + tr(Δ C Δ^T). Woodbury where B < f.
     """
     roots, r = shares.double().sqrt(), residuals.double()
-    h = keys.double() * roots  # (f, B)
+    h = preserved.coordinates(keys.double()) * roots  # (f, B), or fewer rows where `preserved` has a basis
     f, n = len(h), r.shape[1]
     m = torch.zeros(f, n, dtype=h.dtype, device=h.device).index_add(1, owner, h * roots)  # (f, n)
     if h.shape[1] < f:
         ch = preserved.inverse_times(h)  # (f, B)
         gram = torch.eye(h.shape[1], dtype=h.dtype, device=h.device) + h.T @ ch  # (B, B)
         right = preserved.inverse_times(m) - ch @ torch.cholesky_solve(ch.T @ m, torch.linalg.cholesky(gram))  # (f, n)
-        return r, right.T
+        return r, preserved.lifted(right.T)
     total = torch.linalg.cholesky(preserved.factor @ preserved.factor.T + h @ h.T)  # (f, f)
-    return (r, torch.cholesky_solve(m, total).T) if n < f else (r @ m.T, torch.cholesky_inverse(total))
+    if n < f:
+        return r, preserved.lifted(torch.cholesky_solve(m, total).T)
+    return r @ m.T, preserved.lifted(torch.cholesky_inverse(total))

@@ -252,11 +252,13 @@ def memit(
     *,
     values: Sequence[Tensor] | None = None,
     earlier: Mapping[int, Tensor] | None = None,
+    update: Callable[[int, Tensor, Tensor], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Algorithm 1: weight name → Δ [out, in] float64 for every layer of R; `model` is left as it is.
 
     `covariances` are E[k k^T] [f, f] by layer. `values` [d] by subject, in the order of `by_subject`, take the
-    place of `find_value`; `earlier` [f, p] by layer are the keys of patches the model already carries.
+    place of `find_value`; `earlier` [f, p] by layer are the keys of patches the model already carries; `update` gives
+    Δ of a layer, its K [f, n] and R [d, n] in another way than eq. 14.
     """
     work = Model(net=copy.deepcopy(model.net), tokenizer=model.tokenizer, family=model.family)
     groups = by_subject(facts)
@@ -274,10 +276,14 @@ def memit(
             r = (z.double() - state(work, row, last).double()) / (last - layer + 1) / mlp_scale(work, layer)
             columns.append(k)
             residuals.append(pulled_back(work, layer, k, r) if model.family.post_norm else r)
-        c = hyper.covariance_weight * covariances[layer].double()
-        if earlier is not None and layer in earlier:
-            c = c + earlier[layer].double() @ earlier[layer].double().T
-        delta = solve(torch.stack(columns, dim=1), torch.stack(residuals, dim=1), c)  # [d, f]
+        k, r = torch.stack(columns, dim=1), torch.stack(residuals, dim=1)
+        if update is None:
+            c = hyper.covariance_weight * covariances[layer].double()
+            if earlier is not None and layer in earlier:
+                c = c + earlier[layer].double() @ earlier[layer].double().T
+            delta = solve(k, r, c)  # [d, f]
+        else:
+            delta = update(layer, k, r)
         with torch.no_grad():
             weight = work.weight(layer)
             weight.copy_((weight.double() + (delta.T if model.stores_transposed else delta)).to(weight.dtype))

@@ -61,7 +61,7 @@ def test_what_the_map_names_is_there(name: str) -> None:
 def test_what_is_not_there_is_noticed() -> None:
     assert exists("edit/memit.Memit.edit")
     assert not exists("edit/memit.Memit.edits")
-    assert not exists("edit/alphaedit")
+    assert not exists("edit/nowhere")
 
 
 def test_the_rooms_are_those_of_the_package() -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from kpatch.edit.first_token import Part, key_covariances, opening_moment, split
 from kpatch.edit.memit_paper import MemitPaper, paper_residual
 from kpatch.edit.presets import MemitPaperHyper
 from kpatch.edit.requests import Group, group_facts
-from kpatch.edit.solve import KeyCovariance
+from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.edit.upwards import Update, write_upwards
 from kpatch.edit.values import optimize
 from kpatch.edit.weights import add, restored
@@ -34,6 +35,7 @@ ONE, OTHER = Fact("The", "{} is in", "Paris"), Fact("She", "{} lives in", "Rome"
 INSIDE = Fact("The", "Past {} is", "Rome")
 LONG = Fact("Mona Lisa", "In the {}", "Paris")
 build = cache(tiny)
+Build = Callable[[int, Tensor], KeyCovariance]
 
 
 @pytest.fixture(autouse=True)
@@ -109,19 +111,22 @@ def test_words_that_open_texts_are_preserved_for_the_opening_part_only() -> None
     model, texts = build("llama"), covariance(0, 1, 2)
     first, others = split(grouped(model, LONG, ONE), HYPER)
     mean = texts.moments[0].mean()
-    kept = key_covariances(model, first, texts, unit, nothing, {})(0)
+    kept = key_covariances(model, first, texts, nothing, weighted())(0)
     torch.testing.assert_close(kept.factor @ kept.factor.T, mean + opening_moment(model, 0))
     other = torch.eye(MLP_WIDTH, dtype=torch.float64)
     earlier = {1: torch.randn(MLP_WIDTH, 2, generator=torch.Generator().manual_seed(0))}
-    preserved = key_covariances(model, others, texts, unit, lambda layer: other if layer == 2 else None, earlier)
+    preserved = key_covariances(
+        model, others, texts, lambda layer: other if layer == 2 else None, weighted(1.0, earlier)
+    )
     both = {layer: preserved(layer) for layer in (1, 2)}
     more = (earlier[1] @ earlier[1].T).double()
     torch.testing.assert_close(both[1].factor @ both[1].factor.T, texts.moments[1].mean() + more)
     torch.testing.assert_close(both[2].factor @ both[2].factor.T, texts.moments[2].mean() + other)
 
 
-def unit(layer: int) -> float:
-    return 1.0
+def weighted(weight: float = 1.0, earlier: Mapping[int, Tensor] = MappingProxyType({})) -> Build:
+    """C = λ E[k k^T] + Σ K_p K_p^T with one λ for every layer."""
+    return lambda layer, mean: key_covariance(layer, mean, weight, earlier.get(layer))
 
 
 def nothing(layer: int) -> None:
@@ -153,7 +158,7 @@ def test_one_opening_subject_goes_the_share_that_its_leverage_gives_it(family: s
     """With q the larger of its own leverage and the least one, it goes q / (1 + q) of its way."""
     model = build(family)
     (part,) = split(grouped(model, ONE, contexts=[""]), replace(HYPER, covariance_weight=weight))
-    preserved = key_covariances(model, part, covariance(0), lambda layer: part.hyper.covariance_weight, nothing, {})
+    preserved = key_covariances(model, part, covariance(0), nothing, weighted(part.hyper.covariance_weight))
     before = opened(model, part)
     z = before + torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     key = oracle.key(model, part.groups[0].rows[0], 0)
@@ -173,7 +178,7 @@ def test_opening_subjects_together_come_near_their_values(family: str) -> None:
     model = build(family)
     part = split(grouped(model, ONE, OTHER, LONG), HYPER)[0]
     z = optimize(model, part.groups, MemitPaper().objective(part.hyper)).values[:, 0]
-    preserved = key_covariances(model, part, covariance(0), lambda layer: part.hyper.covariance_weight, nothing, {})
+    preserved = key_covariances(model, part, covariance(0), nothing, weighted(part.hyper.covariance_weight))
     update = written(model, part, z, preserved)
     assert list(update.deltas) == [model.weight_name(0)]
     before = opened(model, part)

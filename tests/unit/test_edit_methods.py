@@ -26,6 +26,7 @@ from kpatch.edit.methods import (
 from kpatch.edit.presets import (
     PRESETS,
     SHAPES,
+    AlphaEditHyper,
     FineTuneHyper,
     HyperParams,
     MemitHyper,
@@ -42,6 +43,7 @@ from tests.support.templates import DROPS, chatty
 build = cache(tiny)
 BASE = MemitHyper(layers=(1, 2))
 MEMIT, PAPER, ROME, FT = (method_named(name) for name in ("memit", "memit-paper", "rome", "ft"))
+ALPHA = method_named("alphaedit")
 
 
 class Nothing(Method):
@@ -77,10 +79,11 @@ def known(monkeypatch: pytest.MonkeyPatch) -> MemitHyper:
 
 
 def test_kpatchs_own_methods() -> None:
-    assert method_names()[:4] == ("memit", "memit-paper", "rome", "ft")
-    own = (MEMIT, PAPER, ROME, FT)
-    assert [method.hyper for method in own] == [MemitHyper, MemitPaperHyper, RomeHyper, FineTuneHyper]
-    assert [method.one_layer for method in own] == [False, False, True, True]
+    assert method_names()[:5] == ("memit", "memit-paper", "rome", "ft", "alphaedit")
+    own = (MEMIT, PAPER, ROME, FT, ALPHA)
+    hypers = [MemitHyper, MemitPaperHyper, RomeHyper, FineTuneHyper, AlphaEditHyper]
+    assert [method.hyper for method in own] == hypers
+    assert [method.one_layer for method in own] == [False, False, True, True, False]
 
 
 def test_a_method_of_another_package_is_found_by_its_name() -> None:
@@ -104,7 +107,7 @@ def _entry(value: str) -> Any:
 
 def test_an_entry_point_names_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "entry_points", _entry("kpatch.edit.rome:Rome"))
-    assert method_names() == ("memit", "memit-paper", "rome", "ft", "other")
+    assert method_names() == ("memit", "memit-paper", "rome", "ft", "alphaedit", "other")
     assert isinstance(method_named("other"), Rome)
 
 
