@@ -42,7 +42,7 @@ from kpatch.models.model import Model, load_model  # noqa: E402
 from kpatch.stats.covariance import collect  # noqa: E402
 
 COUNTS = (1, 3, 10, 32, 100, 316, 1000)
-METHODS = ("unpatched", "memit", "memit-paper", "rome", "ft", "alphaedit")
+METHODS = ("unpatched", "memit", "memit-paper", "rome", "ft", "alphaedit", "blue")
 PARTS = ("efficacy", "generalization", "specificity")
 _SAVE = 10  # edits of ROME between saves
 

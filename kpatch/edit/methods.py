@@ -40,6 +40,7 @@ _OWN = {
     "rome": "kpatch.edit.rome:Rome",
     "ft": "kpatch.edit.ft:FineTune",
     "alphaedit": "kpatch.edit.alphaedit:AlphaEdit",
+    "blue": "kpatch.edit.blue:Blue",
 }
 _registered: dict[str, type[Method]] = {}
 

@@ -92,7 +92,7 @@ class PaperValuesHyper(HyperParams):
 
 @dataclass(frozen=True, slots=True)
 class MemitPaperHyper(PaperValuesHyper):
-    """All that decides a patch of the paper's MEMIT besides facts, model and the covariance text.
+    """All that decides a patch of the paper's MEMIT, or of BLUE, besides facts, model and the covariance text.
 
     covariance_weight  λ in C = λ E[k k^T]
     """
@@ -181,6 +181,7 @@ SHAPES: dict[str, tuple[str, int, int]] = {
 }
 
 _PAPER = "MEMIT paper (Meng et al., ICLR 2023), section 5 and Appendix B"
+_BLUE = "the BLUE authors' published settings"
 _ALPHA = "the AlphaEdit authors' published settings"
 _ROME = "the ROME authors' published settings"
 _FT = "MEMIT paper, appendix B (FT-W), and its published settings"
@@ -204,6 +205,20 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
             MemitPaperHyper(layers=tuple(range(4, 9)), covariance_weight=600.0, lead_ins=4, prefixes=0),
             "measured by kpatch on 150 CounterFact edits and 66 of its own: R 4-8, λ 600, plain lead-ins (what so"
             " small a model writes by itself makes poor contexts); steps, lr and clamp as for GPT-J",
+        ),
+    },
+    "blue": {
+        "gpt-j": Preset(
+            MemitPaperHyper(layers=(3, 8)),
+            f"{_BLUE}: R 3-8, of which 3 and 8 are edited; all else as in memit-paper, λ 15,000",
+        ),
+        "gpt2-xl": Preset(
+            MemitPaperHyper(layers=(13, 17), covariance_weight=20_000.0, steps=20),
+            f"{_BLUE}: R 13-17, of which 13 and 17 are edited; all else as in memit-paper, λ 20,000, 20 steps",
+        ),
+        "smollm2": Preset(
+            MemitPaperHyper(layers=(4, 8), covariance_weight=600.0, lead_ins=4, prefixes=0),
+            "R 4-8 of memit-paper here, of which 4 and 8 are edited; λ 600 and contexts are its own too, untuned",
         ),
     },
     "alphaedit": {

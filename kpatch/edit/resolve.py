@@ -117,7 +117,10 @@ def _made(info: PatchInfo) -> list[tuple[str, Mapping[str, Any]]]:
         if changed:
             raise Refused(f"{called(info)} holds patches at a scale ({changed[0]:g}), which values do not have")
     # Before there were two of them, the paper's method was called memit
-    found = [("memit-paper" if "covariance_weight" in made else method, made) for method, made in found]
+    found = [
+        ("memit-paper" if method == "memit" and "covariance_weight" in made else method, made)
+        for method, made in found
+    ]
     for method, made in found:
         if method not in _METHODS or not made.keys() >= {*_deciding(method)} or not _numbers(method, made):
             raise Refused(

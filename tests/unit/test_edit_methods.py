@@ -43,7 +43,7 @@ from tests.support.templates import DROPS, chatty
 build = cache(tiny)
 BASE = MemitHyper(layers=(1, 2))
 MEMIT, PAPER, ROME, FT = (method_named(name) for name in ("memit", "memit-paper", "rome", "ft"))
-ALPHA = method_named("alphaedit")
+ALPHA, BLUE = (method_named(name) for name in ("alphaedit", "blue"))
 
 
 class Nothing(Method):
@@ -79,11 +79,11 @@ def known(monkeypatch: pytest.MonkeyPatch) -> MemitHyper:
 
 
 def test_kpatchs_own_methods() -> None:
-    assert method_names()[:5] == ("memit", "memit-paper", "rome", "ft", "alphaedit")
-    own = (MEMIT, PAPER, ROME, FT, ALPHA)
-    hypers = [MemitHyper, MemitPaperHyper, RomeHyper, FineTuneHyper, AlphaEditHyper]
+    assert method_names()[:6] == ("memit", "memit-paper", "rome", "ft", "alphaedit", "blue")
+    own = (MEMIT, PAPER, ROME, FT, ALPHA, BLUE)
+    hypers = [MemitHyper, MemitPaperHyper, RomeHyper, FineTuneHyper, AlphaEditHyper, MemitPaperHyper]
     assert [method.hyper for method in own] == hypers
-    assert [method.one_layer for method in own] == [False, False, True, True, False]
+    assert [method.one_layer for method in own] == [False, False, True, True, False, False]
 
 
 def test_a_method_of_another_package_is_found_by_its_name() -> None:
@@ -107,7 +107,7 @@ def _entry(value: str) -> Any:
 
 def test_an_entry_point_names_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "entry_points", _entry("kpatch.edit.rome:Rome"))
-    assert method_names() == ("memit", "memit-paper", "rome", "ft", "alphaedit", "other")
+    assert method_names() == ("memit", "memit-paper", "rome", "ft", "alphaedit", "blue", "other")
     assert isinstance(method_named("other"), Rome)
 
 

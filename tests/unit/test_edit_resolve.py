@@ -182,6 +182,9 @@ def test_what_cannot_be_solved_again_is_refused(world: World, tmp_path: Path) ->
     refused(go(first, write(hyperparameters={**numbers, "steps": "many"})), Refused, "not with MEMIT of this")
     refused(go(first, write(hyperparameters={})), Refused, "not with MEMIT of this")
     refused(go(first, write(method="rome")), Refused, "was made with rome")
+    # BLUE has the settings of the paper's MEMIT, but values that hold for the model its first layer left
+    blue = write(method="blue", hyperparameters={**numbers, "covariance_weight": 1.0})
+    refused(go(first, blue), Refused, "was made with blue")
     refused(go(first, write(parents=("ab" * 32,))), Refused, "not among them")
     write_patch(other, replace(made.manifest, groups=()), pack(made.deltas), force=True)
     refused(go(first, other), Refused, "stores no values")

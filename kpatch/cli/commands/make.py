@@ -39,7 +39,7 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            metavar="memit|memit-paper|rome|ft|alphaedit",
+            metavar="memit|memit-paper|rome|ft|alphaedit|blue",
             help="How the weights are found; other packages can add methods. Default: the preset file's, else memit.",
         ),
     ] = None,
