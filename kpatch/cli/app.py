@@ -48,7 +48,7 @@ def _kpatch(
 
 _COMMANDS = (
     "trace make show verify apply revert status log recover stack diff export ask eval probe import_ lint cov tune"
-    " memories models"
+    " train memories models"
 )
 _SHARED = ("trace", "make", "cov")  # what several processes can do together
 for _name in _COMMANDS.split():

@@ -71,6 +71,7 @@ def make(
     model: str | Model | None = None,
     method: str | None = None,
     preset: str | Path | None = None,
+    editor: str | Path | None = None,
     layers: Sequence[int] | None = None,
     layers_from: str | Path | None = None,
     wordings: str | None = None,
@@ -90,7 +91,7 @@ def make(
     """Make a patch with MEMIT, or with another method by name, and write it to `out`.
 
     `preset` is a preset file (`kpatch.edit.preset_file`): what it says of method, layers, settings and wordings holds
-    where the other arguments say nothing.
+    where the other arguments say nothing. `editor` is the file of a trained editor, which mend needs.
 
     `model` is an address or a loaded Model; `on` is a checkpoint directory that already carries patches and stands for
     the model. `memory` is the bytes that activations may take (default 800 MB). `layers_from` is a trace.json that
@@ -110,18 +111,18 @@ def make(
         raise BadInput(f"`layers` is {layers!r}", details=["expected a list of whole numbers, as in [3, 4, 5]"])
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
-    editor = method_named(_method(method, file))
+    chosen_method = method_named(_method(method, file)).with_editor(editor)
     edited = _load(facts, model, on, device, dtype, modules, report)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
     if wordings == "auto":
         chosen = ask_for_wordings(edited, chosen, LEARNED, seed, report)
     check_lengths(edited.tokenizer, chosen)
-    hyper = hyper_for(editor, edited, layers, settings or {}, report, file)
+    hyper = hyper_for(chosen_method, edited, layers, settings or {}, report, file)
     carried = _carried(edited) if on is not None else ()
     protect = facts.protect if isinstance(facts, FactFile) else ()
     inputs = Inputs(corpus, tokens, seed, budget, resume, carried, protect, report=report)
-    return write_edit(edited, chosen, editor, hyper, inputs, out=out, force=force, started=started)
+    return write_edit(edited, chosen, chosen_method, hyper, inputs, out=out, force=force, started=started)
 
 
 def write_edit(
@@ -143,7 +144,7 @@ def write_edit(
     """
 
     def run() -> MakeResult:
-        base = _base(model, [model.weight_name(layer) for layer in method.layers(hyper)], inputs.report)
+        base = _base(model, method.weights(model, method.layers(hyper)), inputs.report)
         earlier = facts_of(inputs.on)
         before, earlier_before = measure(model, facts, report=inputs.report), _measured(model, earlier, inputs)
         found = method.edit(model, facts, hyper, inputs)
@@ -266,6 +267,7 @@ def _manifest(
         facts=tuple(fact.in_manifest() for fact in facts),
         hyperparameters={
             **hyper.to_dict(),
+            **found.origin,
             "seed": inputs.seed,
             "dtype": str(model.dtype).removeprefix("torch."),
         },

@@ -23,6 +23,8 @@ from kpatch.facts.chat import can_chat
 from kpatch.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor
 
     from kpatch.edit.preset_file import PresetFile
@@ -41,6 +43,7 @@ _OWN = {
     "ft": "kpatch.edit.ft:FineTune",
     "alphaedit": "kpatch.edit.alphaedit:AlphaEdit",
     "blue": "kpatch.edit.blue:Blue",
+    "mend": "kpatch.edit.mend:Mend",
 }
 _registered: dict[str, type[Method]] = {}
 
@@ -82,6 +85,7 @@ class Edit:
     deltas  by weight name, in the orientation in which the weight is stored   layers  where they are
     keys [n, f] by layer, values [n, d]  what the facts can be solved again from; some methods have neither
     groups  which facts (positions) each row of the values is for, and in which layers its key is
+    origin  what else decided the deltas, for the manifest: the hash of a trained file
     """
 
     deltas: Mapping[str, Delta]
@@ -90,6 +94,7 @@ class Edit:
     values: Tensor | None = None
     groups: tuple[Mapping[str, Any], ...] = ()
     covariance: Covariance | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
 
 class Method(ABC):
@@ -100,10 +105,24 @@ class Method(ABC):
     presets: ClassVar[Mapping[str, Preset]] = {}  # by the names of kpatch.edit.presets.SHAPES
     one_layer: ClassVar[bool] = False  # R is a single layer
     ranks_share: ClassVar[bool] = False  # `edit` deals its work out with kpatch.distributed; else rank 0 does it all
+    takes_editor: ClassVar[bool] = False  # it needs the file of a trained editor
+    writes_last: ClassVar[bool] = False  # the last layer can be edited too: what is written is read at its own token
 
     @abstractmethod
     def edit(self, model: Model, facts: Sequence[Fact], hyper: Any, inputs: Inputs) -> Edit:
         """The deltas for all facts, which are not empty. The model is left as it was found, bit for bit."""
+
+    def with_editor(self, path: str | Path | None) -> Method:
+        """The method with its trained editor. Raises BadInput where it needs one and has none, or takes none."""
+        if path is not None:
+            raise BadInput(
+                f"{self.name} takes no trained editor", hint="`editor` is for `method` mend; leave one of them out"
+            )
+        return self
+
+    def defaults(self, layers: tuple[int, ...]) -> Any:
+        """The hyperparameters for layers R where no preset says them."""
+        return self.hyper(layers=layers)
 
     def choose_layers(self, model: Model, report: Reporter) -> tuple[int, ...]:
         """R for a model without a preset; empty where the user has to say it. Tells the reporter why."""
@@ -115,6 +134,10 @@ class Method(ABC):
     def layers(self, hyper: Any) -> tuple[int, ...]:
         """Every layer that `edit` may change, rising."""
         return tuple(sorted(set(hyper.layers)))
+
+    def weights(self, model: Model, layers: Sequence[int]) -> tuple[str, ...]:
+        """The names of every weight in `layers` that `edit` may change."""
+        return tuple(map(model.weight_name, layers))
 
 
 def register(method: type[Method]) -> type[Method]:
@@ -196,13 +219,13 @@ def hyper_for(
         hyper = preset.hyper
         report.note(f"preset {name} for {method.name}: {preset.source}")
     else:
-        hyper = method.hyper(layers=method.choose_layers(model, report) if layers is None else tuple(layers))
+        hyper = method.defaults(method.choose_layers(model, report) if layers is None else tuple(layers))
         if layers is None and not hyper.layers:
             raise _no_preset(method, model)
         if method.presets and file is None:
             report.note(f"no {method.name} preset for {model.name}: the defaults serve; `settings` changes them")
     if layers is not None:
-        check_layers(model, layers)
+        check_layers(model, layers, last=method.writes_last)
         hyper = replace(hyper, layers=tuple(sorted(set(layers))))
     if getattr(hyper, "first_layer", None) not in (None, *model.editable):
         settings = {"first_layer": str(model.editable[0]), **settings}
@@ -238,14 +261,14 @@ def _no_preset(method: Method, model: Model) -> BadInput:
     )
 
 
-def check_layers(model: Model, layers: Sequence[int]) -> None:
-    """Raise BadInput for no layers, one that the model lacks or that has no W^l, and the last."""
+def check_layers(model: Model, layers: Sequence[int], last: bool = False) -> None:
+    """Raise BadInput for no layers, one that the model lacks or that has no W^l, and unless `last` the last."""
     if not layers:
         raise BadInput("`layers` names no layer", details=[f"expected layers from 0 to {model.n_layers - 1}"])
     from kpatch.models.module_names import require_places
 
     require_places(model, layers)
-    if max(layers) == model.n_layers - 1:
+    if max(layers) == model.n_layers - 1 and not last:
         raise BadInput(
             f"Layer {max(layers)} is the last of {model.name}: nothing above it can read what is written",
             hint="give lower `layers`",

@@ -95,7 +95,7 @@ class PresetFile:
                 hint="give `layers` of this model, or tune it: `kpatch tune MODEL`",
             )
         try:
-            check_layers(model, self.layers)
+            check_layers(model, self.layers, last=method_named(self.method).writes_last)
         except BadInput as error:
             raise BadInput(error.message, where=where, details=error.details, hint=error.hint) from error
 

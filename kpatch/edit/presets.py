@@ -165,6 +165,20 @@ class FineTuneHyper(HyperParams):
 
 
 @dataclass(frozen=True, slots=True)
+class MendHyper(HyperParams):
+    """All that decides a patch of MEND besides the facts, the model and the editor.
+
+    regression  1: MALMEN's ridge regression makes one update of all facts'; 0: they are added up. As in the editor's
+    training, unless it is set
+    ridge  what the ridges that the editor learned are multiplied with
+    """
+
+    regression: int = 0
+    ridge: float = 1.0
+    positive: ClassVar[tuple[str, ...]] = ("ridge",)
+
+
+@dataclass(frozen=True, slots=True)
 class Preset:
     """Hyperparameters for one model, and where they come from."""
 
@@ -189,6 +203,7 @@ _FT = "MEMIT paper, appendix B (FT-W), and its published settings"
 # By method, then by the names of SHAPES
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
     "memit": {},  # the model itself says what serves
+    "mend": {},  # the editor says it
     "memit-paper": {
         "gpt-j": Preset(
             MemitPaperHyper(layers=tuple(range(3, 9))), f"{_PAPER}: R 3-8, λ 15,000, 25 steps, lr 0.5, clamp 0.75"

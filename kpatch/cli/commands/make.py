@@ -39,13 +39,17 @@ def command(
     method: Annotated[
         str | None,
         typer.Option(
-            metavar="memit|memit-paper|rome|ft|alphaedit|blue",
+            metavar="memit|memit-paper|rome|ft|alphaedit|blue|mend",
             help="How the weights are found; other packages can add methods. Default: the preset file's, else memit.",
         ),
     ] = None,
     preset: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Settings from a preset file, as `kpatch tune` writes them."),
+    ] = None,
+    editor: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The trained editor that mend needs, as `kpatch train mend` writes it."),
     ] = None,
     wordings: Annotated[
         str | None,
@@ -113,6 +117,7 @@ def command(
         out=path,
         method=method,
         preset=preset,
+        editor=editor,
         layers=chosen,
         layers_from=layers_from,
         wordings=wordings,

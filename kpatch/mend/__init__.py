@@ -1,0 +1,1 @@
+"""Trained editors: a network that turns a fact's gradient into an update, its file, and its training."""

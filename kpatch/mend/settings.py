@@ -1,0 +1,45 @@
+"""The numbers that decide how an editor is trained. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True, slots=True)
+class TrainHyper:
+    """All that decides an editor besides the model, the facts, the layers and the text.
+
+    regression  1: the updates of an episode's facts become one by MALMEN's ridge regression; 0: by their sum
+    edits  facts that are edited together in training   batch  facts a step of Adam
+    rank  of the editor's matrices (the authors: 1920)   edit_rate  the step size α at first
+    learning_rate, step_rate  of Adam for the network, and for α and the ridge   clip  norm of the gradient at most
+    edit_weight, locality_weight  c_e and c_loc   reads  places read of each row of text   text_tokens  its length
+    measured  facts over which (u, δ) are normalized   steps  at most   validate_every  steps
+    patience  validations without a lower loss before training ends
+    """
+
+    regression: int = 0
+    edits: int = 1
+    batch: int = 10
+    rank: int = 256
+    edit_rate: float = 1e-4
+    learning_rate: float = 1e-5
+    step_rate: float = 1e-4
+    clip: float = 100.0
+    edit_weight: float = 0.1
+    locality_weight: float = 1.0
+    reads: int = 8
+    text_tokens: int = 24
+    measured: int = 500
+    steps: int = 100_000
+    validate_every: int = 50
+    patience: int = 10
+    positive: ClassVar[tuple[str, ...]] = (
+        *("edits", "batch", "rank", "edit_rate", "clip", "edit_weight", "reads", "text_tokens", "measured", "steps"),
+        *("validate_every", "patience"),
+    )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return asdict(self)

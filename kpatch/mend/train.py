@@ -1,0 +1,209 @@
+"""Training of an editor: steps of Adam on the meta-loss, validation, and an end when that stops falling.
+
+Source: Mitchell et al. 2022 (MEND), section 3.3 and appendix C: what is minimized and how. What differs stands in
+docs/baselines.md.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kpatch.errors import BadInput, KpatchError
+from kpatch.facts.fact import Fact
+from kpatch.mend.data import Data, learn, split
+from kpatch.mend.episode import Loss, loss_of
+from kpatch.mend.network import Network, Settings, shape_name
+from kpatch.mend.places import last_layers, places
+from kpatch.mend.progress import Progress, open_progress
+from kpatch.mend.rows import Below, factors, marked
+from kpatch.mend.settings import TrainHyper
+from kpatch.mend.text import locality_text
+from kpatch.models.model import Model
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.corpus import SELF
+
+_SAVE_EVERY = 60.0  # seconds between saves
+TIME_UP = "time was up"
+_BUDGET = 800_000_000  # bytes of states that are kept
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The editor of the best validation and how training went: a row per validation, and why it ended."""
+
+    network: Network
+    history: tuple[dict[str, float], ...]
+    steps: int
+    ended: str
+    facts: tuple[int, int]
+    seconds: float
+    progress: Progress
+
+    def written(self) -> None:
+        """The editor is on disk: what was kept for an interruption goes, unless more time could go on from it."""
+        if self.ended != TIME_UP:
+            self.progress.forget()
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the editor's file and the command's JSON say of the training."""
+        return {
+            "steps": self.steps,
+            "ended": self.ended,
+            "facts": {"training": self.facts[0], "validation": self.facts[1]},
+            "validation": [dict(row) for row in self.history],
+        }
+
+
+def train(
+    model: Model,
+    facts: Sequence[Fact],
+    hyper: TrainHyper,
+    *,
+    layers: Sequence[int] | None = None,
+    corpus: str = SELF,
+    minutes: float | None = None,
+    seed: int = 0,
+    memory: int | None = None,
+    resume: bool = True,
+    report: Reporter = SILENT,
+) -> Trained:
+    """Train an editor for `model` on `facts`; their paraphrases are what the edited model is asked.
+
+    `layers` are the last three unless given; `corpus` is the text that must stay as it is. It ends after
+    `hyper.patience` validations without a lower loss, after `hyper.steps`, or after `minutes` of this run. The same
+    inputs, seed and machine give the same editor unless `minutes` ended it, however often it was interrupted.
+    `memory` is what kept states may take in bytes. Raises BadInput for too few facts, wrong layers, a loss that is
+    not finite.
+    """
+    started = time.monotonic()
+    where = places(model, last_layers(model) if layers is None else layers)
+    training, held = split(facts, seed)
+    count = -(-hyper.batch // hyper.edits) * hyper.edits
+    network = Network(where, Settings(hyper.rank, hyper.edit_rate, hyper.regression), seed).to(model.device)
+    progress = open_progress(network, model, facts, hyper, where, corpus, seed, report)
+    try:
+        if not (resume and progress.load()):
+            progress.clear()
+        text = locality_text(model, corpus, seed, hyper.text_tokens, report)
+        data = Data(tuple(learn(model, training)), tuple(learn(model, held)), text, hyper.reads)
+        below = Below(model, where[0].layer, _BUDGET if memory is None else memory, data.companies())
+        if not progress.measured:
+            _measure(network, below, data, hyper, seed, report)
+            progress.measured = True
+        end = None if minutes is None else started + 60 * minutes
+        ended = _Run(network, below, data, hyper, seed, count, progress, report).until(end)
+    except KeyboardInterrupt:
+        progress.save()
+        raise
+    progress.take_best()
+    found, seconds = (len(training), len(held)), time.monotonic() - started
+    return Trained(network, tuple(progress.history), progress.steps, ended, found, seconds, progress)
+
+
+class _Run:
+    """The steps from where `progress` stands to the end."""
+
+    def __init__(
+        self,
+        network: Network,
+        below: Below,
+        data: Data,
+        hyper: TrainHyper,
+        seed: int,
+        count: int,
+        progress: Progress,
+        report: Reporter,
+    ) -> None:
+        self.network, self.below, self.data, self.hyper = network, below, data, hyper
+        self.seed, self.count, self.progress, self.report = seed, count, progress, report
+
+    def until(self, end: float | None) -> str:
+        """Train; why it ended."""
+        progress, saved = self.progress, time.monotonic()
+        with self.report.task("Training the editor", self.hyper.steps, "step") as advance:
+            advance(progress.steps)
+            while True:
+                if progress.steps % self.hyper.validate_every == 0 and not progress.validated:
+                    self._validate()
+                if progress.waited >= self.hyper.patience:
+                    return f"no lower validation loss in {progress.waited} validations"
+                if progress.steps >= self.hyper.steps:
+                    return f"all {self.hyper.steps:,} steps were taken"
+                if end is not None and time.monotonic() > end:
+                    progress.save()
+                    return TIME_UP
+                self._step()
+                advance(1)
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    progress.save()
+                    saved = time.monotonic()
+
+    def _step(self) -> None:
+        asked = self.data.step(self.progress.steps, self.count, self.seed)
+        with torch.enable_grad():
+            total = self._total(loss_of(self.network, self.below, asked, self.hyper.edits, self.hyper.regression))
+        gradients = torch.autograd.grad(total, list(self.network.parameters()), allow_unused=True)
+        self.progress.step(gradients, self.hyper)
+
+    def _total(self, loss: Loss) -> Tensor:
+        total = self.hyper.edit_weight * loss.edit + self.hyper.locality_weight * loss.locality
+        if not bool(torch.isfinite(total)):
+            raise BadInput(
+                f"The loss is not finite after {self.progress.steps:,} steps",
+                details=["expected a number", f"found {float(total.detach())}"],
+                hint="lower `settings` learning_rate and step_rate, or load the model with `dtype=float32`",
+            )
+        return total
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        parts = []
+        for asked in self.data.judged(self.count, self.seed):
+            loss = loss_of(self.network, self.below, asked, self.hyper.edits, self.hyper.regression)
+            parts.append([float(part) for part in (self._total(loss), loss.edit, loss.near, loss.text)])
+        total, edit, near, text = (math.fsum(column) / len(parts) for column in zip(*parts, strict=True))
+        row = {"step": self.progress.steps, "loss": total, "edit": edit, "near": near, "text": text}
+        self.progress.judge(row)
+        self.report.note(
+            f"step {self.progress.steps:,}: validation loss {total:.4f} (edit {edit:.3f}, neighbors {near:.4f},"
+            f" text {text:.4f})"
+        )
+
+
+@torch.no_grad()
+def _measure(network: Network, below: Below, data: Data, hyper: TrainHyper, seed: int, report: Reporter) -> None:
+    """Mean and deviation of (u, δ) of each shape, and the size of each place's inputs, over training facts."""
+    sums = {name: torch.zeros(3, sum(one.shape), dtype=torch.float64) for name, one in _transforms(network)}
+    sizes = torch.zeros(2, len(network.places), dtype=torch.float64)
+    total = min(hyper.measured, len(data.training))
+    with report.task("Measuring gradients", total, "fact") as advance:
+        for begin in range(0, total, hyper.batch):
+            facts = data.training[begin : min(begin + hyper.batch, total)]
+            found = factors(below.ready([fact.edit for fact in facts]), network.places)
+            for number, (u, delta) in enumerate(found):
+                at = marked(u, delta)
+                u, delta = u.flatten(0, 1)[at].double().cpu(), delta.flatten(0, 1)[at].double().cpu()
+                both = torch.cat([u, delta], -1)  # (N, D)
+                kept = sums[shape_name(network.places[number].shape)]
+                kept += torch.stack([both.sum(0), both.square().sum(0), torch.full_like(kept[2], len(both))])
+                sizes[:, number] += torch.tensor([float(u.square().sum()), float(len(u))], dtype=torch.float64)
+            advance(len(facts))
+    for name, one in _transforms(network):
+        first, second, seen = sums[name]
+        if float(seen[0]) < 2 or not bool(torch.isfinite(second).all()):
+            raise KpatchError(f"The gradients of the facts cannot be measured for matrices of shape {name}")
+        mean = first / seen
+        one.mean.copy_(mean)
+        one.std.copy_((second / seen - mean.square()).clamp(min=0).sqrt())
+    network.sizes.copy_(sizes[0] / sizes[1])
+
+
+def _transforms(network: Network) -> list[tuple[str, Any]]:
+    return list(network.transforms.items())
