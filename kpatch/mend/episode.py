@@ -88,4 +88,4 @@ def _drift(where: Sequence[Place], made: Sequence[Update], rows: Above) -> Tenso
     with updated(rows.model, where, made):
         after = rows.logp()
     drift = (before.exp() * (before - after)).sum(-1)  # [M]
-    return (drift * rows.weights).sum() / len(rows.hidden)
+    return (drift * rows.weights.to(drift.dtype)).sum() / len(rows.hidden)

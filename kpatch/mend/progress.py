@@ -64,7 +64,7 @@ class Progress:
             for (name, one), gradient in zip(self.network.named_parameters(), gradients, strict=True):
                 if gradient is None:
                     continue
-                rate = hyper.step_rate if name in ("steps", "ridges") else hyper.learning_rate
+                rate = {"steps": hyper.step_rate, "ridges": hyper.ridge_rate}.get(name, hyper.learning_rate)
                 gradient = gradient * scale
                 first = self.first[name].lerp_(gradient, 1 - _BETAS[0])
                 second = self.second[name].mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])

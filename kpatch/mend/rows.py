@@ -55,7 +55,10 @@ class Below:
         on = self.model.device
         return Above(
             *(self.model, record(self.model, batch), hidden, self.first, torch.tensor(spots, device=on)),
-            *(torch.tensor(tokens, dtype=torch.long, device=on), torch.tensor(weights, device=on)),
+            *(
+                torch.tensor(tokens, dtype=torch.long, device=on),
+                torch.tensor(weights, dtype=torch.promote_types(hidden.dtype, torch.float32), device=on),
+            ),
         )
 
     def _states(self, rows: Sequence[Ids]) -> list[Tensor]:
@@ -103,7 +106,8 @@ class Above:
 
     def losses(self) -> Tensor:
         """−log P of the wanted tokens, weighted: [M]; the sum is that of the rows' means."""
-        return -self.logp().gather(1, self.tokens[:, None])[:, 0] * self.weights
+        logp = self.logp().gather(1, self.tokens[:, None])[:, 0]
+        return -logp * self.weights.to(logp.dtype)
 
 
 def factors(rows: Above, where: Sequence[Place]) -> list[tuple[Tensor, Tensor]]:
@@ -154,7 +158,8 @@ def updated(model: Model, where: Sequence[Place], updates: Sequence[Update]) -> 
         def add(module: nn.Module, given: Any, out: Tensor, reads: Tensor = reads, writes: Tensor = writes) -> Tensor:
             x = given[0].to(reads.dtype).reshape(len(reads), -1, reads.shape[-1])  # [G, tokens, in]
             change = (x @ reads.mT) @ writes
-            return out + change.reshape(out.shape).to(out.dtype)
+            result: Tensor = out + change.reshape(out.shape).to(out.dtype)
+            return result
 
         handles.append(module_of(model, place).register_forward_hook(add))
     try:

@@ -13,8 +13,8 @@ class TrainHyper:
     regression  1: the updates of an episode's facts become one by MALMEN's ridge regression; 0: by their sum
     edits  facts that are edited together in training   batch  facts a step of Adam
     rank  of the editor's matrices (the authors: 1920)   edit_rate  the step size α at first
-    learning_rate, step_rate  of Adam for the network, and for α and the ridge   clip  norm of the gradient at most
-    edit_weight, locality_weight  c_e and c_loc   reads  places read of each row of text   text_tokens  its length
+    learning_rate, step_rate, ridge_rate  of Adam for the network, for α and for ℓ   clip  norm of the gradient at most
+    edit_weight, locality_weight  c_e and c_loc   texts, text_tokens, reads  rows of text, their length, places read
     measured  facts over which (u, δ) are normalized   steps  at most   validate_every  steps
     patience  validations without a lower loss before training ends
     """
@@ -25,19 +25,21 @@ class TrainHyper:
     rank: int = 256
     edit_rate: float = 1e-4
     learning_rate: float = 1e-5
-    step_rate: float = 1e-4
+    step_rate: float = 1e-5
+    ridge_rate: float = 1e-2
     clip: float = 100.0
     edit_weight: float = 0.1
     locality_weight: float = 1.0
-    reads: int = 8
+    texts: int = 320
     text_tokens: int = 24
+    reads: int = 8
     measured: int = 500
     steps: int = 100_000
     validate_every: int = 50
     patience: int = 10
     positive: ClassVar[tuple[str, ...]] = (
-        *("edits", "batch", "rank", "edit_rate", "clip", "edit_weight", "reads", "text_tokens", "measured", "steps"),
-        *("validate_every", "patience"),
+        *("edits", "batch", "rank", "edit_rate", "clip", "edit_weight", "texts", "text_tokens", "reads", "measured"),
+        *("steps", "validate_every", "patience"),
     )
 
     def to_dict(self) -> dict[str, Any]:

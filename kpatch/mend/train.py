@@ -91,7 +91,7 @@ def train(
     try:
         if not (resume and progress.load()):
             progress.clear()
-        text = locality_text(model, corpus, seed, hyper.text_tokens, report)
+        text = locality_text(model, corpus, seed, (hyper.texts, hyper.text_tokens), report)
         data = Data(tuple(learn(model, training)), tuple(learn(model, held)), text, hyper.reads)
         below = Below(model, where[0].layer, _BUDGET if memory is None else memory, data.companies())
         if not progress.measured:

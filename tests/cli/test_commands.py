@@ -17,7 +17,7 @@ from tests.support.cli import run
 
 COMMANDS = (
     *"trace make show verify apply revert status log recover stack diff export".split(),
-    *"ask eval probe import lint cov tune memories models".split(),
+    *"ask eval probe import lint cov tune train memories models".split(),
 )
 
 

@@ -7,6 +7,7 @@ gets from kpatch is seen to work for one that kpatch does not know.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from kpatch.patch.delta import Dense
 from kpatch.patch.format import Patch, read_patch, verify
 from tests.support import cli
 from tests.support.checkpoints import snapshot
+from tests.support.editors import save_editor
 from tests.support.models import LAYERS, tiny
 
 
@@ -95,6 +97,11 @@ class World:
     settings: dict[str, str]
     model: Model
     untouched: dict[str, Tensor]
+    editor: Path | None = None
+
+    def make(self, out: Path, **arguments: Any) -> MakeResult:
+        """The method's patch in the file `out`, with its editor where it needs one."""
+        return make(FACTS, out=out, model=self.model, editor=self.editor, **arguments)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -127,11 +134,16 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     layers = [1] if method.one_layer else [1, 2]
     model = open_model(str(folder / "tiny-model"), device="cpu")
     untouched = copy.deepcopy(model.net.state_dict())
-    path = folder / "news.patch"
+    path, editor = folder / "news.patch", None
     with pytest.MonkeyPatch.context() as context:
         context.setenv("KPATCH_CACHE", str(folder / "cache"))
-        result = make(FACTS, out=path, model=model, method=name, layers=layers, tokens=TOKENS, settings=settings)
-        yield World(method, folder / "tiny-model", path, read_patch(path), result, layers, settings, model, untouched)
+        if method.takes_editor:
+            editor = save_editor(folder / "editor.safetensors", model, layers)
+            method = method.with_editor(editor)
+        result = make(FACTS, out=path, model=model, method=name, editor=editor, layers=layers, tokens=TOKENS,
+                      settings=settings)  # fmt: skip
+        patch = read_patch(path)
+        yield World(method, folder / "tiny-model", path, patch, result, layers, settings, model, untouched, editor)
 
 
 def weights(net: Any) -> dict[str, Tensor]:
@@ -170,9 +182,10 @@ def test_the_patch_is_sound_and_changes_the_layers_it_names(world: World) -> Non
     manifest = world.patch.manifest
     assert manifest.method == world.result.method == world.method.name
     assert list(manifest.layers) == list(world.result.layers) == world.layers
-    assert set(world.patch.deltas) == {world.model.weight_name(layer) for layer in world.layers}
-    for delta in world.patch.deltas.values():
-        assert delta.shape == tuple(world.model.weight(1).shape)
+    assert set(world.patch.deltas) == set(world.method.weights(world.model, world.layers))
+    assert {world.model.weight_name(layer) for layer in world.layers} <= set(world.patch.deltas)
+    for name, delta in world.patch.deltas.items():
+        assert delta.shape == tuple(world.untouched[name].shape)
         assert float(delta.dense().norm()) > 0
     assert [Fact.from_dict(fact) for fact in manifest.facts] == FACTS
     said = True if world.model.stores_transposed else None  # written only where it is true
@@ -200,6 +213,8 @@ def test_the_manifest_holds_every_hyperparameter_as_it_was_used(world: World) ->
         want["chat"] = 0  # these tokenizers have no chat template
     found = dict(world.patch.manifest.hyperparameters)
     assert (found.pop("seed"), found.pop("dtype")) == (0, "float32")
+    if world.editor is not None:
+        assert found.pop("editor") == hashlib.sha256(world.editor.read_bytes()).hexdigest()
     assert found == want
     assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in want.items()}
 
@@ -212,6 +227,7 @@ def test_the_command_line_makes_the_same_bytes(world: World, tmp_path: Path, mon
     ran = cli.run(
         *("make", facts, "--model", world.directory, "-o", tmp_path / "again.patch"),
         *("--method", world.method.name, "--layers", ",".join(map(str, world.layers)), "--tokens", TOKENS),
+        *(("--editor", world.editor) if world.editor else ()),
         *(word for key, value in world.settings.items() for word in ("--set", f"{key}={value}")),
     )
     assert ran.code == 0, ran.err
@@ -222,7 +238,7 @@ def test_a_preset_file_makes_the_same_bytes_as_layers_and_settings(world: World,
     told = PresetFile(world.method.name, layers=tuple(world.layers), settings=world.settings)
     preset = tmp_path / "preset.yaml"
     preset.write_text(told.text(), encoding="utf-8")
-    make(FACTS, out=tmp_path / "again.patch", model=world.model, preset=preset, tokens=TOKENS)
+    world.make(tmp_path / "again.patch", preset=preset, tokens=TOKENS)
     assert (tmp_path / "again.patch").read_bytes() == world.path.read_bytes()
 
 
@@ -243,10 +259,14 @@ def test_wrong_settings_and_layers_are_refused(
     world: World, tmp_path: Path, settings: dict[str, str], layers: list[int] | None, said: str
 ) -> None:
     name = world.method.name
-    if layers is None and name == "memit":
+    if layers is None and name in ("memit", "mend"):
         pytest.skip("it chooses its layers")
+    if world.method.writes_last and said == "is the last of":
+        pytest.skip("it edits the last layer")
+    if world.editor is not None and layers == [1]:
+        layers = world.layers  # those of its editor
     with pytest.raises(BadInput, match=said):
-        make(FACTS, out=tmp_path / "a.patch", model=world.model, method=name, layers=layers, settings=settings)
+        world.make(tmp_path / "a.patch", method=name, layers=layers, settings=settings)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -258,7 +278,7 @@ def test_settings_that_would_give_no_edit_are_refused(world: World, tmp_path: Pa
     assert positive
     for key in positive:
         with pytest.raises(BadInput, match="would give no edit"):
-            make(FACTS, out=tmp_path / "a.patch", model=world.model, method=name, layers=[1], settings={key: "0"})
+            world.make(tmp_path / "a.patch", method=name, layers=[1], settings={key: "0"})
 
 
 def test_a_method_of_one_layer_takes_one(world: World, tmp_path: Path) -> None:

@@ -79,7 +79,7 @@ def known(monkeypatch: pytest.MonkeyPatch) -> MemitHyper:
 
 
 def test_kpatchs_own_methods() -> None:
-    assert method_names()[:6] == ("memit", "memit-paper", "rome", "ft", "alphaedit", "blue")
+    assert method_names()[:7] == ("memit", "memit-paper", "rome", "ft", "alphaedit", "blue", "mend")
     own = (MEMIT, PAPER, ROME, FT, ALPHA, BLUE)
     hypers = [MemitHyper, MemitPaperHyper, RomeHyper, FineTuneHyper, AlphaEditHyper, MemitPaperHyper]
     assert [method.hyper for method in own] == hypers
@@ -107,7 +107,7 @@ def _entry(value: str) -> Any:
 
 def test_an_entry_point_names_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(methods, "entry_points", _entry("kpatch.edit.rome:Rome"))
-    assert method_names() == ("memit", "memit-paper", "rome", "ft", "alphaedit", "blue", "other")
+    assert method_names() == ("memit", "memit-paper", "rome", "ft", "alphaedit", "blue", "mend", "other")
     assert isinstance(method_named("other"), Rome)
 
 
