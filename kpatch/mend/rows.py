@@ -78,7 +78,9 @@ class Below:
     def _run(self, rows: tuple[Ids, ...]) -> dict[Ids, Tensor]:
         calls = record(self.model, _padded(self.model, rows))
         hidden = calls.run(calls.start, 0, self.first)
-        return {ids: hidden[number, : len(ids)].clone() for number, ids in enumerate(rows)}
+        # A row that stands in two companies is taken from one of them, whichever of the two runs first
+        own = [(number, ids) for number, ids in enumerate(rows) if self._company.get(ids, rows) == rows]
+        return {ids: hidden[number, : len(ids)].clone() for number, ids in own}
 
 
 def _padded(model: Model, rows: Sequence[Ids]) -> Batch:
