@@ -183,6 +183,6 @@ def test_a_subject_keeps_the_article_of_its_prompt(prompt: str, first: str, seco
 
 def test_wordings_keep_the_article_and_mean_the_same_relation() -> None:
     plain, articled = wordings_for("{} is located in"), wordings_for("The {} is located in")
-    assert plain and len(plain) == len(articled)
+    assert len(articled) == len(plain) > 0
     assert all("the {}" in wording.lower() for wording in articled)
     assert {relation_of(wording) for wording in articled} == {relation_of("{} is located in")}
