@@ -19,11 +19,11 @@ from kpatch.evaluate.intervals import SAMPLES, mean_interval
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.facts.chat import Turn, can_chat, chat_rows, turn_ends
 from kpatch.facts.question_files import ANSWER_FORMS, Question
+from kpatch.facts.questions import PLAIN
 from kpatch.facts.tokens import Item, encode_many
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
-PLAIN = "Question: {}\nAnswer:"  # the completion form
 UNGROUPED = "(none)"
 _ARTICLE = re.compile(r"\b(?:a|an|the)\b")
 

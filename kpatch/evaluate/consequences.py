@@ -14,7 +14,7 @@ from kpatch.evaluate.intervals import SAMPLES, grouped_interval
 from kpatch.evaluate.score import BATCH_TOKENS, Scored, score
 from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.join import join, without_spaces_behind
-from kpatch.facts.questions import question_of
+from kpatch.facts.questions import PLAIN, question_of
 from kpatch.facts.tokens import Item, encode_many
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
@@ -115,12 +115,12 @@ def _probes(number: int, fact: Fact) -> list[_Probe]:
     if question is not None:
         asked = fill(question, fact.subject)
         new_first, old_first = (
-            f"Question: {asked}\nA. {one}\nB. {other}\nAnswer:"
+            fill(PLAIN, f"{asked}\n1. {one}\n2. {other}")
             for one, other in ((fact.target, fact.was), (fact.was, fact.target))
         )
-        letters = ((new_first, "A"), (new_first, "B"), (old_first, "B"), (old_first, "A"))
-        probes.append(_Probe(number, "choice", tuple(Item(SLOT, text, letter) for text, letter in letters)))
-    new, old = (f"Question: Is this true? {statement(fact, one)}\nAnswer:" for one in (fact.target, fact.was))
+        numbers = ((new_first, "1"), (new_first, "2"), (old_first, "2"), (old_first, "1"))
+        probes.append(_Probe(number, "choice", tuple(Item(SLOT, text, one) for text, one in numbers)))
+    new, old = (fill(PLAIN, f"Is this true? {statement(fact, one)}") for one in (fact.target, fact.was))
     words = ((new, "Yes"), (new, "No"), (old, "No"), (old, "Yes"))
     probes.append(_Probe(number, "yes_no", tuple(Item(SLOT, text, word) for text, word in words)))
     return probes

@@ -16,13 +16,11 @@ from kpatch.evaluate.intervals import SAMPLES, grouped_interval
 from kpatch.evaluate.score import BATCH_TOKENS, Ids
 from kpatch.facts.chat import Turn, chat_rows
 from kpatch.facts.fact import SLOT, Fact, fill
-from kpatch.facts.questions import FORMS, question_of, question_of_neighbor
+from kpatch.facts.questions import FORMS, PLAIN, question_of, question_of_neighbor
 from kpatch.facts.tokens import Item, encode_many
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import counted
-
-PLAIN = "Q: {}\nA:"  # how a question is put without a chat template
 
 # A line end behind some words, or a full stop with white space behind it. Not behind an initial or a short form
 _END = re.compile(

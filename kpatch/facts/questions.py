@@ -12,6 +12,7 @@ from kpatch.facts.relations import relation_of, with_article
 
 # How people ask: a prompt to continue, a question in plain text, a question in the model's chat template
 FORMS = ("completion", "question", "chat")
+PLAIN = "Q: {}\nA:"  # how a question is put as plain text, to be continued
 _LONGEST_PROMPT = 30  # words in which a subject is looked for
 # Verbs of prompts: a subject holds none of them
 _VERBS = frozenset("is are was were has had have does did do lies stands plays".split())

@@ -11,7 +11,9 @@ from kpatch.errors import BadInput
 from kpatch.evaluate import answers
 from kpatch.evaluate.answers import Greedy
 from kpatch.evaluate.closed_book import Answered, answer_questions, by_group, form_for, judged, normalized, rates
+from kpatch.facts.fact import fill
 from kpatch.facts.question_files import Question
+from kpatch.facts.questions import PLAIN
 from kpatch.models.model import Model
 from tests.support.models import tiny
 from tests.support.templates import ALWAYS_THINKING, chatty
@@ -91,7 +93,7 @@ def test_rates_by_hand() -> None:
 
 def test_scripted_answers_are_compared_with_their_questions(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question is answered with a script; in the completion form its first line counts."""
-    scripts = ["\n New York\nQuestion: Where", " the Rhine", " In Paris.", " Raphael"]
+    scripts = ["\n New York\nQ: Where", " the Rhine", " In Paris.", " Raphael"]
     model, asked = tiny("llama"), []
 
     def scripted(model: Model, rows: list[tuple[int, ...]], *_: object, **__: object) -> list[Greedy]:
@@ -101,7 +103,7 @@ def test_scripted_answers_are_compared_with_their_questions(monkeypatch: pytest.
 
     monkeypatch.setattr(answers, "complete", scripted)
     found = answer_questions(model, QUESTIONS, "completion")
-    assert [text.strip() for text in asked] == [f"Question: {one.text}\nAnswer:" for one in QUESTIONS]
+    assert [text.strip() for text in asked] == [fill(PLAIN, one.text) for one in QUESTIONS]
     assert found == [
         Answered("New York", True, True),
         Answered("the Rhine", False, False),
@@ -137,7 +139,7 @@ def test_the_completion_form_is_the_first_line_that_transformers_generates() -> 
     model = tiny("llama")
     expected = []
     for question in QUESTIONS:
-        ids = model.tokenizer(f"Question: {question.text}\nAnswer:", return_tensors="pt")["input_ids"]
+        ids = model.tokenizer(fill(PLAIN, question.text), return_tensors="pt")["input_ids"]
         lines = generated(model, ids, [0], 12).strip().splitlines()
         expected.append(lines[0].strip() if lines else "")
     assert any(expected)

@@ -24,21 +24,21 @@ TOWER = Fact(
     ),
 )
 ROME, PARIS = "The Tower stands in Rome.", "The Tower stands in Paris."
-ASK = "Question: Where does the Tower stand?\n"
+ASK = "Q: Where does the Tower stand?\n"
 # P of each answer, and whether it is the first choice
 TABLE = {
     ("The Louvre stands in", " Paris"): (0.5, True),
     (f"{ROME} The Louvre stands in", " Paris"): (0.2, False),
     ("Big Ben stands in", " London"): (0.6, True),
     (f"{ROME} Big Ben stands in", " London"): (0.4, True),
-    (f"{ASK}A. Rome\nB. Paris\nAnswer:", " A"): (0.6, True),
-    (f"{ASK}A. Rome\nB. Paris\nAnswer:", " B"): (0.3, False),
-    (f"{ASK}A. Paris\nB. Rome\nAnswer:", " B"): (0.4, False),
-    (f"{ASK}A. Paris\nB. Rome\nAnswer:", " A"): (0.5, True),
-    (f"Question: Is this true? {ROME}\nAnswer:", " Yes"): (0.7, True),
-    (f"Question: Is this true? {ROME}\nAnswer:", " No"): (0.2, False),
-    (f"Question: Is this true? {PARIS}\nAnswer:", " No"): (0.5, True),
-    (f"Question: Is this true? {PARIS}\nAnswer:", " Yes"): (0.3, False),
+    (f"{ASK}1. Rome\n2. Paris\nA:", " 1"): (0.6, True),
+    (f"{ASK}1. Rome\n2. Paris\nA:", " 2"): (0.3, False),
+    (f"{ASK}1. Paris\n2. Rome\nA:", " 2"): (0.4, False),
+    (f"{ASK}1. Paris\n2. Rome\nA:", " 1"): (0.5, True),
+    (f"Q: Is this true? {ROME}\nA:", " Yes"): (0.7, True),
+    (f"Q: Is this true? {ROME}\nA:", " No"): (0.2, False),
+    (f"Q: Is this true? {PARIS}\nA:", " No"): (0.5, True),
+    (f"Q: Is this true? {PARIS}\nA:", " Yes"): (0.3, False),
 }
 
 
@@ -90,9 +90,9 @@ def test_probabilities_are_the_model_s() -> None:
         ids = tokenizer(prompt).input_ids
         return score(model, [(ids, tokenizer(prompt + answer).input_ids[len(ids) :])])[0].mean_logprob
 
-    first = f"{ASK}A. Rome\nB. Paris\nAnswer:"
-    assert found["choice"][0]["first"] == (logprob(first, " A") > logprob(first, " B"))
-    text = f"Question: Is this true? {PARIS}\nAnswer:"
+    first = f"{ASK}1. Rome\n2. Paris\nA:"
+    assert found["choice"][0]["first"] == (logprob(first, " 1") > logprob(first, " 2"))
+    text = f"Q: Is this true? {PARIS}\nA:"
     assert found["yes_no"][0]["no"] == (logprob(text, " No") > logprob(text, " Yes"))
 
 

@@ -14,6 +14,7 @@ from kpatch.evaluate.answers import CHAT_TOKENS
 from kpatch.evaluate.assess import Wanted, assess
 from kpatch.evaluate.forms import ask_forms, counts, first_sentence, is_exactly, prepare
 from kpatch.facts.fact import Fact, Neighbor
+from kpatch.facts.questions import PLAIN
 from tests.support import templates
 from tests.support.reports import Recorder
 from tests.support.templates import chatty
@@ -138,7 +139,7 @@ def test_answers_are_those_of_each_question_alone() -> None:
                 ids = model.tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
                 assert answers[text] == generated(model, ids, CHAT_TOKENS).strip()
             else:
-                ids = model.tokenizer(forms.PLAIN.format(text) if form == "question" else text).input_ids
+                ids = model.tokenizer(PLAIN.format(text) if form == "question" else text).input_ids
                 assert answers[text] == first_sentence(generated(model, ids, CHAT_TOKENS))
 
 
