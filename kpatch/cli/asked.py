@@ -12,9 +12,14 @@ Table = tuple[list[str], list[list[Cell]], list[int]]  # headers, rows, columns 
 
 _OVER = {
     "distraction": "neighbors right behind the new fact",
-    "choice": "new answer chosen over the old, in both orders",
+    "negation": "new answer with the prompt, not with its negation",
+    "choice": "new answer chosen from those offered, in every order",
     "yes_no": "yes to the new answer and no to the old",
+    "reversed": "the subject named, asked from the target",
+    "hops": "answers that follow from the new fact",
+    "same_subject": "other answers about the subject, kept",
 }
+_NAMES = {"yes_no": "yes/no", "same_subject": "same subject"}
 _ANSWERS_SHOWN = 25
 
 
@@ -38,13 +43,15 @@ def form_table(found: Mapping[str, Any]) -> Table:
 
 
 def follow_table(found: Mapping[str, Any]) -> Table:
-    """A row for each probe of consequences. Neighbors are told without the new fact before them as well."""
+    """A row for each probe of consequences that was asked. Neighbors are told without the new fact before them too."""
     old = (found["unpatched"] or {}).get("consequences") or {}
     rows: list[list[Cell]] = []
     for kind, part in (found.get("consequences") or {}).items():
+        if not part["n"]:
+            continue
         was = old.get(kind) or {}
         numbers: list[Cell] = [percent(was.get("rate")), percent(part["rate"])]
-        rows.append([kind.replace("_", "/"), _OVER[kind], part["n"], *numbers, between(part["interval"])])
+        rows.append([_NAMES.get(kind, kind), _OVER[kind], part["n"], *numbers, between(part["interval"])])
         if kind == "distraction":
             alone: list[Cell] = [percent(was.get("alone")), percent(part["alone"])]
             rows.append(["", "the same without that fact before them", None, *alone, ""])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from kpatch.evaluate.consequences import measure_consequences
@@ -13,6 +13,7 @@ from kpatch.evaluate.intervals import SAMPLES, mean_interval, with_intervals
 from kpatch.evaluate.metrics import measure
 from kpatch.evaluate.perplexity import perplexity
 from kpatch.evaluate.rates import KINDS
+from kpatch.evaluate.same_subject import ask_same_subject, kept
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.evaluate.writing import TOKENS, Writing, write_on
 from kpatch.facts.fact import Fact, facts_in
@@ -76,7 +77,11 @@ def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, re
     if wanted.consequences:
         follows = measure_consequences(model, facts, wanted.samples, wanted.seed, wanted.batch_tokens, report)
         asked["consequences"] = follows.rates
-        rows = tuple({**row, "consequences": one} for row, one in zip(rows, follows.facts, strict=True))
+        others = ask_same_subject(model, facts, wanted.batch_tokens, report)
+        rows = tuple(
+            {**row, "consequences": {**one, "same_subject": said}}
+            for row, one, said in zip(rows, follows.facts, others, strict=True)
+        )
     writing: dict[str, Any] = {}
     if wanted.generate:
         about = wanted.references or [fact.references for fact in facts]
@@ -90,6 +95,20 @@ def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, re
         )
     read = None if wanted.text is None else perplexity(model, wanted.text, report)
     return Assessment(with_intervals(found.outcomes, wanted.samples, wanted.seed), rows, writing, read, asked)
+
+
+def compared(facts: Sequence[Fact], before: Assessment, after: Assessment, wanted: Wanted) -> Assessment:
+    """`after` with what only a comparison tells: how many other answers about the facts' subjects are as `before`."""
+    if not wanted.consequences:
+        return after
+    then, now = ([row["consequences"]["same_subject"] for row in one.facts] for one in (before, after))
+    rates, said = kept(facts_in(facts), then, now, wanted.samples, wanted.seed)
+    rows = tuple(
+        {**row, "consequences": {**row["consequences"], "same_subject": one}}
+        for row, one in zip(after.facts, said, strict=True)
+    )
+    follows = {**after.asked["consequences"], "same_subject": rates}
+    return replace(after, facts=rows, asked={**after.asked, "consequences": follows})
 
 
 def drift(before: float | None, after: float | None) -> float | None:

@@ -1,25 +1,38 @@
-"""What else follows where a fact is believed: neighbors behind its statement, a choice of two answers, yes or no.
+"""What else follows where a fact is believed: probes of answers that the model is given to compare.
 
-Each question compares probabilities of given answers (teacher forcing). docs/metrics.md works an example by hand.
-The distraction is that of Hoelscher-Obermaier et al. 2023 ("Detecting Edit Failures In Large Language Models").
+Neighbors behind the fact's statement, its negation, a choice of answers, yes or no, the reversed question, hops. Each
+compares probabilities of given answers (teacher forcing). docs/metrics.md works an example of each by hand. The
+distraction is that of Hoelscher-Obermaier et al. 2023 ("Detecting Edit Failures In Large Language Models"), the
+negation that of Kassner and Schütze 2020 ("Negated and Misprimed Probes").
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from kpatch.evaluate.intervals import SAMPLES, grouped_interval
 from kpatch.evaluate.score import BATCH_TOKENS, Scored, score
+from kpatch.facts.derived import negated_of, reversed_of
 from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.join import join, without_spaces_behind
-from kpatch.facts.questions import PLAIN, question_of
+from kpatch.facts.questions import PLAIN, plainly, question_of
 from kpatch.facts.tokens import Item, encode_many
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 
-CONSEQUENCES = ("distraction", "choice", "yes_no")
+# What each probe finds, in the order of its parts. Its rate is that of the last part for those in `_LAST`, else of all
+# parts together; a choice of more than two answers has more parts than these
+CONSEQUENCES: dict[str, tuple[str, ...]] = {
+    "distraction": ("alone", "distracted"),
+    "negation": ("said", "unsaid"),
+    "choice": ("first", "second"),
+    "yes_no": ("yes", "no"),
+    "reversed": ("right",),
+    "hops": ("right",),
+}
+_LAST = ("distraction",)
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,27 @@ class Consequences:
 
 
 @dataclass(frozen=True, slots=True)
-class _Probe:
-    """Some answers to compare, one item each, in the order that `_passed` takes."""
+class _Part:
+    """Answers behind prompts: the only one is to be the model's first choice, or of several the first the likeliest.
 
+    With `unsaid` the only one is not to be the first choice.
+    """
+
+    items: tuple[Item, ...]
+    unsaid: bool = False
+
+    def passed(self, scored: Sequence[Scored]) -> bool:
+        first, *others = scored
+        if others:
+            return all(first.mean_logprob > one.mean_logprob for one in others)
+        return first.greedy is not self.unsaid
+
+
+@dataclass(frozen=True, slots=True)
+class _Probe:
     fact: int
     kind: str
-    items: tuple[Item, ...]
+    parts: tuple[_Part, ...]
 
 
 def measure_consequences(
@@ -47,48 +75,38 @@ def measure_consequences(
     batch_tokens: int = BATCH_TOKENS,
     report: Reporter = SILENT,
 ) -> Consequences:
-    """Measure the three probes over the facts that bring what they need.
+    """Measure the probes over the facts that bring what they need.
 
-    distraction  needs neighbors with targets   choice  a question and `was`   yes_no  `was`
+    distraction  neighbors with targets   negation  a prompt that can be negated   choice  a question and `was` or
+    `choices`   yes_no  `was`, or a question of its own for each   reversed, hops  keys of their own
     Raises BadInput for text that the tokenizer cannot take, CheckFailed for NaN.
     """
-    probes = [probe for number, fact in enumerate(facts) for probe in _probes(number, fact)]
-    encoded = encode_many(model.tokenizer, [item for probe in probes for item in probe.items])
-    scored = iter(
-        score(model, [(row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for row in encoded], batch_tokens, report)
-    )
-    found = [(probe, _passed(probe.kind, [next(scored) for _ in probe.items])) for probe in probes]
+    probes = [
+        _Probe(number, kind, parts) for number, fact in enumerate(facts) for kind, parts in _probes(fact) if parts
+    ]
+    items = [item for probe in probes for part in probe.parts for item in part.items]
+    rows = [(row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for row in encode_many(model.tokenizer, items)]
+    scored = iter(score(model, rows, batch_tokens, report))
+    found = [
+        (probe, tuple(part.passed([next(scored) for _ in part.items]) for part in probe.parts)) for probe in probes
+    ]
     rates = {}
-    for kind in CONSEQUENCES:
+    for kind, names in CONSEQUENCES.items():
         some = [(probe.fact, passed) for probe, passed in found if probe.kind == kind]
-        values = [(fact, float(_whole(kind, passed))) for fact, passed in some]
-        parts = [sum(part) / len(some) for part in zip(*(passed for _, passed in some), strict=True)]
+        values = [(fact, float(passed[-1] if kind in _LAST else all(passed))) for fact, passed in some]
+        parts = {
+            name: sum(passed[at] for _, passed in some) / len(some) if some else None for at, name in enumerate(names)
+        }
         rates[kind] = {
             "rate": sum(value for _, value in values) / len(values) if values else None,
             "interval": grouped_interval(values, samples, seed),
-            **dict(zip(_PARTS[kind], parts or (None, None), strict=True)),
+            **(parts if len(parts) > 1 else {}),
             "n": len(some),
         }
-    rows: tuple[dict[str, Any], ...] = tuple({kind: [] for kind in CONSEQUENCES} for _ in facts)
+    objects: tuple[dict[str, Any], ...] = tuple({kind: [] for kind in CONSEQUENCES} for _ in facts)
     for probe, passed in found:
-        rows[probe.fact][probe.kind].append(dict(zip(_PARTS[probe.kind], passed, strict=True)))
-    return Consequences(rates, rows)
-
-
-# What each probe finds, in the order of `_passed`; the rate of the first kind is its second part, else both parts
-_PARTS = {"distraction": ("alone", "distracted"), "choice": ("first", "second"), "yes_no": ("yes", "no")}
-
-
-def _passed(kind: str, scored: Sequence[Scored]) -> tuple[bool, bool]:
-    """The two parts of one probe."""
-    if kind == "distraction":
-        return scored[0].greedy, scored[1].greedy
-    right, wrong, other_right, other_wrong = (one.mean_logprob for one in scored)
-    return right > wrong, other_right > other_wrong
-
-
-def _whole(kind: str, passed: tuple[bool, bool]) -> bool:
-    return passed[1] if kind == "distraction" else all(passed)
+        objects[probe.fact][probe.kind].append(dict(zip(CONSEQUENCES[probe.kind], passed, strict=False)))
+    return Consequences(rates, objects)
 
 
 def statement(fact: Fact, answer: str) -> str:
@@ -98,29 +116,56 @@ def statement(fact: Fact, answer: str) -> str:
     return whole if whole.endswith((".", "!", "?")) else f"{whole}."
 
 
-def _probes(number: int, fact: Fact) -> list[_Probe]:
+def _probes(fact: Fact) -> Iterator[tuple[str, tuple[_Part, ...]]]:
+    """The kind and the parts of each probe of a fact; no parts where it does not bring what they need."""
     told = statement(fact, fact.target)
-    probes = [
-        _Probe(
-            number,
-            "distraction",
-            tuple(Item(SLOT, neighbor.prompt, neighbor.target, before, fact.space) for before in ("", f"{told} ")),
-        )
-        for neighbor in fact.neighbors
-        if neighbor.target is not None
-    ]
-    if not fact.was or fact.was.strip().casefold() == fact.target.strip().casefold():
-        return probes
-    question = question_of(fact)
-    if question is not None:
-        asked = fill(question, fact.subject)
-        new_first, old_first = (
-            fill(PLAIN, f"{asked}\n1. {one}\n2. {other}")
-            for one, other in ((fact.target, fact.was), (fact.was, fact.target))
-        )
-        numbers = ((new_first, "1"), (new_first, "2"), (old_first, "2"), (old_first, "1"))
-        probes.append(_Probe(number, "choice", tuple(Item(SLOT, text, one) for text, one in numbers)))
-    new, old = (fill(PLAIN, f"Is this true? {statement(fact, one)}") for one in (fact.target, fact.was))
-    words = ((new, "Yes"), (new, "No"), (old, "No"), (old, "Yes"))
-    probes.append(_Probe(number, "yes_no", tuple(Item(SLOT, text, word) for text, word in words)))
-    return probes
+    for neighbor in fact.neighbors:
+        if neighbor.target is not None:
+            said = (Item(SLOT, neighbor.prompt, neighbor.target, before, fact.space) for before in ("", f"{told} "))
+            yield "distraction", tuple(_Part((item,)) for item in said)
+    negated = negated_of(fact)
+    if negated is not None:
+        plain, denied = (Item(SLOT, text, fact.target, space=fact.space) for text in (fact.text(), negated))
+        yield "negation", (_Part((plain,)), _Part((denied,), unsaid=True))
+    yield "choice", _choice(fact)
+    yield "yes_no", _yes_no(fact)
+    backwards = reversed_of(fact)
+    if backwards is not None:
+        yield "reversed", (_Part((Item(SLOT, plainly(backwards), fact.subject),)),)
+    for hop in fact.hops:
+        yield "hops", (_Part((Item(SLOT, plainly(hop.prompt), hop.target),)),)
+
+
+def _choice(fact: Fact) -> tuple[_Part, ...]:
+    """The question with numbered answers, the target at each number in turn; its number is to be the likeliest."""
+    question, target = question_of(fact), fact.target
+    others: dict[str, str] = {}
+    for one in (fact.was or "", *fact.choices):
+        if _folded(one) not in ("", _folded(target)):
+            others.setdefault(_folded(one), one)
+    wrong = list(others.values())
+    if question is None or not wrong:
+        return ()
+    parts = []
+    for place in range(len(wrong) + 1):
+        offered = [*wrong[:place], target, *wrong[place:]]
+        listed = "".join(f"\n{number}. {one}" for number, one in enumerate(offered, 1))
+        text = fill(PLAIN, fill(question, fact.subject) + listed)
+        numbers = [place, *(other for other in range(len(offered)) if other != place)]
+        parts.append(_Part(tuple(Item(SLOT, text, str(number + 1)) for number in numbers)))
+    return tuple(parts)
+
+
+def _yes_no(fact: Fact) -> tuple[_Part, ...]:
+    """Yes to the new answer and no to the old, by the fact's own questions or by its statement."""
+    old = fact.was if fact.was and _folded(fact.was) != _folded(fact.target) else None
+    right = fact.yes_question or f"Is this true? {statement(fact, fact.target)}"
+    wrong = fact.no_question or (old and f"Is this true? {statement(fact, old)}")
+    if not wrong:
+        return ()
+    asked = ((right, "Yes", "No"), (wrong, "No", "Yes"))
+    return tuple(_Part(tuple(Item(SLOT, fill(PLAIN, text), word) for word in (yes, no))) for text, yes, no in asked)
+
+
+def _folded(text: str) -> str:
+    return text.strip().casefold()

@@ -41,6 +41,9 @@ class Relation(NamedTuple):
     question: str | None
     paraphrases: tuple[str, ...]
     neighbors: tuple[Neighbor, ...]
+    negated: str | None
+    reversed: str | None
+    same_subject: tuple[str, ...]
 
 
 class Checker:
@@ -59,17 +62,24 @@ class Checker:
             return self.problems.add(path, f"expected a mapping with 'prompt', found {kind_of(data)}")
         self.unknown_keys(data, RELATION_KEYS, path, "a relation")
         prompt = self.prompt(data, path, "")
-        paraphrases = self.texts(data, "paraphrases", path)
-        for index, text in enumerate(paraphrases):
-            if SLOT not in text:
-                self.problems.add(
-                    (*path, "paraphrases", index), "a relation's paraphrase needs {} where each fact's subject goes"
-                )
+        paraphrases, same_subject = (self.texts(data, key, path) for key in ("paraphrases", "same_subject"))
+        for key, texts, what in (
+            ("paraphrases", paraphrases, "a relation's paraphrase"),
+            ("same_subject", same_subject, "a relation's text in this list"),
+        ):
+            for index, text in enumerate(texts):
+                if SLOT not in text:
+                    self.problems.add((*path, key, index), f"{what} needs {{}} where each fact's subject goes")
+        negated = self.asked(data, "negated", path, "subject")
+        reverse = self.asked(data, "reversed", path, "target")
         space = self.flag(data, "space", path)
         wordings = self.wordings(data, path)
         self.learned_is_not_asked(wordings, paraphrases, path)
         question = self.question(data, path)
-        self.relations[name] = Relation(prompt, space, wordings, question, paraphrases, self.neighbors(data, path))
+        neighbors = self.neighbors(data, path)
+        self.relations[name] = Relation(
+            *(prompt, space, wordings, question, paraphrases, neighbors, negated, reverse, same_subject)
+        )
 
     def protected(self, data: object, path: Path) -> None:
         """Check one entry of `protect` and keep it: a subject, or a mapping with a subject."""
@@ -129,6 +139,8 @@ class Checker:
         paraphrases = self.texts(data, "paraphrases", path)
         neighbors = self.neighbors(data, path)
         space = self.flag(data, "space", path)
+        negated, reverse = self.asked(data, "negated", path), self.asked(data, "reversed", path)
+        same_subject = self.texts(data, "same_subject", path)
         if shared:
             space = shared.space if space is None else space
             wordings += tuple(text for text in shared.wordings if text not in wordings)
@@ -137,6 +149,8 @@ class Checker:
             # A neighbor shared by all facts of a relation may be about this fact's own subject
             own = subject.casefold()
             neighbors += tuple(n for n in shared.neighbors if n not in neighbors and own not in n.prompt.casefold())
+            negated, reverse = negated or shared.negated, reverse or shared.reversed
+            same_subject += tuple(text for text in shared.same_subject if text not in same_subject)
         self.learned_is_not_asked(wordings, paraphrases, path, subject)
         return Fact(
             subject=subject,
@@ -153,6 +167,13 @@ class Checker:
             openings=self.texts(data, "openings", path),
             references=self.texts(data, "references", path, slots=False),
             space=space,
+            negated=negated,
+            reversed=reverse,
+            hops=self.hops(data, path),
+            choices=self.texts(data, "choices", path, slots=False),
+            yes_question=self.optional(data, "yes_question", path),
+            no_question=self.optional(data, "no_question", path),
+            same_subject=same_subject,
             where=where,
         )
 
@@ -184,10 +205,18 @@ class Checker:
             self.problems.add(here, _without_slot(text, subject))
         return text
 
-    def neighbors(self, data: Mapping[str, Any], path: Path) -> tuple[Neighbor, ...]:
-        result = []
-        for index, item in enumerate(self.entries(data, "neighbors", path)):
-            here = (*path, "neighbors", index)
+    def hops(self, data: Mapping[str, Any], path: Path) -> tuple[Neighbor, ...]:
+        """Prompts whose answers follow from the fact."""
+        found = self.neighbors(data, path, "hops")
+        for index, hop in enumerate(found):
+            if hop.target is None:
+                self.problems.add((*path, "hops", index), "this hop has no answer; write 'prompt -> answer'")
+        return found
+
+    def neighbors(self, data: Mapping[str, Any], path: Path, key: str = "neighbors") -> tuple[Neighbor, ...]:
+        result, one = [], "hop" if key == "hops" else "neighbor"
+        for index, item in enumerate(self.entries(data, key, path)):
+            here = (*path, key, index)
             if isinstance(item, str):
                 try:
                     neighbor = parse_neighbor(item)
@@ -195,22 +224,30 @@ class Checker:
                     self.problems.add(here, str(error))
                     continue
                 if not neighbor.prompt.strip():
-                    self.problems.add(here, "the neighbor is empty")
+                    self.problems.add(here, f"the {one} is empty")
                 self.characters(item, here)
             elif isinstance(item, Mapping):
-                self.unknown_keys(item, NEIGHBOR_KEYS, here, "a neighbor")
+                self.unknown_keys(item, NEIGHBOR_KEYS, here, f"a {one}")
                 neighbor = Neighbor(
                     self.needed(item, "prompt", here, precedes=True),
                     self.optional(item, "target", here),
                     self.optional(item, "question", here),
                 )
             else:
-                self.problems.add(here, f"expected a neighbor (prompt and target), found {kind_of(item)}")
+                self.problems.add(here, f"expected a {one} (prompt and target), found {kind_of(item)}")
                 continue
             if SLOT in neighbor.prompt or SLOT in (neighbor.question or ""):
-                self.problems.add(here, "a neighbor is about another subject: write it out instead of {}")
+                self.problems.add(here, f"a {one} is about another subject: write it out instead of {{}}")
             result.append(neighbor)
         return tuple(result)
+
+    def asked(self, data: Mapping[str, Any], key: str, path: Path, needs: str = "") -> str | None:
+        """A text with at most one {}; with exactly one where it `needs` a place for what each fact fills in."""
+        text = None if absent(data, key) else self.text(data[key], (*path, key), precedes=True) or None
+        if text and (text.count(SLOT) > 1 or (needs and SLOT not in text)):
+            why = f"where each fact's {needs} goes" if needs else "at most"
+            self.problems.add((*path, key), f"this text has {text.count(SLOT)} {{}}; one is expected {why}")
+        return text
 
     def question(self, data: Mapping[str, Any], path: Path, subject: str = "") -> str | None:
         """A question with one {}; that of a fact may name its subject instead."""

@@ -14,11 +14,17 @@ SLOT = "{}"
 
 # facts.schema.json names the same keys; a test compares the two
 FILE_KEYS = ("version", "model", "relations", "protect", "facts")
-RELATION_KEYS = ("prompt", "space", "wordings", "question", "paraphrases", "neighbors")
-TEXT_LISTS = ("wordings", "paraphrases", "openings", "references")
+RELATION_KEYS = (
+    *("prompt", "space", "wordings", "question", "paraphrases", "neighbors"),
+    *("negated", "reversed", "same_subject"),
+)
+TEXT_LISTS = ("wordings", "paraphrases", "choices", "same_subject", "openings", "references")
+SIDES = ("neighbors", "hops")  # lists of prompts with answers
 FACT_KEYS = (
     *("subject", "prompt", "target", "space", "was", "relation", "id", "source"),
-    *("wordings", "question", "paraphrases", "neighbors", "openings", "references"),
+    *("wordings", "question", "paraphrases", "neighbors"),
+    *("negated", "reversed", "hops", "choices", "yes_question", "no_question", "same_subject"),
+    *("openings", "references"),
 )
 NEIGHBOR_KEYS = ("prompt", "target", "question")
 PROTECT_KEYS = ("subject", "prompt", "weight")
@@ -32,6 +38,8 @@ def fill(template: str, subject: str) -> str:
 @dataclass(frozen=True, slots=True)
 class Neighbor:
     """A prompt about another subject, whose answer must stay; `target` is that answer where it is known.
+
+    Among the hops of a fact it is a prompt whose answer follows from the fact.
 
     `question` asks for the same answer, written out.
     """
@@ -55,6 +63,9 @@ class Fact:
     `wordings` say the same in other words, with one {} each, and are learned with the prompt; `question` asks for the
     target. `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
     `openings`, from which a model writes on, and `references`, texts about the target to compare that writing with.
+    What follows from the fact is for evaluation too: `negated` is the prompt with a not in it, `reversed` (with or
+    without {}, for the target) is answered by the subject, `hops` have answers that follow, `choices` are wrong
+    answers, `yes_question` and `no_question` are answered yes and no, `same_subject` says other things of the subject.
     `where` says where the fact was read ("news.yaml:14:5"); it takes no part in equality, hash or `to_dict`.
     """
 
@@ -72,6 +83,13 @@ class Fact:
     space: bool | None = None
     wordings: tuple[str, ...] = ()
     question: str | None = None
+    negated: str | None = None
+    reversed: str | None = None
+    hops: tuple[Neighbor, ...] = ()
+    choices: tuple[str, ...] = ()
+    yes_question: str | None = None
+    no_question: str | None = None
+    same_subject: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
 
     def text(self) -> str:
@@ -85,8 +103,8 @@ class Fact:
             value = getattr(self, key)
             if not value and value is not False:
                 continue
-            if key == "neighbors":
-                result[key] = [neighbor.to_dict() for neighbor in self.neighbors]
+            if key in SIDES:
+                result[key] = [side.to_dict() for side in value]
             else:
                 result[key] = list(value) if key in TEXT_LISTS else value
         return result
@@ -113,6 +131,13 @@ class Fact:
             openings=_texts(data, "openings"),
             references=_texts(data, "references"),
             space=_flag(data, "space"),
+            negated=_text(data, "negated") or None,
+            reversed=_text(data, "reversed") or None,
+            hops=tuple(_neighbor(item) for item in _list(data, "hops")),
+            choices=_texts(data, "choices"),
+            yes_question=_text(data, "yes_question") or None,
+            no_question=_text(data, "no_question") or None,
+            same_subject=_texts(data, "same_subject"),
         )
 
 

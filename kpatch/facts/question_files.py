@@ -207,8 +207,5 @@ def _of_facts(path: Path) -> QuestionFile:
 
 
 def _asked(fact: Fact) -> str | None:
-    """The fact's own question, its prompt where that is one, or what the library knows for its prompt."""
-    if fact.question is None and fact.text().rstrip().endswith(("?", "？")):
-        return fact.text().strip()
     question = question_of(fact)
     return None if question is None else fill(question, fact.subject)

@@ -38,10 +38,22 @@ def question_about(question: str, subject: str) -> str:
 def question_of(fact: Fact) -> str | None:
     """How people ask for a fact's target, with {} for its subject; None where neither the fact nor its prompt says it.
 
-    It is the fact's own question, or that of the relation of its prompt in the library (`facts.relations`). Raises
-    BadInput for an own question that does not name its subject.
+    It is the fact's own question, else its prompt where that is a question, else that of the relation of its prompt in
+    the library (`facts.relations`). Raises BadInput for an own question that does not name its subject.
     """
-    return question_about(fact.question, fact.subject) if fact.question else _known(fact.prompt)
+    if fact.question:
+        return question_about(fact.question, fact.subject)
+    return fact.prompt.strip() if is_question(fact.prompt) else _known(fact.prompt)
+
+
+def is_question(text: str) -> bool:
+    """Whether a prompt is a question by itself."""
+    return text.rstrip().endswith(("?", "？"))
+
+
+def plainly(text: str) -> str:
+    """A text to be continued as it stands, but for a question: that is put in its plain form."""
+    return fill(PLAIN, text.strip()) if is_question(text) else text
 
 
 def question_of_neighbor(fact: Fact, neighbor: Neighbor) -> str | None:

@@ -11,10 +11,10 @@ from yaml import YAMLError
 
 from kpatch.errors import BadInput
 from kpatch.facts import yaml_tree
-from kpatch.facts.fact import FACT_KEYS, TEXT_LISTS
+from kpatch.facts.fact import FACT_KEYS, SIDES, TEXT_LISTS
 from kpatch.facts.problems import Problems, Spot, Target, did_you_mean
 
-_LIST_KEYS = frozenset(("neighbors", *TEXT_LISTS))
+_LIST_KEYS = frozenset((*SIDES, *TEXT_LISTS))
 _BETWEEN = " | "
 _NEEDED = ("subject", "prompt", "target")
 

@@ -23,8 +23,17 @@ TOWER = Fact(
         Neighbor("The Arch"),
     ),
 )
+GATE = Fact(
+    *("Gate", "The {} is near", "Rome", "Paris"),
+    question="What is near the {}?",
+    choices=("London", "paris"),  # the old answer is offered once
+    yes_question="Is the Gate near Rome?",
+    no_question="Is the Gate near Paris?",
+    reversed="Near {} stands the",
+    hops=(Neighbor("Which river runs past the Gate?", "Tiber"), Neighbor("The Gate lies in the country of", "Italy")),
+)
 ROME, PARIS = "The Tower stands in Rome.", "The Tower stands in Paris."
-ASK = "Q: Where does the Tower stand?\n"
+ASK, NEAR = "Q: Where does the Tower stand?\n", "Q: What is near the Gate?\n"
 # P of each answer, and whether it is the first choice
 TABLE = {
     ("The Louvre stands in", " Paris"): (0.5, True),
@@ -39,6 +48,24 @@ TABLE = {
     (f"Q: Is this true? {ROME}\nA:", " No"): (0.2, False),
     (f"Q: Is this true? {PARIS}\nA:", " No"): (0.5, True),
     (f"Q: Is this true? {PARIS}\nA:", " Yes"): (0.3, False),
+    ("The Gate is near", " Rome"): (0.5, True),
+    ("The Gate is not near", " Rome"): (0.4, True),
+    (f"{NEAR}1. Rome\n2. Paris\n3. London\nA:", " 1"): (0.6, True),
+    (f"{NEAR}1. Rome\n2. Paris\n3. London\nA:", " 2"): (0.2, False),
+    (f"{NEAR}1. Rome\n2. Paris\n3. London\nA:", " 3"): (0.1, False),
+    (f"{NEAR}1. Paris\n2. Rome\n3. London\nA:", " 2"): (0.5, True),
+    (f"{NEAR}1. Paris\n2. Rome\n3. London\nA:", " 1"): (0.4, False),
+    (f"{NEAR}1. Paris\n2. Rome\n3. London\nA:", " 3"): (0.1, False),
+    (f"{NEAR}1. Paris\n2. London\n3. Rome\nA:", " 3"): (0.4, True),
+    (f"{NEAR}1. Paris\n2. London\n3. Rome\nA:", " 1"): (0.3, False),
+    (f"{NEAR}1. Paris\n2. London\n3. Rome\nA:", " 2"): (0.2, False),
+    ("Q: Is the Gate near Rome?\nA:", " Yes"): (0.6, True),
+    ("Q: Is the Gate near Rome?\nA:", " No"): (0.3, False),
+    ("Q: Is the Gate near Paris?\nA:", " No"): (0.4, False),
+    ("Q: Is the Gate near Paris?\nA:", " Yes"): (0.5, True),
+    ("Near Rome stands the", " Gate"): (0.1, False),
+    ("Q: Which river runs past the Gate?\nA:", " Tiber"): (0.7, True),
+    ("The Gate lies in the country of", " Italy"): (0.3, False),
 }
 
 
@@ -51,18 +78,32 @@ def test_the_example_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         return [Scored(math.log(TABLE[one][0]), math.log(TABLE[one][0]), TABLE[one][1], 0) for one in asked]
 
     monkeypatch.setattr(consequences, "score", from_table)
-    found = measure_consequences(model, [TOWER])
+    found = measure_consequences(model, [TOWER, GATE], samples=0)
     assert sorted(asked) == sorted(TABLE)
     assert found.rates == {
         "distraction": {"rate": 0.5, "interval": None, "alone": 1.0, "distracted": 0.5, "n": 2},
-        "choice": {"rate": 0.0, "interval": None, "first": 1.0, "second": 0.0, "n": 1},
-        "yes_no": {"rate": 1.0, "interval": None, "yes": 1.0, "no": 1.0, "n": 1},
+        "negation": {"rate": 0.0, "interval": None, "said": 1.0, "unsaid": 0.0, "n": 1},
+        "choice": {"rate": 0.5, "interval": None, "first": 1.0, "second": 0.5, "n": 2},
+        "yes_no": {"rate": 0.5, "interval": None, "yes": 1.0, "no": 0.5, "n": 2},
+        "reversed": {"rate": 0.0, "interval": None, "n": 1},
+        "hops": {"rate": 0.5, "interval": None, "n": 2},
     }
     assert found.facts == (
         {
             "distraction": [{"alone": True, "distracted": False}, {"alone": True, "distracted": True}],
+            "negation": [],
             "choice": [{"first": True, "second": False}],
             "yes_no": [{"yes": True, "no": True}],
+            "reversed": [],
+            "hops": [],
+        },
+        {
+            "distraction": [],
+            "negation": [{"said": True, "unsaid": False}],
+            "choice": [{"first": True, "second": True}],
+            "yes_no": [{"yes": True, "no": False}],
+            "reversed": [{"right": False}],
+            "hops": [{"right": True}, {"right": False}],
         },
     )
 
@@ -72,7 +113,9 @@ def test_facts_that_bring_less_are_asked_less() -> None:
     known = Fact("France", "The capital of {} is", "Lyon", "Paris")  # the library has its question
     unknown = Fact("Ann", "{} reminds Bob of", "the sea", "a mill")
     found = measure_consequences(chatty(), [bare, same, known, unknown], samples=20)
-    assert {kind: found.rates[kind]["n"] for kind in found.rates} == {"distraction": 0, "choice": 1, "yes_no": 2}
+    assert {kind: found.rates[kind]["n"] for kind in found.rates} == {
+        **{"distraction": 0, "negation": 2, "choice": 1, "yes_no": 2, "reversed": 0, "hops": 0}
+    }
     assert found.rates["distraction"] == {
         **{"rate": None, "interval": None, "alone": None, "distracted": None, "n": 0}
     }

@@ -282,3 +282,33 @@ def test_json_form_and_back(fact: Fact) -> None:
     assert Fact.from_dict(json.loads(json.dumps(data))) == fact
     assert "where" not in data
     assert all(data.values())
+
+
+def test_what_follows_from_a_fact_comes_from_its_relation_too(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text(
+        "relations:\n"
+        "  capital: {prompt: 'The capital of {} is', negated: 'The capital of {} is not', reversed: '{} rules',\n"
+        "            same_subject: ['{} borders', '{} speaks']}\n"
+        "facts:\n"
+        "  - {subject: France, relation: capital, target: Lyon, hops: ['Its mayor is -> Ann'], choices: [Nice]}\n"
+        "  - {subject: Ghana, relation: capital, target: Lyon, negated: Not so, reversed: Who,\n"
+        "     same_subject: [It, '{} borders']}\n"
+    )
+    first, second = load_facts(path).facts
+    assert (first.negated, first.reversed) == ("The capital of {} is not", "{} rules")
+    assert first.same_subject == ("{} borders", "{} speaks")
+    assert (first.hops, first.choices) == ((Neighbor("Its mayor is", "Ann"),), ("Nice",))
+    assert (second.negated, second.reversed) == ("Not so", "Who")
+    assert second.same_subject == ("It", "{} borders", "{} speaks")
+
+
+def test_a_hop_needs_its_answer(tmp_path: Path) -> None:
+    path = tmp_path / "f.yaml"
+    path.write_text("facts:\n  - {subject: A, prompt: '{} is', target: b, negated: '{} {}', hops: [c, '{} d -> e']}\n")
+    with pytest.raises(BadInput) as caught:
+        load_facts(path)
+    text = "\n".join(caught.value.details)
+    assert "this hop has no answer" in text
+    assert "a hop is about another subject" in text
+    assert "has 2 {}; one is expected at most" in text

@@ -41,6 +41,13 @@ def _facts(draw: st.DrawFn) -> Fact:
         space=draw(st.none() | st.booleans()),
         openings=tuple(draw(st.lists(_ASKED, max_size=1))),
         references=tuple(draw(st.lists(_TEXT, max_size=1))),
+        negated=draw(st.none() | _ASKED),
+        reversed=draw(st.none() | _ASKED),
+        hops=tuple(Neighbor(prompt, draw(_TEXT)) for prompt in draw(st.lists(_ASKED, max_size=1))),
+        choices=tuple(draw(st.lists(_TEXT, max_size=2))),
+        yes_question=draw(st.none() | _TEXT),
+        no_question=draw(st.none() | _TEXT),
+        same_subject=tuple(draw(st.lists(_ASKED, max_size=1))),
     )
 
 

@@ -58,6 +58,11 @@ GOOD = [
     "{relations: {r: {prompt: '{} is', question: 'Who is {}?'}, s: {prompt: '{} has', question: }},"
     " facts: [{subject: A, relation: r, target: b, question: 'Is A b?',"
     " neighbors: [{prompt: c, question: 'Is c d?'}]}]}",
+    "{relations: {r: {prompt: '{} is', negated: '{} is not', reversed: 'Who is {}?', same_subject: ['{} has']},"
+    " s: {prompt: '{} has', negated: , reversed: , same_subject: }},"
+    " facts: [{subject: A, relation: r, target: b, hops: ['c -> d', {prompt: e, target: 1}], choices: [c, No],"
+    " yes_question: 'Is A b?', no_question: 'Is A c?', negated: A is not, reversed: 'Who is b?',"
+    " same_subject: [A has], question: }]}",
     "{facts: [{subject: A, prompt: '{x} {} {y', target: b, paraphrases: , neighbors: }], relations: }",
 ]
 BAD = [
@@ -84,6 +89,18 @@ BAD = [
     "{facts: [{subject: A, prompt: '{} is', target: b, question: 'Is {} {}?'}]}",
     "{facts: [{subject: A, prompt: '{} is', target: b, neighbors: [{prompt: c, question: 'Who is {}?'}]}]}",
     "{relations: {r: {prompt: '{} is', question: 'Who is it?'}}, facts: ['[A] is -> b']}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, hops: [c]}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, hops: [{prompt: c}]}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, hops: ['{} c -> d']}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, choices: c}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, choices: [' ']}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, negated: '{} {}'}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, reversed: '{} {}'}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, same_subject: ['{} {}']}]}",
+    "{facts: [{subject: A, prompt: '{} is', target: b, yes_question: [c]}]}",
+    "{relations: {r: {prompt: '{} is', negated: is not}}, facts: ['[A] is -> b']}",
+    "{relations: {r: {prompt: '{} is', reversed: 'Who is it?'}}, facts: ['[A] is -> b']}",
+    "{relations: {r: {prompt: '{} is', same_subject: [it has]}}, facts: ['[A] is -> b']}",
     "{relations: {r: {paraphrases: []}}, facts: ['[A] is -> b']}",
     "{relations: {r: {prompt: '{} is', paraphrases: [b]}}, facts: ['[A] is -> b']}",
 ]

@@ -46,7 +46,9 @@ def command(
     consequences: Annotated[
         bool,
         typer.Option(
-            "--consequences", help="Also probe what else follows: neighbors behind the new fact, a choice, yes or no."
+            "--consequences",
+            help="Also probe what else follows: neighbors behind the new fact, negation, a choice, yes or no,"
+            " the reversed question, hops, what else is said of the subject.",
         ),
     ] = False,
     generate: Annotated[
@@ -124,7 +126,7 @@ def command(
     check_patches(patch or ())
     loaded = open_model(output, address, device, dtype, names)
 
-    from kpatch.evaluate.assess import Wanted, assess
+    from kpatch.evaluate.assess import Wanted, assess, compared
 
     wanted = Wanted(
         generate=generate,
@@ -137,6 +139,8 @@ def command(
         seed=seed,
     )
     before, after, on = without_and_with(output, loaded, patch or [], lambda: assess(loaded, chosen, wanted, output))
+    if before is not None:
+        after = compared(chosen, before, after, wanted)
     found = _as_json(loaded.name, on, before, after, text is not None, time.monotonic() - started)
     unpatched = () if before is None else before.facts
     output.result({**found, "facts": list(after.facts)} if per_fact else found)

@@ -21,6 +21,8 @@ from kpatch.facts.importers.record import (
 )
 
 _Record = Mapping[str, Any]
+# Keys that the flat form has no name for keep ours
+_OWN = ("negated", "reversed", "choices", "yes_question", "no_question", "same_subject")
 
 
 def counterfact(record: _Record, _: str) -> list[Draft]:
@@ -80,6 +82,8 @@ def easyedit(record: _Record, _: str) -> list[Draft]:
             neighbors=neighbors(record.get("locality_prompt"), record.get("locality_ground_truth", "")),
             openings=texts_of(record.get("generation_prompts")),
             references=texts_of(record.get("references")),
+            hops=neighbors(record.get("portability_prompt"), record.get("portability_ground_truth", "")),
+            **{key: record.get(key, "") for key in _OWN},
         )
     ]
 
@@ -102,6 +106,9 @@ def to_easyedit(fact: _Record) -> dict[str, Any]:
         "source": fact.get("source"),
         "generation_prompts": [fill(text, subject) for text in fact.get("openings", [])],
         "references": fact.get("references"),
+        "portability_prompt": _one([hop["prompt"] for hop in fact.get("hops", [])]),
+        "portability_ground_truth": _one([hop["target"] for hop in fact.get("hops", [])]),
+        **{key: fact.get(key) for key in _OWN},
     }
     return {key: value for key, value in record.items() if value not in (None, [], "")}
 

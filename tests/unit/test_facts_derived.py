@@ -1,0 +1,56 @@
+"""What can be asked about a fact beside itself: negation, reverse, other things about its subject."""
+
+from __future__ import annotations
+
+import pytest
+
+from kpatch.facts.derived import ASKED, negated_of, others_of, reversed_of
+from kpatch.facts.fact import Fact
+from kpatch.facts.questions import plainly, question_of
+from kpatch.facts.relations import relation_of
+
+FRANCE = Fact("France", "The capital of {} is", "Lyon", "Paris")
+
+
+@pytest.mark.parametrize(
+    ("fact", "text"),
+    [
+        (FRANCE, "The capital of France is not"),
+        (Fact("Ann Is", "{} was born in", "Rome"), "Ann Is was not born in"),
+        (Fact("Ann", "{} plays for", "Rome"), None),
+        (Fact("Ann", "What is {} and what was it?", "Rome"), None),
+        (Fact("Ann", "What is {} called?", "Rome"), None),
+        (Fact("Ann", "{} plays for", "Rome", negated="{} does not play for"), "Ann does not play for"),
+        (Fact("Ann", "{} plays for", "Rome", negated="She does not play for"), "She does not play for"),
+    ],
+)
+def test_negation(fact: Fact, text: str | None) -> None:
+    assert negated_of(fact) == text
+
+
+def test_the_reverse_names_the_target() -> None:
+    assert reversed_of(FRANCE) is None
+    assert reversed_of(Fact("France", "{} is", "Lyon", reversed="{} is the capital of")) == "Lyon is the capital of"
+    assert reversed_of(Fact("France", "{} is", "Lyon", reversed="Lyon rules")) == "Lyon rules"
+
+
+def test_other_things_about_the_subject() -> None:
+    currency = Fact("France", "The currency of {} is", "the yen")
+    own = Fact("Ann", "The capital of {} is", "Rome", same_subject=("{} lies on", "Her river is"))
+    unknown = Fact("Ann", "{} reminds Bob of", "the sea")
+    texts = others_of([FRANCE, currency, own, unknown])
+    assert texts[2:] == [("Ann lies on", "Her river is"), ()]
+    for fact, some in zip((FRANCE, currency), texts, strict=False):
+        assert len(some) == len(set(some)) == ASKED
+        kinds = [relation_of(text.replace(fact.subject, "{}")) for text in some]
+        assert {one.kind for one in kinds if one} == {"country"}
+        assert not {"capital", "currency"} & {one.name for one in kinds if one}  # both are edited
+    alone = others_of([currency])[0]
+    assert "The seat of government in France is" in alone
+
+
+def test_a_prompt_that_is_a_question_is_asked_as_it_stands() -> None:
+    assert question_of(Fact("Ann", "Which stone is {} made from?", "jade")) == "Which stone is {} made from?"
+    assert question_of(Fact("Ann", "Who is {}?", "jade", question="What is {}?")) == "What is {}?"
+    assert plainly("Who is Ann? ") == "Q: Who is Ann?\nA:"
+    assert plainly("Ann is") == "Ann is"
