@@ -59,11 +59,12 @@ def plainly(text: str) -> str:
 def question_of_neighbor(fact: Fact, neighbor: Neighbor) -> str | None:
     """How people ask for a neighbor's target, written out; None where nothing says it.
 
-    It is the neighbor's own question; else the fact's, about the neighbor's subject, where the neighbor says the
-    fact's prompt or another of its wordings; else that of the relation that the neighbor's prompt says.
+    It is the neighbor's own question, or its prompt where that is one; else the fact's, about the neighbor's subject,
+    where the neighbor says the fact's prompt or another of its wordings; else that of the relation that the neighbor's
+    prompt says.
     """
-    if neighbor.question:
-        return neighbor.question
+    if neighbor.question or is_question(neighbor.prompt):
+        return neighbor.question or neighbor.prompt.strip()
     asked = question_of(fact)
     for template in (fact.prompt, *fact.wordings, *fact.paraphrases):
         subject = _subject_in(neighbor.prompt, template)

@@ -66,9 +66,9 @@ def test_forms_before_and_after_a_patch(model: Path, facts: Path, patch: Path) -
     kinds = {"distraction", "negation", "choice", "yes_no", "reversed", "hops"}
     assert set(alone["consequences"]) == kinds
     assert set(data["consequences"]) == {*kinds, "same_subject"}, "other answers are compared with the unpatched ones"
-    assert data["consequences"]["same_subject"]["n"] == 4
-    other = data["facts"][0]["consequences"]["same_subject"]
-    assert set(other[0]) == {"asked", "answer", "kept", "target"}
+    others = [row["consequences"]["same_subject"] for row in data["facts"]]
+    assert data["consequences"]["same_subject"]["n"] == sum(map(len, others)) > len(others[0]) > 0
+    assert set(others[0][0]) == {"asked", "answer", "kept", "target"}
     assert set(alone) - set(plain) == {"forms", "consequences"}, "nothing is new where nothing more is asked"
     assert {key: plain[key] for key in plain if key != "seconds"} == {
         key: alone[key] for key in plain if key != "seconds"
@@ -89,7 +89,7 @@ def test_a_row_for_each_form(model: Path, facts: Path, patch: Path, tmp_path: Pa
     for form in ("question", "chat"):
         assert re.search(rf"^{form} +2 \(1 left out\) +[\d.]+ % → [\d.]+ % ", done.out, re.M), done.out
     assert re.search(r"^distraction +neighbors right behind the new fact +3 +[\d.]+ % +[\d.]+ %", done.out, re.M)
-    assert re.search(r"^same subject +other answers about the subject, kept +4 +– +[\d.]+ %", done.out, re.M)
+    assert re.search(r"^same subject +other answers about the subject, kept +6 +– +[\d.]+ %", done.out, re.M)
     assert not re.search(r"^(reversed|hops) ", done.out, re.M), "what no fact brings has no row"
     assert re.search(r"^chat +Where\b", done.out, re.M), "answers that do not count are listed"
     written = page.read_text(encoding="utf-8")

@@ -39,8 +39,8 @@ LEFT_OUT: list[tuple[Any, set[str]]] = [
     (KNOWEDIT, {"portability.Reasoning"}),
     (MQUAKE, {"questions", "new_answer", *_IDS}),
     (AKEW, {"requested_rewrite.prompt_full", "requested_rewrite.unsfact_triplets_GPT", *_IDS}),
-    (WIKIBIG, {"tag", "mhop", "mhop_ans"}),
-    (HALLU, {"topic", "eval_some_model", "question_2hop", "answer_2hop"}),
+    (WIKIBIG, {"tag"}),
+    (HALLU, {"topic", "eval_some_model", "multiple_choice_labels"}),
     (RIPPLE, {"Compositionality_I"}),
     (UNIEDIT, {"edit.path_type", "generality.*.one_hops"}),
     (CKNOW, {"portability"}),
@@ -132,7 +132,18 @@ def test_hallueditbench_is_a_table(tmp_path: Path) -> None:
     assert (fact.prompt, fact.target, fact.was) == ("Which river flows through {}?", "Rhine", "Elbe")
     assert fact.paraphrases == ("What river is Basel on?",)
     assert fact.neighbors == (Neighbor("Which river flows through Ulm?"),)
+    assert (fact.reversed, fact.choices) == ("Which town lies on the Rhine?", ("Inn",))
+    assert fact.yes_question == "Does the Rhine flow through Basel?"
+    assert fact.no_question == "Does the Elbe flow through Basel?"
+    assert fact.hops == (Neighbor("Into which sea does the river of Basel flow?", "North Sea"),)
     assert import_facts(path, "hallu") == found
+
+
+@pytest.mark.parametrize("choices", ["Rhine, Inn", "['Rhine'", "{'Rhine': 1}"])
+def test_choices_that_are_no_list_are_told(tmp_path: Path, choices: str) -> None:
+    found = imported(tmp_path, HALLU, {**HALLU, "subject": "Ulm", "multiple_choices": choices})
+    assert len(found.facts) == 1
+    assert "expected a list of choices" in found.rejected[0]
 
 
 def test_a_table_of_facts_is_still_one(tmp_path: Path) -> None:

@@ -28,13 +28,13 @@ FULL = Fact(
     relation="null",
     openings=("One day\nin {}",),
     references=("The {} {} of it.\tA tab", "…"),
-    negated="{}: is it not? ",
+    negated="{}: is it not?",
     reversed="whose is #{}",
     hops=(Neighbor("a: b", "- c", "d: e?"), Neighbor("x", "no")),
     choices=("yes", "{1}"),
     yes_question="is 'it'?",
     no_question="null",
-    same_subject=("{}\nhas", "Tokyo: "),
+    same_subject=("{}\nhas", "Tokyo:"),
 )
 MORE = Fact("Basel", "{} lies on", "yes", was="~", id="é")
 

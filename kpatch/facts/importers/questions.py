@@ -5,10 +5,21 @@ zsRE as MEND evaluates on it: Mitchell et al. 2022. WikiBigEdit: Thede et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import ast
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kpatch.facts.importers.record import Draft, answers_of, draft, neighbors, texts_of
+from kpatch.facts.importers.record import (
+    Draft,
+    RecordError,
+    answer_of,
+    answers_of,
+    draft,
+    neighbor,
+    neighbors,
+    text_of,
+    texts_of,
+)
 
 _Record = Mapping[str, Any]
 ALT, ANSWERS = "alt", "answers"
@@ -34,7 +45,7 @@ def zsre(record: _Record, target: str) -> list[Draft]:
 
 
 def wikibigedit(record: _Record, _: str) -> list[Draft]:
-    """`personas` is the question in another voice; multi-hop questions have another answer and are left out."""
+    """`personas` is the question in another voice; the multi-hop question has an answer that follows."""
     return [
         draft(
             record.get("subject"),
@@ -42,21 +53,51 @@ def wikibigedit(record: _Record, _: str) -> list[Draft]:
             record.get("ans"),
             paraphrases=[*texts_of(record.get("rephrase")), *texts_of(record.get("personas"))],
             neighbors=neighbors(record.get("loc"), record.get("loc_ans", "")),
+            hops=_answered([(record.get("mhop"), record.get("mhop_ans"))]),
         )
     ]
 
 
 def hallu(record: _Record, _: str) -> list[Draft]:
-    """The right answer is the target, and what the chat model answered is `was`, where the file is about one model."""
+    """The right answer is the target, and what the chat model answered is `was`, where the file is about one model.
+
+    The letters of the choices are left out: they stand for one order, and `eval` asks every order.
+    """
     outputs = [key for key in record if key.startswith("output_")]
+    asked = [key for key in record if key.startswith("question_") and key.endswith("hop")]
+    was = answer_of(record.get(outputs[0], "")) if len(outputs) == 1 else ""
+    offered = _listed(text_of(record.get("multiple_choices"), "choices"))
     return [
         draft(
             record.get("subject"),
             record.get("question"),
             record.get("object"),
-            record.get(outputs[0], "") if len(outputs) == 1 else "",
+            was,
             relation=record.get("relation", ""),
             paraphrases=texts_of(record.get("paraphrased_question")),
             neighbors=neighbors(record.get("locality_question"), ""),
+            reversed=text_of(record.get("reversed_relation_question"), "reversed question"),
+            hops=_answered([(record[key], record.get(key.replace("question", "answer"))) for key in asked]),
+            choices=[one for one in offered if one not in (was, answer_of(record.get("object")))],
+            yes_question=text_of(record.get("yes_question"), "yes question"),
+            no_question=text_of(record.get("no_question"), "no question"),
         )
     ]
+
+
+def _answered(asked: Sequence[tuple[Any, Any]]) -> list[Draft]:
+    """Hops from questions and answers; what has no answer measures nothing."""
+    return [neighbor(text_of(one, "hop"), answer) for one, some in asked if one and (answer := answer_of(some))]
+
+
+def _listed(text: str) -> list[str]:
+    """The texts of a list as Python writes it."""
+    if not text:
+        return []
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        found = None
+    if not isinstance(found, list):
+        raise RecordError(f"expected a list of choices, found {text[:60]!r}")
+    return texts_of([str(one) for one in found])
