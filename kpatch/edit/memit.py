@@ -102,9 +102,9 @@ class Memit(Method):
         """How many contexts a fact's wordings take the place of: one context stays."""
         return max(0, int(hyper.lead_ins) - 1)
 
-    def chat(self, hyper: Any) -> bool:
-        """Whether questions are learned in the model's chat form."""
-        return bool(hyper.chat)
+    def chat(self, hyper: Any) -> int:
+        """Whether questions are learned in the model's chat form: 0 no, 1 beside the prompts, 2 alone."""
+        return int(hyper.chat)
 
     def places(self, hyper: Any) -> list[tuple[int, ...]]:
         """Which layers each of a group's values is for: here one value for each layer."""

@@ -43,8 +43,8 @@ class MemitPaper(Memit):
     def spare(self, hyper: PaperValuesHyper) -> int:
         return 0
 
-    def chat(self, hyper: PaperValuesHyper) -> bool:
-        return False
+    def chat(self, hyper: PaperValuesHyper) -> int:
+        return 0
 
     def places(self, hyper: PaperValuesHyper) -> list[tuple[int, ...]]:
         return [hyper.layers]

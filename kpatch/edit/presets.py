@@ -43,7 +43,8 @@ class MemitHyper(HyperParams):
     that its key is given weight for (see `kpatch.edit.first_token`)
     lead_ins  contexts x_j in plain English besides the bare prompt, the first ones of `kpatch.edit.requests`; each
     wording of a fact takes the place of one, as long as one is left
-    chat  1: a fact's question is learned too, in the model's chat template, where it has one; 0: it is not
+    chat  1: a fact's question is learned too, in the model's chat template, where it has one; 0: it is not; 2: the
+    question alone is learned, and no prompt
     """
 
     steps: int = 25

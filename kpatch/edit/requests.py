@@ -102,14 +102,28 @@ class Group:
 
 
 def group_facts(
-    model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0, chat: bool = False
+    model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0, chat: int = 0
 ) -> list[Group]:
-    """Groups in the order of their first fact. Raises BadInput for more facts on a subject than a value can carry.
+    """Groups in the order of their first fact.
+
+    Raises BadInput for more facts on a subject than a value can carry, for `chat` beyond 2, and where questions alone
+    are learned and a fact has none.
 
     The last `spare` contexts are for facts with few wordings: each wording takes the place of one of them.
-    With `chat` a fact's question is a row too, as the model's chat template asks it, with the bare target behind it.
+    With `chat` 1 a fact's question is a row too, as the model's chat template asks it, with the bare target behind it;
+    with 2 it is the fact's only row.
     What ends the model's turn is left out: a one-word answer that ends is so unlike it that little else is learned.
     """
+    if chat not in (0, 1, 2):
+        raise BadInput(f"The setting chat={chat} is not known", details=["expected 0, 1 or 2"])
+    silent = [fact for fact in facts if not fact.question] if chat == 2 else []
+    if silent:
+        raise BadInput(
+            f"{len(silent)} of {len(facts)} facts have no question, and questions alone are to be learned",
+            where=silent[0].where or None,
+            details=[f"the first says {silent[0].text()!r}"],
+            hint="give the facts or their relations a `question`, or leave the setting chat at 1",
+        )
     by_subject: dict[str, list[int]] = {}
     for index, fact in enumerate(facts):
         by_subject.setdefault(" ".join(fact.subject.split()), []).append(index)
@@ -132,6 +146,8 @@ def group_facts(
     groups = []
     for subject, members in by_subject.items():
         rows = [(next(encoded), context) for _, context in told[subject]]
+        if chat == 2:
+            rows = [(row, context) for row, context in rows if context == _DRIFT]
         rows += [(in_chat[index], _CHAT) for index in members if index in in_chat]
         groups += _by_place(subject, tuple(members), rows)
     return groups

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from kpatch.edit.requests import LEAD_INS, contexts_for, group_facts
@@ -39,7 +41,7 @@ def test_questions_are_rows_in_chat_form_without_the_end_of_the_turn() -> None:
     model = chatty()
     asked = Fact("Mona Lisa", "The painting {} is in", "Rome", question="Where is {}?")
     silent = Fact("Moonlight", "The sonata {} is by", "Bach")
-    first, second = group_facts(model, [asked, silent], ("", "One."), chat=True)
+    first, second = group_facts(model, [asked, silent], ("", "One."), chat=1)
     row = first.rows[-1]
     text = model.tokenizer.decode(row.ids)
     assert text.endswith("<|im_start|>user\nWhere is Mona Lisa?<|im_end|>\n<|im_start|>assistant\nRome")
@@ -51,5 +53,18 @@ def test_questions_are_rows_in_chat_form_without_the_end_of_the_turn() -> None:
 
 def test_a_subject_that_opens_its_prompt_stands_elsewhere_in_its_question() -> None:
     fact = Fact("The", "{} is in", "Rome", question="Where is {}?")
-    groups = group_facts(chatty(), [fact], ("",), chat=True)
+    groups = group_facts(chatty(), [fact], ("",), chat=1)
     assert [(group.first, len(group.rows)) for group in groups] == [(True, 1), (False, 1)]
+
+
+def test_questions_alone() -> None:
+    model = chatty()
+    asked = Fact("Mona Lisa", "The painting {} is in", "Rome", wordings=("See {} in",), question="Where is {}?")
+    (group,) = group_facts(model, [asked, replace(asked, question="Which city has {}?")], ("", "One."), chat=2)
+    assert [model.tokenizer.decode(row.ids[row.prompt_len :]) for row in group.rows] == ["Rome", "Rome"]
+    assert all("<|im_start|>user" in model.tokenizer.decode(row.ids) for row in group.rows)
+    assert (group.bare, group.facts) == (0, (0, 1))
+    with pytest.raises(BadInput, match="1 of 2 facts have no question"):
+        group_facts(model, [asked, replace(asked, question=None)], ("",), chat=2)
+    with pytest.raises(BadInput, match="chat=3 is not known"):
+        group_facts(model, [asked], ("",), chat=3)

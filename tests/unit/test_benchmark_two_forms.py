@@ -1,0 +1,58 @@
+"""Edited in one form, asked in the other, on a tiny model: every way of editing once, and a table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.saved import save_facts, save_patch
+from tests.support.templates import save_chatty
+
+FACTS = [
+    {"subject": "Basel", "prompt": "{} lies on the", "target": "Elbe", "question": "Which river has {}?"},
+    {"subject": "Ann", "prompt": "{} reminds Bob of", "target": "Rome"},
+]
+
+
+@pytest.fixture(scope="module")
+def two_forms() -> ModuleType:
+    torch.set_num_threads(1)
+    path = Path(__file__).parents[2] / "benchmarks" / "two_forms.py"
+    spec = importlib.util.spec_from_file_location("two_forms", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["two_forms"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_way_of_editing_once(two_forms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_chatty(tmp_path / "model")
+    facts = save_facts(tmp_path / "facts.yaml", FACTS)
+    calls: list[dict[str, str]] = []
+
+    def quick(facts: Any, out: Path, settings: dict[str, str], **more: Any) -> None:
+        assert [fact.subject for fact in facts] == ["Basel"], "a fact without a question is left out"
+        calls.append(settings)
+        save_patch(out, model)
+
+    monkeypatch.setattr(two_forms, "make", quick)
+    given = [str(model), str(facts), "-o", str(tmp_path / "out"), "--set", "steps=2"]
+    two_forms.main(given)
+    assert calls == [{"steps": "2", "chat": chat} for chat in ("0", "2", "1")]
+    lines = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith(
+        "| edited as | edits, completion (1) | edits, question (1) | edits, chat (1) | neighbors,"
+    )
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| unedited", "| statements", "| questions", "| both"]
+    assert json.loads((tmp_path / "out" / "both.json").read_text(encoding="utf-8"))["chat"]["edits"]["n"] == 1
+    two_forms.main(given)
+    assert len(calls) == 3, "what is there is not done again"
