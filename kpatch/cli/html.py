@@ -73,10 +73,14 @@ def _rates(found: Mapping[str, Any]) -> str:
     rows.append(
         ("Score", "", percent(old.get("score")), percent(metrics["score"]), _pair(metrics["score_interval"], 100))
     )
-    for key, label in (("fluency", "Fluency, bits"), ("consistency", "Consistency")):
+    for key, label, times, shown in (
+        ("fluency", "Fluency, bits", 1, format_number),
+        ("repetition", "Repetition", 100, percent),
+        ("consistency", "Consistency", 1, format_number),
+    ):
         if found[key] is not None:
-            between = _pair(found.get(f"{key}_interval"), 1)
-            rows.append((label, "", format_number(old.get(key)), format_number(found[key]), between))
+            between = _pair(found.get(f"{key}_interval"), times)
+            rows.append((label, "", shown(old.get(key)), shown(found[key]), between))
     if found["perplexity"]:
         read = found["perplexity"]
         rows.append(("Perplexity", "", format_number(read["before"]), format_number(read["after"]), ""))

@@ -203,12 +203,13 @@ def print_evaluation(
                 rows.append(["", label, None, *_cells(was.get(key), part[key], part[f"{key}_interval"])])
     score = _cells(old.get("score"), metrics["score"], metrics["score_interval"])
     rows.append(["Score", "harmonic mean of the three", None, *score])
-    for name, over, count in (
-        ("fluency", "bits, of what it writes", found["evaluated"]),
-        ("consistency", "with texts about the targets", found.get("compared")),
+    for name, over, count, shown in (
+        ("fluency", "bits, of what it writes", found["evaluated"], format_number),
+        ("repetition", "four words of it that came before", found["evaluated"], percent),
+        ("consistency", "with texts about the targets", found.get("compared"), format_number),
     ):
         if found[name] is not None:
-            numbers = _cells(old.get(name), found[name], found.get(f"{name}_interval"), format_number)
+            numbers = _cells(old.get(name), found[name], found.get(f"{name}_interval"), shown)
             rows.append([name.capitalize(), over, count, *numbers])
     read = found["perplexity"]
     if read is not None:

@@ -20,6 +20,8 @@ from kpatch.facts.fact import Fact, facts_in
 from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Reporter
 
+WRITING = ("fluency", "repetition", "consistency")  # what is measured of texts that a model writes
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -88,10 +90,8 @@ def assess(model: Model, facts: Sequence[Fact], wanted: Wanted | None = None, re
         written = write_on(model, facts, about, wanted.tokens, wanted.seed, wanted.batch_tokens, report)
         writing = _means(written, wanted)
         rows = tuple(
-            {**row, "written": list(texts), "fluency": fluency, "consistency": consistency}
-            for row, texts, fluency, consistency in zip(
-                rows, written.texts, written.fluency, written.consistency, strict=True
-            )
+            {**row, "written": list(texts), **{name: getattr(written, name)[number] for name in WRITING}}
+            for number, (row, texts) in enumerate(zip(rows, written.texts, strict=True))
         )
     read = None if wanted.text is None else perplexity(model, wanted.text, report)
     return Assessment(with_intervals(found.outcomes, wanted.samples, wanted.seed), rows, writing, read, asked)
@@ -117,10 +117,10 @@ def drift(before: float | None, after: float | None) -> float | None:
 
 
 def _means(written: Writing, wanted: Wanted) -> dict[str, Any]:
-    compared = [value for value in written.consistency if value is not None]
     result: dict[str, Any] = {}
-    for name, values in (("fluency", list(written.fluency)), ("consistency", compared)):
+    for name in WRITING:
+        values = [value for value in getattr(written, name) if value is not None]
         result[name] = math.fsum(values) / len(values) if values else None
         result[f"{name}_interval"] = mean_interval(values, wanted.samples, wanted.seed)
-    result["compared"] = len(compared)
+    result["compared"] = sum(value is not None for value in written.consistency)
     return result

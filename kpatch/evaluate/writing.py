@@ -1,4 +1,4 @@
-"""What a model writes freely: its fluency, as the entropy of word pairs, and its consistency with texts on a target.
+"""What a model writes freely: its fluency, as the entropy of word pairs, how much it repeats, its consistency.
 
 Meng et al. 2022 (ROME), section 4.2, and their code: one text of 100 tokens a prompt, drawn from the five likeliest.
 """
@@ -26,16 +26,21 @@ from kpatch.reporter import SILENT, Reporter
 TOKENS = 100
 _TOP = 5
 _WEIGHTS = {2: 2 / 3, 3: 4 / 3}  # of pairs and triples, in the mean of the two
+_RUN = 4  # words in a row that count as repeated
 _PIECE = re.compile(r"\w+(?:'\w+)?|[^\w\s]")
 _MOST_REFERENCES = 20
 
 
 @dataclass(frozen=True)
 class Writing:
-    """`texts` of each fact with their prompts in front, `fluency` in bits, `consistency` 0 to 1 or None, by fact."""
+    """`texts` of each fact with their prompts in front; the others by fact.
+
+    `fluency` in bits, `repetition` 0 to 1 or None where texts are too short, `consistency` 0 to 1 or None.
+    """
 
     texts: tuple[tuple[str, ...], ...]
     fluency: tuple[float, ...]
+    repetition: tuple[float | None, ...]
     consistency: tuple[float | None, ...]
 
 
@@ -73,7 +78,7 @@ def write_on(
         weights.cosine(" ".join(some), " ".join(about)) if about else None
         for some, about in zip(texts, references, strict=True)
     )
-    return Writing(tuple(map(tuple, texts)), fluency, consistency)
+    return Writing(tuple(map(tuple, texts)), fluency, tuple(map(repetition, texts)), consistency)
 
 
 def entropy(text: str) -> float:
@@ -88,6 +93,17 @@ def entropy(text: str) -> float:
         count = sum(counts.values())
         total -= weight * math.fsum(n / count * math.log2(n / count) for n in counts.values())
     return total / len(_WEIGHTS)
+
+
+def repetition(texts: Sequence[str]) -> float | None:
+    """The share of four words in a row that stand earlier in the same text, over all of some texts."""
+    runs = repeated = 0
+    for text in texts:
+        pieces = _PIECE.findall(text)
+        found = list(zip(*(pieces[start:] for start in range(_RUN)), strict=False))
+        runs += len(found)
+        repeated += len(found) - len(set(found))
+    return repeated / runs if runs else None
 
 
 def passages_about(targets: Iterable[str], documents: Iterable[str]) -> dict[str, list[str]]:

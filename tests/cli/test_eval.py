@@ -78,6 +78,7 @@ def test_a_patch_beside_the_model_without(model: Path, facts: Path, patch: Path,
     assert data["metrics"] != alone["metrics"]
     assert 0 <= data["fluency"] != data["unpatched"]["fluency"]
     assert (data["compared"], data["consistency"] is not None) == (1, True)
+    assert 0 <= data["repetition"] <= 1
     assert data["perplexity"]["before"] == alone["perplexity"]["after"] != data["perplexity"]["after"]
     assert data["perplexity"]["drift"] == pytest.approx(data["perplexity"]["after"] / data["perplexity"]["before"] - 1)
     assert alone["perplexity"]["before"] is None

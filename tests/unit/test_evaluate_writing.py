@@ -15,7 +15,7 @@ from kpatch.evaluate.answers import says
 from kpatch.evaluate.assess import Wanted, assess, drift
 from kpatch.evaluate.perplexity import perplexity, text_rows
 from kpatch.evaluate.tfidf import TfIdf
-from kpatch.evaluate.writing import entropy, passages_about, write_on
+from kpatch.evaluate.writing import entropy, passages_about, repetition, write_on
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
 from tests.support.models import tiny
@@ -40,6 +40,14 @@ def test_fluency_by_hand() -> None:
     assert f"{found:.6f}" == "0.990317"
     assert '"a b a b a b"' in DOCS
     assert "= 0.990317" in DOCS
+
+
+def test_repetition_by_hand() -> None:
+    assert repetition(["a b a b a b"]) == pytest.approx(1 / 3)
+    assert repetition(["a b a b a b", "c d e f g"]) == pytest.approx(1 / 5), "over all texts of a fact"
+    assert repetition(["a b c d", "a b c d"]) == 0, "another text is no repetition"
+    assert repetition(["a, b.", "so so so so so"]) == pytest.approx(1 / 3), "signs count as words"
+    assert repetition(["a b c", ""]) is None
 
 
 def test_consistency_by_hand() -> None:
@@ -126,6 +134,7 @@ def test_what_is_written(model: Model) -> None:
     assert found.texts[0][1].startswith("To see it go to")
     assert found.texts[1][0].startswith("Chicago lies in")
     assert found.fluency[1] == entropy(found.texts[1][0])
+    assert found.repetition == tuple(map(repetition, found.texts))
     assert found.fluency[0] == pytest.approx(sum(map(entropy, found.texts[0])) / 2)
     assert found.consistency[0] is found.consistency[2] is None
     expected = TfIdf(FACTS[1].references).cosine(found.texts[1][0], " ".join(FACTS[1].references))

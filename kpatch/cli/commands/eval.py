@@ -52,7 +52,10 @@ def command(
         ),
     ] = False,
     generate: Annotated[
-        bool, typer.Option("--generate", help="Let the model write: fluency, consistency, free-running paraphrases.")
+        bool,
+        typer.Option(
+            "--generate", help="Let the model write: fluency, repetition, consistency, free-running paraphrases."
+        ),
     ] = False,
     length: Annotated[
         int, typer.Option(min=8, max=4096, metavar="N", help="Tokens of a text it writes, the prompt counted.")
@@ -202,6 +205,7 @@ def _as_json(
         "metrics": after.metrics,
         "unpatched": None if before is None else {**before.metrics, **before.writing, **before.asked},
         "fluency": None,
+        "repetition": None,
         "consistency": None,
         **after.writing,
         **after.asked,
