@@ -57,6 +57,11 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     @property
+    def replaced(self) -> dict[str, Mapping[str, tuple[int, ...]]]:
+        """Facts that later patches stand for: positions by patch id, by the id of the later patch."""
+        return {patch.id: patch.replaces for patch in self.stack if patch.replaces}
+
+    @property
     def files(self) -> tuple[str, ...]:
         """Weight files to be replaced, sorted."""
         return tuple(sorted({weight.ref.file for weight in self.weights}))

@@ -12,7 +12,7 @@ from typing import Any
 
 from kpatch.patch.fields import FLOAT_DTYPES, is_sha256
 
-VERSION = 1
+VERSION = 2
 
 
 class NewerRecord(Exception):
@@ -21,31 +21,38 @@ class NewerRecord(Exception):
 
 @dataclass(frozen=True)
 class AppliedPatch:
-    """A patch on the stack: id, the name it was given by, number of facts, ids of patches it needs."""
+    """A patch on the stack: id, the name it was given by, number of facts, ids of patches it needs.
+
+    `replaces` are facts of earlier patches that its own stand for while it is there: positions by patch id.
+    """
 
     id: str
     name: str
     facts: int
     parents: tuple[str, ...] = ()
+    replaces: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"id": self.id, "name": self.name, "facts": self.facts, "parents": list(self.parents)}
+        own = {"id": self.id, "name": self.name, "facts": self.facts, "parents": list(self.parents)}
+        replaced = {identity: list(facts) for identity, facts in self.replaces.items()}
+        return {**own, **({"replaces": replaced} if replaced else {})}
 
 
 @dataclass(frozen=True)
 class AppliedWeight:
     """A changed weight: stored dtype and shape, SHA-256 of its bytes as they were and as kpatch left them, and the ids
-    of the patches that change it, sorted."""
+    of the patches that change it, sorted; `joint` where some of them were solved together."""
 
     dtype: str
     shape: tuple[int, ...]
     base: str
     after: str
     patches: tuple[str, ...] = ()
+    joint: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         own = {"dtype": self.dtype, "shape": list(self.shape), "base": self.base, "after": self.after}
-        return {**own, "patches": list(self.patches)}
+        return {**own, "patches": list(self.patches), **({"joint": True} if self.joint else {})}
 
 
 @dataclass(frozen=True)
@@ -71,8 +78,9 @@ class Applied:
     log: tuple[LogEntry, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
+        joint = any(weight.joint for weight in self.weights.values())
         return {
-            "version": VERSION,
+            "version": VERSION if joint else 1,  # a kpatch that only adds up must not take one of them off
             "base": self.base,
             "patches": [patch.to_dict() for patch in self.patches],
             "weights": {name: weight.to_dict() for name, weight in self.weights.items()},
@@ -90,7 +98,11 @@ class Applied:
             raise NewerRecord
         patches = tuple(
             AppliedPatch(
-                _sha(patch["id"]), str(patch["name"]), _count(patch["facts"]), tuple(map(_sha, patch["parents"]))
+                _sha(patch["id"]),
+                str(patch["name"]),
+                _count(patch["facts"]),
+                tuple(map(_sha, patch["parents"])),
+                {_sha(other): tuple(map(_count, facts)) for other, facts in patch.get("replaces", {}).items()},
             )
             for patch in value["patches"]
         )
@@ -128,7 +140,7 @@ class Journal:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "version": VERSION,
+            "version": 1,
             "action": self.action,
             "patches": list(self.patches),
             "files": {name: staged.to_dict() for name, staged in self.files.items()},
@@ -153,6 +165,7 @@ def _applied_weight(value: Any) -> AppliedWeight:
         _sha(value["base"]),
         _sha(value["after"]),
         tuple(map(_sha, value["patches"])),
+        value.get("joint", False) is True,
     )
 
 

@@ -22,9 +22,10 @@ from kpatch.checkpoint.rounding import Overflow, RoundingStats, key_shift, one_t
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused
 from kpatch.patch.delta import row_blocks, widened
-from kpatch.patch.format import check_data, read_delta
+from kpatch.patch.format import check_data
 from kpatch.patch.header import read_header
 from kpatch.patch.manifest import matrix_shape
+from kpatch.patch.summands import Part, summands
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 
@@ -177,7 +178,9 @@ def write_weight(
     ref = weight.ref
     rows, cols = matrix_shape(ref.shape)
     row_bytes = (ref.end - ref.begin) // rows
-    deltas = [widened(read_delta(plan.patches[patch], name)) for patch, name in weight.deltas]
+    parts = [Part(plan.patches[patch], name) for patch, name in weight.deltas]
+    added = summands(parts, plan.replaced)
+    deltas = [widened(delta) for delta in added]
     stats = RoundingStats()
     if deltas:
         stats.keys = key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], deltas)
@@ -209,7 +212,7 @@ def write_weight(
         )
     patches = tuple(patch for patch, _ in weight.deltas)
     written = after.hexdigest() if deltas else weight.base
-    record = AppliedWeight(ref.dtype, ref.shape, weight.base, written, patches)
+    record = AppliedWeight(ref.dtype, ref.shape, weight.base, written, patches, added.joint)
     return record, stats if deltas else None
 
 

@@ -262,6 +262,7 @@ def _manifest(
         weights={name: base[name] for name in sorted(found.deltas)},
         transposed=model.stores_transposed,
         deltas=found.deltas,
+        by_row=found.by_row,
         method=method.name,
         layers=found.layers,
         facts=tuple(fact.in_manifest() for fact in facts),

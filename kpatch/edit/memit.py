@@ -74,7 +74,7 @@ class Memit(Method):
             earlier = joined(keys_to_keep(inputs.on, facts, layers), held)
             preserved = [self._preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
-        deltas, keys = self._write(model, parts, values, preserved, inputs)
+        deltas, keys, by_row = self._write(model, parts, values, preserved, inputs)
         about = [
             {
                 "facts": [index for index in group.facts if index < len(facts)],
@@ -86,7 +86,7 @@ class Memit(Method):
             for places in self.places(part.hyper)
         ]
         rows = torch.cat([some.flatten(0, 1) for some in values])
-        return Edit(deltas, tuple(layers), keys, rows, tuple(about), covariance)
+        return Edit(deltas, tuple(layers), keys, rows, tuple(about), covariance, by_row=by_row)
 
     # What another method of this kind does in its own way
 
@@ -211,13 +211,14 @@ class Memit(Method):
         values: list[Tensor],
         preserved: Sequence[Callable[[int], KeyCovariance]],
         inputs: Inputs,
-    ) -> tuple[dict[str, Delta], dict[int, Tensor]]:
-        """Deltas by weight name and keys [n, f] by layer, part after part. The model is left as it was found.
+    ) -> tuple[dict[str, Delta], dict[int, Tensor], frozenset[str]]:
+        """Deltas by weight name, keys [n, f] by layer, and the deltas that are `by_row`, part after part.
 
-        Values that are found in turn join `values`.
+        The model is left as it was found. Values that are found in turn join `values`.
         """
         deltas: dict[str, list[Delta]] = {}
         keys: dict[int, list[Tensor]] = {}
+        mixed: set[str] = set()
         with restored(model, [model.weight_name(layer) for layer in touched(parts)]):
             for number, (part, held) in enumerate(zip(parts, preserved, strict=True)):
                 if number == len(values):
@@ -238,11 +239,14 @@ class Memit(Method):
                     for layer in part.hyper.layers:
                         name = model.weight_name(layer)
                         deltas.setdefault(name, []).append(found.deltas[name])
+                        if name not in found.by_row:
+                            mixed.add(name)
                         keys.setdefault(layer, []).append(found.keys[layer])
                         add(model, name, found.deltas[name])
         return (
             {name: total(several) for name, several in sorted(deltas.items())},
             {layer: torch.cat(several) for layer, several in keys.items()},
+            frozenset(deltas) - mixed,
         )
 
 

@@ -86,6 +86,8 @@ class Edit:
     keys [n, f] by layer, values [n, d]  what the facts can be solved again from; some methods have neither
     groups  which facts (positions) each row of the values is for, and in which layers its key is
     origin  what else decided the deltas, for the manifest: the hash of a trained file
+    by_row  weights whose Δ = left @ right has, for row i of the layer's keys, in column i of left the residual asked
+    for there and in row i of right what gives it, (C + Σ k k^T)^-1 k: such patches can be solved together
     """
 
     deltas: Mapping[str, Delta]
@@ -95,6 +97,7 @@ class Edit:
     groups: tuple[Mapping[str, Any], ...] = ()
     covariance: Covariance | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
+    by_row: frozenset[str] = frozenset()
 
 
 class Method(ABC):

@@ -82,16 +82,15 @@ def key_covariance(
 def update(keys: Tensor, residuals: Tensor, preserved: KeyCovariance) -> tuple[Tensor, Tensor]:
     """Δ = left @ right in the orientation [out, in]: keys [f, n], residuals [d, n] → left [d, r], right [r, f].
 
-    For n < m the n × n Woodbury form R (I + K^T C^{-1} K)^{-1} (C^{-1} K)^T; else m × m with left = R K^T, r = m. K
-    stands for the keys' coordinates, and m is f where `preserved` has no basis.
+    For n < m the n × n Woodbury form R (I + K^T C^{-1} K)^{-1} (C^{-1} K)^T, where left = R has a column a fact; else
+    m × m with left = R K^T, r = m. K stands for the keys' coordinates, and m is f where `preserved` has no basis.
     """
     k, r = preserved.coordinates(keys.double()), residuals.double()
     m, n = k.shape
     if n < m:
         ck = preserved.inverse_times(k)  # (m, n)
         gram = torch.eye(n, dtype=k.dtype, device=k.device) + k.T @ ck  # (n, n)
-        left = torch.cholesky_solve(r.T, torch.linalg.cholesky(gram)).T  # (d, n)
-        return left, preserved.lifted(ck.T)
+        return r, preserved.lifted(torch.cholesky_solve(ck.T, torch.linalg.cholesky(gram)))  # (d, n), (n, f)
     c = preserved.factor @ preserved.factor.T
     total = torch.linalg.cholesky(c + k @ k.T)  # (m, m)
     return (r @ k.T), preserved.lifted(torch.cholesky_inverse(total))

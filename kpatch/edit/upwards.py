@@ -18,7 +18,7 @@ from kpatch.edit.requests import Group
 from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.edit.weights import add, restored, stored
 from kpatch.models.model import Model
-from kpatch.patch.delta import Delta, smaller
+from kpatch.patch.delta import Delta, LowRank, smaller
 from kpatch.reporter import SILENT, Reporter
 
 Residual = Callable[[int, Tensor, Tensor], Tensor]
@@ -26,9 +26,13 @@ Residual = Callable[[int, Tensor, Tensor], Tensor]
 
 @dataclass
 class Update:
-    """Deltas by weight name, in the orientation in which W is stored, and the mean keys [n, f] of each layer."""
+    """Deltas by weight name, in the orientation in which W is stored, and the mean keys [n, f] of each layer.
+
+    `by_row` names the weights whose delta has a column and a row for each group: see `Edit`.
+    """
 
     deltas: dict[str, Delta] = field(default_factory=dict)
+    by_row: set[str] = field(default_factory=set)
     keys: dict[int, Tensor] = field(default_factory=dict)
 
 
@@ -65,10 +69,12 @@ def write_upwards(
         for layer, name, above in zip(layers, names, [*layers[1:], layers[-1]], strict=True):
             keys, h = states.at(layer, layer if top is None else top)  # h (n, d)
             wanted = residual(layer, keys.means, h)  # (n, d)
-            delta = distributed.main_does(
+            delta, by_row = distributed.main_does(
                 partial(_delta, model, layer, keys, wanted, preserved, least_leverage, apart)
             )
             result.deltas[name] = delta
+            if by_row:
+                result.by_row.add(name)
             result.keys[layer] = keys.means
             add(model, name, delta)
             states.advance(layer, above)
@@ -84,8 +90,8 @@ def _delta(
     preserved: Callable[[int], KeyCovariance],
     least_leverage: float,
     apart: bool,
-) -> Delta:
-    """Δ^l for the groups' keys and residuals [n, d]."""
+) -> tuple[Delta, bool]:
+    """Δ^l for the groups' keys and residuals [n, d], and whether it has a column and a row for each group."""
     c = preserved(layer)
     scale = _scale(c.leverage(keys.means.T), least_leverage)  # (n, 1)
     wanted = (residual * scale).T
@@ -93,7 +99,12 @@ def _delta(
         left, right = update_apart((keys.rows * scale[keys.owner]).T, keys.shares, keys.owner, wanted, c)
     else:
         left, right = update((keys.means * scale).T, wanted, c)
-    return smaller(stored(left, right, model.stores_transposed))
+    if len(residual) == keys.means.shape[1] or left.shape[1] != len(residual):
+        return smaller(stored(left, right, model.stores_transposed)), False
+    # The residual itself, so that with the mean key beside it another patch's update can be taken into account
+    left, right = left / scale.T, right * scale
+    delta = smaller(stored(left, right, model.stores_transposed, balanced=False))
+    return delta, isinstance(delta, LowRank)
 
 
 def _scale(leverage: Tensor, least: float) -> Tensor:

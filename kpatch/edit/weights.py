@@ -31,13 +31,14 @@ def add(model: Model, name: str, delta: Delta) -> None:
     weight.copy_(patched_weight(weight, [delta]))
 
 
-def stored(left: Tensor, right: Tensor, transposed: bool) -> LowRank:
-    """Float32 factors in W's stored orientation, of equal column and row norms so that neither underflows.
+def stored(left: Tensor, right: Tensor, transposed: bool, balanced: bool = True) -> LowRank:
+    """Float32 factors in W's stored orientation, where `balanced` of equal column and row norms.
 
     left [d, r], right [r, f]; `transposed` where W is stored [f, d].
     """
-    a, b = left.norm(dim=0).clamp(min=1e-30), right.norm(dim=1).clamp(min=1e-30)
-    left, right = left * (b / a).sqrt(), right * (a / b).sqrt()[:, None]
+    if balanced:  # so that neither underflows
+        a, b = left.norm(dim=0).clamp(min=1e-30), right.norm(dim=1).clamp(min=1e-30)
+        left, right = left * (b / a).sqrt(), right * (a / b).sqrt()[:, None]
     if transposed:
         left, right = right.T, left.T
     return LowRank(left.float().contiguous(), right.float().contiguous())

@@ -21,6 +21,7 @@ from kpatch.patch.fingerprint import NAMES, match, sha256_of
 from kpatch.patch.format import Patch, read_patch
 from kpatch.patch.manifest import BaseWeight, matrix_shape
 from kpatch.patch.sources import PatchSource
+from kpatch.patch.summands import Part, summands
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -39,11 +40,15 @@ class _Weight:
 
 @dataclass(eq=False)
 class _Live:
-    """One patch in effect, the patches it holds, and the thread that entered it. `id` is empty for bare deltas."""
+    """One patch in effect, the patches it holds, and the thread that entered it.
+
+    Bare deltas have an empty `id` and no `parts`, which say where the deltas of a patch are from.
+    """
 
     id: str
     deltas: Mapping[_Weight, Delta]
     holds: frozenset[str] = frozenset()
+    parts: Mapping[_Weight, Part] = field(default_factory=dict)
     thread: int = field(default_factory=get_ident)
 
 
@@ -115,8 +120,11 @@ class _State:
     @torch.no_grad()
     def _summed(self, weight: _Weight, live: Iterable[_Live]) -> Tensor:
         """What `apply` would make of one weight. The sum goes by patch id, so that the order does not matter."""
-        by_id = sorted(live, key=lambda one: one.id)
-        return patched_weight(weight.base, [one.deltas[weight] for one in by_id if weight in one.deltas])
+        by_id = sorted((one for one in live if weight in one.deltas), key=lambda one: one.id)
+        bare = [one.deltas[weight] for one in by_id if weight not in one.parts]  # the empty id comes first
+        return patched_weight(
+            weight.base, [*bare, *summands([one.parts[weight] for one in by_id if weight in one.parts])]
+        )
 
 
 _states: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
@@ -191,6 +199,7 @@ def _fitting(net: nn.Module, state: _State, patch: Patch | Deltas) -> _Live:
     name_of = patch.id if isinstance(patch, Patch) else ""
     deltas = patch.deltas if isinstance(patch, Patch) else patch
     found: dict[_Weight, Delta] = {}
+    parts: dict[_Weight, Part] = {}
     wrong: list[str] = []
     for name, delta in deltas.items():
         shown = printable(name, 120)
@@ -206,14 +215,18 @@ def _fitting(net: nn.Module, state: _State, patch: Patch | Deltas) -> _Live:
         elif any(one.parameter is weight for one in found):
             wrong.append(f"{shown}: the model has one tensor for it and for another weight of the patch")
         else:
-            found[state.weight(name, weight)] = delta
+            record = state.weight(name, weight)
+            found[record] = delta
+            if isinstance(patch, Patch):
+                parts[record] = Part(patch, name)
     if wrong:
         raise Refused(
             f"{_called(name_of)} does not fit this model",
             details=wrong,
             hint="`kpatch show` names the base a patch was made for",
         )
-    return _Live(name_of, found, patch.manifest.holds(name_of) if isinstance(patch, Patch) else frozenset())
+    holds = patch.manifest.holds(name_of) if isinstance(patch, Patch) else frozenset[str]()
+    return _Live(name_of, found, holds, parts)
 
 
 def _check_once(state: _State, new: _Live) -> None:

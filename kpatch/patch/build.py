@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -33,19 +33,21 @@ def build_manifest(
     effect: Mapping[str, Any] | None = None,
     transposed: bool | None = None,
     base_extra: Mapping[str, Any] | None = None,
+    by_row: Collection[str] = (),
 ) -> Manifest:
     """The manifest of a patch; `tensors` are filled in when it is written.
 
     `weights` and `deltas` are by the weight's name, `layers` in any order. A `Delta` is measured here, against the
     norm that the weight's sketch holds. `transposed` says whether all these weights are stored [in, out]; None where
-    that is not known here, or where the weights say it themselves.
+    that is not known here, or where the weights say it themselves. `by_row` names the low-rank deltas that have a
+    column and a row for each row of the layer's stored keys.
     """
     known = {name: _oriented(family, name, weight, transposed) for name, weight in weights.items()}
     return Manifest(
         base=Base(base_name, family, known, revision, tokenizer, base_extra or {}),
         method=method,
         layers=tuple(sorted(layers)),
-        deltas={name: _info(delta, known[name]) for name, delta in deltas.items()},
+        deltas={name: _info(delta, known[name], name in by_row) for name, delta in deltas.items()},
         facts=tuple(facts),
         groups=tuple(groups),
         hyperparameters=hyperparameters or {},
@@ -65,10 +67,10 @@ def describe(delta: Delta, base_norm: float) -> DeltaInfo:
     return DeltaInfo(form, delta.rank, norm, norm / base_norm if base_norm > 0 else 0.0)
 
 
-def _info(delta: Delta | DeltaInfo, weight: BaseWeight) -> DeltaInfo:
+def _info(delta: Delta | DeltaInfo, weight: BaseWeight, by_row: bool) -> DeltaInfo:
     if isinstance(delta, DeltaInfo):
         return delta
-    return describe(delta, float(weight.sketch[0]) if weight.sketch else 0.0)
+    return replace(describe(delta, float(weight.sketch[0]) if weight.sketch else 0.0), by_row=by_row)
 
 
 def _oriented(family: str, name: str, weight: BaseWeight, transposed: bool | None) -> BaseWeight:

@@ -169,6 +169,10 @@ def _check_delta(manifest: Manifest, name: str, found: Mapping[str, TensorInfo])
         made = (rows, cols)
     if made != shape:
         raise ManifestError(f"delta of {name}: has shape {list(made)}, its weight as a matrix {list(shape)}")
+    if delta.by_row:
+        keys, width = found.get(f"{KEYS}{manifest.layer_of(name)}"), shape[0 if manifest.transposed(name) else 1]
+        if keys is not None and keys.shape != (delta.rank, width):
+            raise ManifestError(f"delta of {name}: is said to be by rows, and has not as many keys as ranks")
     return set(names)
 
 

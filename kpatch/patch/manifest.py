@@ -70,17 +70,21 @@ class Base:
 
 @dataclass(frozen=True)
 class DeltaInfo:
-    """How one delta is stored and how large it is: Frobenius norm, and that norm over the norm of the weight."""
+    """How one delta is stored and how large it is: Frobenius norm, and that norm over the norm of the weight.
+
+    `by_row`: its factors have a column and a row for each row of the layer's stored keys (`kpatch.patch.joint`).
+    """
 
     form: str
     rank: int | None
     norm: float
     relative_norm: float
     extra: Mapping[str, Any] = field(default_factory=dict)
+    by_row: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         own = {"form": self.form, "rank": self.rank, "norm": self.norm, "relative_norm": self.relative_norm}
-        return {**self.extra, **own}
+        return {**self.extra, **own, **({"by_row": True} if self.by_row else {})}
 
 
 @dataclass(frozen=True)
@@ -331,7 +335,10 @@ def _delta(delta: Fields) -> DeltaInfo:
     if form not in FORMS:
         raise delta.error("form", f"must be one of {', '.join(FORMS)}")
     rank = None if delta.any("rank") is None else delta.integer("rank", minimum=1)
-    return DeltaInfo(form, rank, delta.amount("norm"), delta.amount("relative_norm"), delta.rest())
+    by_row = "by_row" in delta.value and delta.flag("by_row")
+    if "by_row" in delta.value and not (by_row and form == "lowrank"):
+        raise delta.error("by_row", "must be true, of a low-rank delta, or missing")
+    return DeltaInfo(form, rank, delta.amount("norm"), delta.amount("relative_norm"), delta.rest(), by_row)
 
 
 def _tensor(tensor: Fields) -> TensorInfo:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kpatch.errors import BadInput
 from kpatch.patch.build import build_manifest
@@ -27,10 +28,12 @@ from kpatch.patch.combine import (
     unite,
 )
 from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
-from kpatch.patch.format import pack, read_delta, write_patch
+from kpatch.patch.format import pack, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, stored_keys
+from kpatch.patch.joint import Joint
 from kpatch.patch.sources import PatchSource, patch_list
+from kpatch.patch.summands import Part, asked, solvable, summands
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -110,21 +113,26 @@ def stack(
     union = unite(infos)
     base = common_base(infos, report)
     _warn(infos, factors, union, report)
+    apart = _apart(infos)
     deltas: dict[str, Delta] = {}
+    by_row: set[str] = set()
     weights: list[dict[str, Any]] = []
     found: list[Interference] = []
     with report.task("Adding up", len(base.weights), "weight") as advance:
         for name in base.weights:
-            parts = {
-                number: _scaled(read_delta(info, name), factors[number])
+            own = {
+                number: Part(info, name, factors[number])
                 for number, info in enumerate(infos)
                 if name in info.manifest.deltas
             }
+            parts = {number: part.delta() for number, part in own.items()}
             keys = {number: k for number in parts if (k := stored_keys(infos[number], name)) is not None}
             found += interference(infos, name, parts, keys)
             weights.append({"name": name, "ranks": [part.rank for part in parts.values()]})
             if out is not None:
-                deltas[name] = add_up(list(parts.values()))
+                deltas[name], whole = _sum(own, parts, apart)
+                if whole:
+                    by_row.add(name)
                 form = "lowrank" if isinstance(deltas[name], LowRank) else "dense"
                 weights[-1] |= {"rank": deltas[name].rank, "form": form}
             advance(1)
@@ -133,6 +141,7 @@ def stack(
     if out is None:
         return StackResult(*result, time.monotonic() - start)
     groups, values, stored = gather(infos, union, report)
+    by_row = {name for name in by_row if _has_rows(deltas[name], stored.get(_layer(infos, name), None))}
     covariances = [info.manifest.covariance for info in infos]
     manifest = build_manifest(
         base_name=base.name,
@@ -142,6 +151,7 @@ def stack(
         base_extra=base.extra,
         weights=base.weights,
         deltas=deltas,
+        by_row=by_row,
         method="stack",
         layers=tuple({layer for info in infos for layer in info.manifest.layers}),
         facts=union.facts,
@@ -169,12 +179,51 @@ def add_up(deltas: Sequence[Delta]) -> Delta:
     return smaller(less if less.rank < whole.rank else whole)
 
 
-def _scaled(delta: Delta, factor: float) -> Delta:
-    if factor == 1:
-        return delta
-    if isinstance(delta, LowRank):
-        return LowRank(delta.left.double() * factor, delta.right)
-    return Dense(delta.delta.double() * factor, delta.known_rank)
+def _apart(infos: Sequence[PatchInfo]) -> set[int]:
+    """Positions of the patches that are added as they are because one they were made on is not among them.
+
+    What they ask for is counted from there. Where all were made on the same ones, they can be solved together.
+    """
+    inside = {part for info in infos for part in (info.id, *info.manifest.holds(info.id))}
+    outer = [frozenset(info.manifest.parents) - inside for info in infos]
+    return set() if len(set(outer)) == 1 else {number for number, missing in enumerate(outer) if missing}
+
+
+def _sum(own: Mapping[int, Part], deltas: Mapping[int, Delta], apart: Collection[int]) -> tuple[Delta, bool]:
+    """The sum on one weight, and whether it is as one patch of all the rows would store it, rows in the given order."""
+    together = [part for number, part in own.items() if number not in apart]
+    if len(own) == 1:
+        (number,) = own
+        return add_up(list(deltas.values())), bool(solvable(list(own.values()))) and number not in apart
+    if len(together) == len(own) == len(solvable(together)):
+        turned = together[0].manifest.transposed(together[0].weight)
+        joint = Joint([asked(part, deltas[number]) for number, part in own.items()])
+        left, right = joint.as_one()
+        order = _order([part.patch.id for part in together], joint)
+        whole = LowRank(left[:, order], right[order])
+        found = smaller(whole.transposed() if turned else whole)
+        return found, isinstance(found, LowRank)
+    rest = [deltas[number] for number in own if number in apart]
+    return add_up([*summands(together), *rest]), False
+
+
+def _order(ids: Sequence[str], joint: Joint) -> Tensor:
+    """Where each row of the patches, in the order of `ids`, stands in the joint solution."""
+    begin, start = 0, {}
+    for one in joint.patches:
+        start[one.id] = range(begin, begin + len(one.rows))
+        begin += len(one.rows)
+    return torch.tensor([row for identity in ids for row in start[identity]])
+
+
+def _layer(infos: Sequence[PatchInfo], weight: str) -> int:
+    found = next(info.manifest.layer_of(weight) for info in infos if weight in info.manifest.deltas)
+    return -1 if found is None else found
+
+
+def _has_rows(delta: Delta, keys: Tensor | None) -> bool:
+    """Whether the gathered keys have a row for each rank: a patch without values contributes none."""
+    return keys is not None and len(keys) == delta.rank and isinstance(delta, LowRank)
 
 
 def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple[float, ...]:

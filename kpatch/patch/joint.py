@@ -1,0 +1,171 @@
+"""Patches of one weight, solved together: Δ as if all their facts had been in one patch, from what the patches store.
+
+Patch a asks for residuals R_a [d, n] at keys M_a [f, n] and was solved alone: Δ_a = R_a B_a^T, B_a = (C + P_a)^-1 M_a
+with P_a = M_a M_a^T (Meng et al. 2023, eq. 14). The file holds R_a (`W.left`), B_a^T (`W.right`) and M_a. With the
+same C for all, the joint solution has the same directions and other amounts, Δ = Σ X_a B_a^T, where
+
+    X_a + Σ_b X_b B_b^T M_a = R_a    over the patches b other than a
+
+which says: each patch gives at its keys what it was asked for, less what the others give there. C is not needed.
+
+A patch made on top of others has their keys in its C and asks only for what they left open. Its equations do not look
+back at it from theirs, and it asks for R_a and what those others, together, gave at its keys when it was made. A chain
+is therefore its plain sum. Rows of two patches about one subject share a key, and one key cannot be asked for two
+residuals: they are added, unless they are the same fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Rows of a patch that were replaced: patch id → positions of its rows, by the id of the patch that replaces them.
+Replaced = Mapping[str, Mapping[str, frozenset[int]]]
+
+
+@dataclass(frozen=True)
+class RowLabel:
+    """What a row is about: its subject, the facts it carries, and whether the subject opens its text."""
+
+    subject: str
+    facts: frozenset[tuple[str, str]] = frozenset()
+    first: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """What one patch asks of a weight: left = R [d, n], right = B^T [n, f], keys M^T [n, f], and a label for each row.
+
+    `holds` are the ids of the patches it is made of (its own, or those of a stack), `parents` those it was made on.
+    """
+
+    id: str
+    left: Tensor
+    right: Tensor
+    keys: Tensor
+    rows: tuple[RowLabel, ...]
+    parents: frozenset[str] = frozenset()
+    holds: frozenset[str] = field(default_factory=frozenset)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: with several, the last bits of a product depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Joint:
+    """The joint solution of some patches of one weight, in float64 on the CPU.
+
+    `patches` stand in any order; the result does not depend on it. `ids` are those of every patch on the checkpoint,
+    also of those that do not change this weight. Raises ValueError where a patch's parts do not fit each other.
+    """
+
+    def __init__(self, patches: Sequence[Asked], replaced: Replaced | None = None) -> None:
+        self.patches = sorted(patches, key=lambda one: one.id)
+        for one in self.patches:
+            n = len(one.rows)
+            if one.left.shape[1] != n or one.right.shape[0] != n or one.keys.shape != one.right.shape:
+                raise ValueError(f"patch {one.id[:12]}: factors, keys and rows do not fit each other")
+        self.replaced = replaced or {}
+        self.left = torch.cat([one.left.double() for one in self.patches], dim=1)  # (d, N)
+        self.right = torch.cat([one.right.double() for one in self.patches])  # (N, f)
+        counts = torch.tensor([len(one.rows) for one in self.patches])
+        self.owner = torch.repeat_interleave(torch.arange(len(counts)), counts)  # (N,)
+        # known[a, b]: the keys of a are in b's own solution
+        known = [[a is b or bool(a.holds & b.parents) for b in self.patches] for a in self.patches]
+        self.known = torch.tensor(known, dtype=torch.bool)
+        with one_thread():
+            keys = torch.cat([one.keys.double() for one in self.patches])
+            given = keys @ self.right.T  # (N, N): what a unit of column j gives at the key of row i
+        inside = self.known[self.owner][:, self.owner]
+        apart = self._apart()
+        self.met = given.masked_fill(inside | apart, 0)
+        self.own = given.masked_fill(~inside | apart, 0)
+        self._solved: dict[tuple[tuple[int, ...], frozenset[str]], Tensor] = {}
+
+    def _apart(self) -> Tensor:
+        """Pairs of rows [N, N] that are added and not solved together."""
+        labels = [label for one in self.patches for label in one.rows]
+        first = torch.tensor([label.first for label in labels])
+        result = first[:, None] != first[None]
+        by_subject: dict[str, list[int]] = {}
+        for index, label in enumerate(labels):
+            by_subject.setdefault(label.subject, []).append(index)
+        for members in by_subject.values():
+            for i in members:
+                for j in members:
+                    if self.owner[i] != self.owner[j] and labels[i].facts != labels[j].facts:
+                        result[i, j] = True
+        return result
+
+    def amounts(self) -> list[Tensor]:
+        """X_a [d, n] of every patch, in the order of their ids."""
+        with one_thread():
+            solved = self._amounts(tuple(range(len(self.patches))), frozenset(self.replaced))
+        return list(torch.split(solved, [len(one.rows) for one in self.patches], dim=1))
+
+    def as_one(self) -> tuple[Tensor, Tensor]:
+        """What one patch of all rows would store: R [d, N] and B^T [N, f], rows in the order of the patches' ids."""
+        everything = tuple(range(len(self.patches)))
+        with one_thread():
+            asked = self._asked(everything)
+            right = torch.linalg.solve(self._matrix(everything, frozenset()).T, self.right)
+        return asked, right
+
+    def _rows(self, chosen: Sequence[int]) -> Tensor:
+        return torch.isin(self.owner, torch.tensor(chosen, dtype=torch.long)).nonzero()[:, 0]
+
+    def _gone(self, chosen: Sequence[int], by: frozenset[str]) -> Tensor:
+        """Whether each row of the chosen patches is replaced by one of `by`."""
+        flags = []
+        for number in chosen:
+            one = self.patches[number]
+            rows = {row for other in by for row in self.replaced[other].get(one.id, ())}
+            flags += [index in rows for index in range(len(one.rows))]
+        return torch.tensor(flags, dtype=torch.bool)
+
+    def _amounts(self, chosen: tuple[int, ...], by: frozenset[str]) -> Tensor:
+        """X of the chosen patches alone, [d, rows], with the rows gone that the patches `by` replace."""
+        key = (chosen, by)
+        if key not in self._solved:
+            rows, gone = self._rows(chosen), self._gone(chosen, by)
+            if not bool(gone.any()) and self._is_chain(chosen):
+                self._solved[key] = self.left[:, rows]
+            else:
+                asked = self._asked(chosen).masked_fill(gone, 0)
+                self._solved[key] = torch.linalg.solve(self._matrix(chosen, by), asked.T).T
+        return self._solved[key]
+
+    def _is_chain(self, chosen: Sequence[int]) -> bool:
+        inside = self.known[list(chosen)][:, list(chosen)]
+        return bool((inside | inside.T).all())
+
+    def _matrix(self, chosen: tuple[int, ...], by: frozenset[str]) -> Tensor:
+        """The equations' matrix [rows, rows]. A row that is gone is taken out of every solution that had its key."""
+        rows, gone = self._rows(chosen), self._gone(chosen, by)
+        met = torch.where(gone[:, None], -self.own[rows][:, rows], self.met[rows][:, rows])
+        return met + torch.eye(len(rows), dtype=met.dtype)
+
+    def _asked(self, chosen: tuple[int, ...]) -> Tensor:
+        """What the chosen patches ask for [d, rows], as if they stood on the unpatched weight."""
+        parts = []
+        for number in chosen:
+            mine = self._rows((number,))
+            asked = self.left[:, mine]
+            below = tuple(int(other) for other in self.known[:, number].nonzero()[:, 0] if int(other) != number)
+            if below:
+                one = self.patches[number]
+                amounts = self._amounts(below, frozenset(self.replaced) & one.parents)
+                asked = asked + amounts @ self.met[mine][:, self._rows(below)].T
+            parts.append(asked)
+        return torch.cat(parts, dim=1)
