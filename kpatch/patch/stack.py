@@ -190,7 +190,7 @@ def _apart(infos: Sequence[PatchInfo]) -> set[int]:
 
 
 def _sum(own: Mapping[int, Part], deltas: Mapping[int, Delta], apart: Collection[int]) -> tuple[Delta, bool]:
-    """The sum on one weight, and whether it is as one patch of all the rows would store it, rows in the given order."""
+    """The sum on one weight, and whether it is what one patch of all rows would store, rows in the given order."""
     together = [part for number, part in own.items() if number not in apart]
     if len(own) == 1:
         (number,) = own
