@@ -82,16 +82,21 @@ def apply(
     check: bool = False,
     out: str | Path | None = None,
     dtype: str | None = None,
+    replace: bool = False,
     force: bool = False,
     report: Reporter = SILENT,
 ) -> ApplyReport:
     """Apply one patch or several to a checkpoint directory: weights become round(base + Σ Δ_i), all or none.
 
+    Patches that store what they were solved from add what solving them together gives, in whatever order they came.
+
     `patches` are files, or what was read from them; one alone counts as a list of one.
     `check` stops after the plan and writes nothing. `out` leaves the checkpoint alone and writes a patched copy to a
     new directory, optionally in another `dtype` (float32, bfloat16 or float16), and as safetensors where the
-    checkpoint is a PyTorch one. `force` replaces write-protected weight files. Ctrl-C and errors before the renames
-    leave the old bytes. The patches are copied first, checked once in these copies, and read from them.
+    checkpoint is a PyTorch one. With `replace`, a fact that contradicts one of an earlier patch takes its place: the
+    earlier one is left out of the sum until the later patch is reverted. `force` replaces write-protected weight
+    files. Ctrl-C and errors before the renames leave the old bytes. The patches are copied first, checked once in
+    these copies, and read from them.
 
     Raises BadInput, Refused (wrong base, conflict, applied already, links, locked), Damaged (a patch or checkpoint
     that is not sound), KpatchError (disk full, no permission).
@@ -106,7 +111,15 @@ def apply(
         checkpoint = weights.checkpoint
         whole = dtype is not None or isinstance(weights, PickledWeights)
         plan = plan_apply(
-            given, weights, store, copy=out is not None, check=check, force=force, whole=whole, report=report
+            given,
+            weights,
+            store,
+            copy=out is not None,
+            check=check,
+            force=force,
+            whole=whole,
+            instead=replace,
+            report=report,
         )
     for note in plan.notes:
         report.note(note)

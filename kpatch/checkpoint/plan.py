@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +17,17 @@ from kpatch.checkpoint.checks import (
 )
 from kpatch.checkpoint.fit import fit
 from kpatch.checkpoint.records import Applied, AppliedPatch
+from kpatch.checkpoint.replaced import replacing
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Refused
-from kpatch.patch.combine import called, refuse_contradictions, refuse_twice
+from kpatch.patch.combine import called, refuse_twice
 from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo, read_header
-from kpatch.patch.interference import strong_pairs, warning
+from kpatch.patch.interference import added_subjects, strong_pairs, warning
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
-from kpatch.text import printable
+from kpatch.text import counted, printable
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,12 @@ def plan_apply(
     check: bool,
     force: bool,
     whole: bool = False,
+    instead: bool = False,
     report: Reporter,
 ) -> Plan:
     """Check patches against a checkpoint and each other. `copy`: for `out`, where the checkpoint is not written to;
-    `whole`: the weights of the patches applied before are planned too, not only those the new ones change.
+    `whole`: the weights of the patches applied before are planned too, not only those the new ones change; `instead`:
+    facts of the new patches stand for earlier ones that they contradict.
 
     The tensors of the patches are checked here only for a `check`; else in the copies that are kept of them, before
     a weight is written. Raises BadInput, Refused or Damaged; nothing is written.
@@ -130,20 +133,23 @@ def plan_apply(
     patches = {patch.id: store.patch(patch.id) for patch in applied.patches}
     named = [(patch.name, patches[patch.id]) for patch in applied.patches] + [(info.name, info) for info in new]
     refuse_twice(named, len(applied.patches), checkpoint.given)
-    refuse_contradictions(named, "take that fact out of one of them; to replace a patch, revert it first")
+    moved = tuple(AppliedPatch(info.id, info.name, len(info.manifest.facts), info.manifest.parents) for info in new)
+    patches.update({info.id: info for info in new})
+    moved = replacing(applied.patches, moved, patches, instead, report)
     refuse_quantized(checkpoint)
     require_intact(checkpoint, applied, report)
-    require_parents(new, [*patches.values(), *new], checkpoint)
+    require_parents(new, list(patches.values()), checkpoint)
     fits = [fit(info, weights, report) for info in new]
     for one in fits:
         if not one.ok:
             raise one.error()
-    moved = tuple(AppliedPatch(info.id, info.name, len(info.manifest.facts), info.manifest.parents) for info in new)
-    patches.update({info.id: info for info in new})
     base = applied.base if applied.patches else printable(new[0].manifest.base.name, 200)
     touched = {weight.stored: weight.found for one in fits for weight in one.weights if weight.stored and weight.found}
-    if whole:
-        touched = {**{name: weight.base for name, weight in applied.weights.items()}, **touched}
+    others = {identity for patch in moved for identity in patch.replaces}
+    touched = {
+        **{name: one.base for name, one in applied.weights.items() if whole or others & set(one.patches)},
+        **touched,
+    }
     notes = tuple(note for one in fits for note in one.notes)
     stack = (*applied.patches, *moved)
     planned = _weights(checkpoint, applied, stack, touched, patches)
@@ -172,18 +178,24 @@ def plan_revert(
     """
     applied = store.applied()
     moved = tuple(patch for patch in applied.patches if patch.id in chosen)
-    stack = tuple(patch for patch in applied.patches if patch.id not in chosen)
+    gone = {patch.id for patch in moved}
+    stack = tuple(_forget(patch, gone) for patch in applied.patches if patch.id not in gone)
     require_no_child(moved, stack, store)
     require_intact(checkpoint, applied, report)
     # Only the patches that stay are read: one that goes can be taken off even when its copy is lost.
     patches = {patch.id: store.patch(patch.id) for patch in stack}
-    gone = {patch.id for patch in moved}
-    touched = {name: weight.base for name, weight in applied.weights.items() if gone & set(weight.patches)}
+    changed = gone | {identity for patch in moved for identity in patch.replaces}
+    touched = {name: weight.base for name, weight in applied.weights.items() if changed & set(weight.patches)}
     base = applied.base if stack else None
     weights = _weights(checkpoint, applied, stack, touched, patches)
     require_kept(store, ((weight.base, weight.ref) for weight in weights if weight.kept), check, report)
     require_own_files(checkpoint, (weight.ref.file for weight in weights), force)
     return Plan("revert", checkpoint, applied, moved, stack, base, weights, patches, _stamps(checkpoint, weights))
+
+
+def _forget(patch: AppliedPatch, gone: set[str]) -> AppliedPatch:
+    """The record of a patch without what it replaced in patches that go."""
+    return replace(patch, replaces={one: facts for one, facts in patch.replaces.items() if one not in gone})
 
 
 def warn_of_interference(plan: Plan, report: Reporter) -> None:
@@ -193,6 +205,12 @@ def warn_of_interference(plan: Plan, report: Reporter) -> None:
     weights = [{numbers[identity]: name for identity, name in weight.deltas} for weight in plan.weights]
     for by, on in strong_pairs(infos, weights, len(plan.moved)):
         report.warn(warning(*(called(infos[number], plan.stack[number].name) for number in (by, on))))
+    for one, other, subjects in added_subjects(infos, weights, len(plan.moved)):
+        names = [called(infos[number], plan.stack[number].name) for number in (one, other)]
+        report.warn(
+            f"{names[0]} and {names[1]} change other facts about {counted(subjects, 'subject')}: what they do there is"
+            " added; `kpatch stack --resolve` finds one value for each subject"
+        )
 
 
 def _weights(

@@ -127,6 +127,16 @@ def _status(
     changed: tuple[str, ...] = (),
     busy: bool = False,
 ) -> Status:
-    patches = tuple({"id": p.id, "name": printable(p.name, 80), "facts": p.facts} for p in applied.patches)
+    gone: dict[str, set[int]] = {}
+    for patch in applied.patches:
+        for identity, facts in patch.replaces.items():
+            gone.setdefault(identity, set()).update(facts)
+    patches = tuple(
+        {
+            **{"id": patch.id, "name": printable(patch.name, 80), "facts": patch.facts},
+            **({"replaced": len(gone[patch.id])} if patch.id in gone else {}),
+        }
+        for patch in applied.patches
+    )
     base = None if applied.base is None else printable(applied.base, 200)
     return Status(given, state, base, patches, store.kept_bytes(), following, changed, busy)

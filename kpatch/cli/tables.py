@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from kpatch.cli.output import Cell, Output, clean, percent
@@ -146,9 +146,16 @@ def print_apply_report(output: Output, report: ApplyReport, done: str, where: st
 
 
 def print_interference(
-    output: Output, patches: Sequence[PatchInfo], found: Sequence[Interference], warn: bool = False
+    output: Output,
+    patches: Sequence[PatchInfo],
+    found: Sequence[Interference],
+    warn: bool = False,
+    together: Collection[int] = (),
 ) -> None:
-    """Print ‖Δ_a K_b‖ / ‖Δ_b K_b‖; with `warn` also warn of pairs where it is large."""
+    """Print ‖Δ_a K_b‖ / ‖Δ_b K_b‖; with `warn` also warn of pairs where it is large.
+
+    Patches at the positions `together` are solved together, so that their sum takes this into account.
+    """
     from kpatch.patch.interference import STRONG, warning
 
     if not found:
@@ -167,7 +174,10 @@ def print_interference(
     headers = ("Delta of", "moves keys of", *(f"layer {layer}" for layer in layers), "most")
     output.table(headers, rows, right=tuple(range(2, 2 + len(layers))))
     for by, on in sorted({(one.by, one.on) for one in found if warn and one.ratio > STRONG}):
-        output.warn(warning(names[by], names[on]))
+        if not {by, on} <= set(together):
+            output.warn(warning(names[by], names[on]))
+    if len(together) > 1:
+        output.line(f"solved together, which takes this into account: {', '.join(names[n] for n in sorted(together))}")
 
 
 def _names(patches: Sequence[PatchInfo]) -> list[str]:

@@ -26,7 +26,7 @@ from kpatch.edit.weights import add, restored
 from kpatch.edit.writes import JointObjective
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
-from kpatch.patch.delta import Delta, total
+from kpatch.patch.delta import Delta, LowRank, smaller, total
 from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
@@ -243,11 +243,12 @@ class Memit(Method):
                             mixed.add(name)
                         keys.setdefault(layer, []).append(found.keys[layer])
                         add(model, name, found.deltas[name])
-        return (
-            {name: total(several) for name, several in sorted(deltas.items())},
-            {layer: torch.cat(several) for layer, several in keys.items()},
-            frozenset(deltas) - mixed,
-        )
+        whole = {name: total(several) for name, several in sorted(deltas.items())}
+        for name, delta in whole.items():
+            if isinstance(delta, LowRank) and delta.rank > min(delta.shape):  # two parts, each within it
+                whole[name] = smaller(delta)
+                mixed.add(name)
+        return whole, {layer: torch.cat(several) for layer, several in keys.items()}, frozenset(deltas) - mixed
 
 
 def default_layers(count: int, low: float = 0.07, high: float = 0.47) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from kpatch.edit.requests import Group
 from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.edit.weights import add, restored, stored
 from kpatch.models.model import Model
-from kpatch.patch.delta import Delta, LowRank, smaller
+from kpatch.patch.delta import Delta, smaller
 from kpatch.reporter import SILENT, Reporter
 
 Residual = Callable[[int, Tensor, Tensor], Tensor]
@@ -99,12 +99,11 @@ def _delta(
         left, right = update_apart((keys.rows * scale[keys.owner]).T, keys.shares, keys.owner, wanted, c)
     else:
         left, right = update((keys.means * scale).T, wanted, c)
-    if len(residual) == keys.means.shape[1] or left.shape[1] != len(residual):
+    if len(residual) > min(len(left), right.shape[1] - 1):
         return smaller(stored(left, right, model.stores_transposed)), False
-    # The residual itself, so that with the mean key beside it another patch's update can be taken into account
-    left, right = left / scale.T, right * scale
-    delta = smaller(stored(left, right, model.stores_transposed, balanced=False))
-    return delta, isinstance(delta, LowRank)
+    # The residual itself, so that with the mean key beside it another patch's update can be taken into account. Worth
+    # the factors also where Δ alone would take fewer numbers.
+    return stored(left / scale.T, right * scale, model.stores_transposed, balanced=False), True
 
 
 def _scale(leverage: Tensor, least: float) -> Tensor:

@@ -62,13 +62,22 @@ def called(info: PatchInfo, name: str | None = None) -> str:
 
 
 def refuse_contradictions(
-    patches: Sequence[Named], hint: str = "take those facts out of one of the fact files and make that patch again"
+    patches: Sequence[Named],
+    hint: str = "take those facts out of one of the fact files and make that patch again",
+    without: Mapping[str, Collection[int]] | None = None,
 ) -> None:
     """Raise Refused with both patches of every contradiction, as `kpatch.facts.conflicts` defines it.
 
-    What one patch says in itself is its maker's business and is not looked at.
+    What one patch says in itself is its maker's business and is not looked at. `without` are facts that do not count:
+    positions by patch id.
     """
-    owned = [(number, fact) for number, (_, info) in enumerate(patches) for fact in info.manifest.facts]
+    gone = without or {}
+    owned = [
+        (number, fact)
+        for number, (_, info) in enumerate(patches)
+        for index, fact in enumerate(info.manifest.facts)
+        if index not in gone.get(info.id, ())
+    ]
     clashes = contradictions([fact for _, fact in owned], [number for number, _ in owned])
     if not clashes:
         return

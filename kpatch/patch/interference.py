@@ -20,6 +20,7 @@ from kpatch.patch.fingerprint import tensor_from
 from kpatch.patch.format import read_delta, read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
 from kpatch.patch.manifest import Manifest
+from kpatch.patch.summands import Part, labels, solvable
 
 # Above this ratio kpatch warns: so large a part of what a patch wrote at its own keys is written over.
 STRONG = 0.5
@@ -125,12 +126,16 @@ def strong_pairs(
 
     `weights` has for each weight its name in every patch that changes it. Only pairs with one of the last `new`
     patches are looked at, and at most `most` of a patch's keys. The keys of a patch made on top of `by` are what `by`
-    makes them, so that pair is left out. Raises Damaged for a patch that is not sound.
+    makes them, so that pair is left out, and so are two that are solved together. Raises Damaged for a patch that is
+    not sound.
     """
     first = len(patches) - new
     found: set[tuple[int, int]] = set()
     for names in weights:
         if len(names) < 2 or max(names) < first:
+            continue
+        together = solved_together(patches, names)
+        if len(together) == len(names):
             continue
         keys = {on: k for on, name in names.items() if (k := sampled_keys(patches[on], name, most)) is not None}
         deltas = {number: read_delta(patches[number], name) for number, name in names.items()} if keys else {}
@@ -140,16 +145,58 @@ def strong_pairs(
             own = float(apply_to(deltas[on], k.double(), transposed).norm())
             for by, delta in deltas.items():
                 under = {patches[by].id, *patches[by].manifest.holds(patches[by].id)}
-                if by == on or max(by, on) < first or under & set(manifest.parents):
+                if by == on or {by, on} <= together or max(by, on) < first or under & set(manifest.parents):
                     continue
                 if _ratio(float(apply_to(delta, k.double(), transposed).norm()), own) > STRONG:
                     found.add((by, on))
     return sorted(found)
 
 
+def solved_together(patches: Sequence[PatchInfo], names: Mapping[int, str]) -> set[int]:
+    """Positions of the patches that take each other into account on a weight; `names` has its name in each."""
+    order = list(names)
+    return {order[place] for place in solvable([Part(patches[number], names[number]) for number in order])}
+
+
+def added_subjects(
+    patches: Sequence[PatchInfo], weights: Sequence[Mapping[int, str]], new: int
+) -> list[tuple[int, int, int]]:
+    """Pairs of patches that are solved together and change other facts about the same subjects, with their number.
+
+    One key cannot be asked for two things, so these are added. `weights` and `new` are as for `strong_pairs`; a patch
+    made on top of another has learned the other's facts about its subjects again.
+    """
+    first, most = len(patches) - new, dict[tuple[int, int], int]()
+    for names in weights:
+        together = sorted(solved_together(patches, names))
+        about = {number: _subjects(patches[number].manifest, names[number]) for number in together}
+        for place, one in enumerate(together):
+            for other in together[place + 1 :]:
+                ids = [{patches[n].id, *patches[n].manifest.holds(patches[n].id)} for n in (one, other)]
+                related = ids[0] & set(patches[other].manifest.parents) or ids[1] & set(patches[one].manifest.parents)
+                if max(one, other) < first or related:
+                    continue
+                shared = about[one].keys() & about[other].keys()
+                count = sum(about[one][subject] != about[other][subject] for subject in shared)
+                if count:
+                    most[one, other] = max(count, most.get((one, other), 0))
+    return [(one, other, count) for (one, other), count in sorted(most.items())]
+
+
+def _subjects(manifest: Manifest, weight: str) -> dict[str, set[tuple[str, str]]]:
+    """The facts of each subject that has a row in a weight's layer."""
+    found: dict[str, set[tuple[str, str]]] = {}
+    for label in labels(manifest, weight):
+        found.setdefault(label.subject, set()).update(label.facts)
+    return found
+
+
 def warning(by: str, on: str) -> str:
     """The warning for such a pair, given the patches' names."""
-    return f"{by} moves keys of {on} by more than {STRONG:.0%} of what that wrote there; facts of {on} may be lost"
+    return (
+        f"{by} moves keys of {on} by more than {STRONG:.0%} of what that wrote there; facts of {on} may be lost."
+        " `kpatch stack --resolve` solves the facts of MEMIT patches again, together"
+    )
 
 
 def apply_to(delta: Delta, keys: Tensor, transposed: bool) -> Tensor:

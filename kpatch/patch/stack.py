@@ -30,7 +30,7 @@ from kpatch.patch.combine import (
 from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
 from kpatch.patch.format import pack, write_patch
 from kpatch.patch.header import PatchInfo, read_header
-from kpatch.patch.interference import Interference, interference, stored_keys
+from kpatch.patch.interference import Interference, interference, solved_together, stored_keys
 from kpatch.patch.joint import Joint
 from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.patch.summands import Part, asked, solvable, summands
@@ -43,7 +43,8 @@ class StackResult:
     """The outcome of `stack`; `id`, `path` and `bytes` are None when nothing was written.
 
     `weights` are {name, ranks (of each patch that changes it, None for a dense delta without), rank, form}; of the
-    result only when it was written.
+    result only when it was written. `together` are the positions of the patches that are solved together, on every
+    weight that they change: what they do to each other's keys is taken into account.
     """
 
     patches: tuple[PatchInfo, ...]
@@ -52,6 +53,7 @@ class StackResult:
     interference: tuple[Interference, ...]
     weights: tuple[dict[str, Any], ...]
     seconds: float
+    together: frozenset[int] = frozenset()
     id: str | None = None
     path: Path | None = None
     bytes: int | None = None
@@ -65,6 +67,7 @@ class StackResult:
             "weights": list(self.weights),
             "seconds": self.seconds,
             "parents": list(outer_parents(self.patches)),
+            "solved_together": [ids[number] for number in sorted(self.together)],
             "repeated": [
                 {"fact": fact.text, "target": fact.target, "patches": [ids[index] for index in fact.patches]}
                 for fact in self.union.repeated
@@ -112,8 +115,9 @@ def stack(
     refuse_twice([(info.name, info) for info in infos])
     union = unite(infos)
     base = common_base(infos, report)
-    _warn(infos, factors, union, report)
     apart = _apart(infos)
+    together = _together(infos, base.weights, apart)
+    _warn(infos, factors, union, together, report)
     deltas: dict[str, Delta] = {}
     by_row: set[str] = set()
     weights: list[dict[str, Any]] = []
@@ -139,7 +143,7 @@ def stack(
     found.sort(key=lambda one: (one.by, one.on, one.layer, one.weight))
     result = (infos, factors, union, tuple(found), tuple(weights))
     if out is None:
-        return StackResult(*result, time.monotonic() - start)
+        return StackResult(*result, time.monotonic() - start, together)
     groups, values, stored = gather(infos, union, report)
     by_row = {name for name in by_row if _has_rows(deltas[name], stored.get(_layer(infos, name), None))}
     covariances = [info.manifest.covariance for info in infos]
@@ -162,7 +166,7 @@ def stack(
         stack=parts_of(infos, factors),
     )
     identity = write_patch(out, manifest, pack(deltas, values, stored), force)
-    return StackResult(*result, time.monotonic() - start, identity, Path(out), Path(out).stat().st_size)
+    return StackResult(*result, time.monotonic() - start, together, identity, Path(out), Path(out).stat().st_size)
 
 
 def add_up(deltas: Sequence[Delta]) -> Delta:
@@ -189,20 +193,28 @@ def _apart(infos: Sequence[PatchInfo]) -> set[int]:
     return set() if len(set(outer)) == 1 else {number for number, missing in enumerate(outer) if missing}
 
 
+def _together(infos: Sequence[PatchInfo], weights: Iterable[str], apart: Collection[int]) -> frozenset[int]:
+    """Positions of the patches that are solved together on every weight that they change; none where one is alone."""
+    left = set(range(len(infos))) - set(apart)
+    for name in weights:
+        names = {number: name for number in range(len(infos)) if name in infos[number].manifest.deltas}
+        left -= names.keys() - solved_together(infos, {n: name for n in names if n not in apart})
+    return frozenset(left) if len(left) > 1 else frozenset()
+
+
 def _sum(own: Mapping[int, Part], deltas: Mapping[int, Delta], apart: Collection[int]) -> tuple[Delta, bool]:
     """The sum on one weight, and whether it is what one patch of all rows would store, rows in the given order."""
     together = [part for number, part in own.items() if number not in apart]
+    whole = len(together) == len(own) == len(solvable(together))
     if len(own) == 1:
-        (number,) = own
-        return add_up(list(deltas.values())), bool(solvable(list(own.values()))) and number not in apart
-    if len(together) == len(own) == len(solvable(together)):
-        turned = together[0].manifest.transposed(together[0].weight)
+        (delta,) = deltas.values()
+        return (delta, True) if whole else (add_up([delta]), False)
+    if whole and sum(delta.rank or 0 for delta in deltas.values()) <= min(next(iter(deltas.values())).shape):
         joint = Joint([asked(part, deltas[number]) for number, part in own.items()])
         left, right = joint.as_one()
         order = _order([part.patch.id for part in together], joint)
-        whole = LowRank(left[:, order], right[order])
-        found = smaller(whole.transposed() if turned else whole)
-        return found, isinstance(found, LowRank)
+        found = LowRank(left[:, order], right[order])
+        return (found.transposed() if together[0].manifest.transposed(together[0].weight) else found), True
     rest = [deltas[number] for number in own if number in apart]
     return add_up([*summands(together), *rest]), False
 
@@ -245,7 +257,13 @@ def _scales(scales: Sequence[float] | None, infos: Sequence[PatchInfo]) -> tuple
     return tuple(float(scale) for scale in scales)
 
 
-def _warn(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion, report: Reporter) -> None:
+def _warn(
+    infos: Sequence[PatchInfo],
+    scales: Sequence[float],
+    union: FactUnion,
+    together: Collection[int],
+    report: Reporter,
+) -> None:
     """Note and warn of what a sum does that one may not expect."""
     for parent in outer_parents(infos):
         report.note(f"the result still needs patch {parent[:12]}, which one of them was made on top of")
@@ -256,7 +274,8 @@ def _warn(infos: Sequence[PatchInfo], scales: Sequence[float], union: FactUnion,
                 report.warn(
                     f"{called(info)} was made on top of patch {parent[:12]} as it is, not at {scale[parent]:g}"
                 )
-    twice = [fact for fact in union.repeated if _lands(fact, infos, scales) > 1 + 1e-9]
+    added = [fact for fact in union.repeated if not set(fact.patches) <= set(together)]
+    twice = [fact for fact in added if _lands(fact, infos, scales) > 1 + 1e-9]
     if twice:
         first = twice[0]
         names = " and ".join(called(infos[index]) for index in first.patches)

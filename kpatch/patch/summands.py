@@ -157,6 +157,12 @@ def _rows(manifest: Manifest, weight: str) -> list[tuple[list[int], bool]]:
     return [(list(group["facts"]), group.get("first") is True) for group in mine]
 
 
+def without_facts(manifest: Manifest, gone: Collection[int]) -> set[int]:
+    """Positions of all facts that go where those of `gone` do: a row carries every fact of its subject."""
+    rows = [set(group["facts"]) for group in manifest.groups] or [{index} for index in range(len(manifest.facts))]
+    return {fact for row in rows if row & set(gone) for fact in row}
+
+
 def rows_replaced(parts: Sequence[Part], replaced: ReplacedFacts) -> Replaced:
     """The rows of each part that carry a replaced fact."""
     found: dict[str, dict[str, frozenset[int]]] = {}

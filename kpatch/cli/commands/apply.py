@@ -27,6 +27,10 @@ def command(
         str | None,
         typer.Option(metavar="NAME", help="With -o: float32, bfloat16 or float16, for all float weights of the copy."),
     ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Let a fact stand for one of an earlier patch that it contradicts."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace write-protected weight files.")] = False,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -39,7 +43,7 @@ def command(
     output = begin(json, quiet, verbose)
     from kpatch.checkpoint.apply import apply
 
-    report = apply(patches, model_dir, check=check, out=out, dtype=dtype, force=force, report=output)
+    report = apply(patches, model_dir, check=check, out=out, dtype=dtype, replace=replace, force=force, report=output)
     print_apply_report(output, report, "Would apply" if check else "Applied", "to")
     if not check and out is None:
         remember_checkpoint(model_dir.resolve())

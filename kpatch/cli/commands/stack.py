@@ -54,7 +54,7 @@ def command(
     quiet: opt.Quiet = False,
     verbose: opt.Verbose = False,
 ) -> None:
-    """Make one patch of several: the sum of what they change.
+    """Make one patch of several: what applying them together changes.
 
     Facts that contradict each other are refused; how much the patches disturb each other is shown.
     """
@@ -109,7 +109,7 @@ def _resolve(
 
 def _print_result(output: Output, result: StackResult) -> None:
     output.result(result.to_dict())
-    print_interference(output, result.patches, result.interference, warn=True)
+    print_interference(output, result.patches, result.interference, warn=True, together=result.together)
     facts = f"{counted(len(result.union.facts), 'fact')} of {len(result.patches)} patches"
     if result.path is None or result.id is None:
         output.line(f"{facts} go together; nothing was written")

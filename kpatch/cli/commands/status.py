@@ -5,7 +5,7 @@ from __future__ import annotations
 from kpatch.cli import options as opt
 from kpatch.cli.output import begin
 from kpatch.cli.targets import default_checkpoint
-from kpatch.text import format_size
+from kpatch.text import counted, format_size
 
 EXAMPLES = opt.examples("kpatch status model/", "kpatch status --json | jq .state")
 
@@ -35,6 +35,9 @@ def command(
     if found.patches:
         rows = [(row["id"] if verbose else row["id"][:12], row["name"], row["facts"]) for row in found.patches]
         output.table(("Patch, bottom to top", "Name", "Facts"), rows, right=(2,))
+        for row in found.patches:
+            if row.get("replaced"):
+                output.line(f"{row['name']}: {counted(row['replaced'], 'fact')} replaced by a later patch")
         output.line(f"{format_size(found.kept_bytes)} of original bytes kept")
     else:
         output.line("no patches applied")
