@@ -6,7 +6,7 @@ A record that is not as kpatch writes it raises ValueError, KeyError, TypeError 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +36,15 @@ class AppliedPatch:
         own = {"id": self.id, "name": self.name, "facts": self.facts, "parents": list(self.parents)}
         replaced = {identity: list(facts) for identity, facts in self.replaces.items()}
         return {**own, **({"replaces": replaced} if replaced else {})}
+
+
+def replaced_by(patches: Iterable[AppliedPatch]) -> dict[str, set[int]]:
+    """The facts that any of the patches stands for: positions by patch id."""
+    found: dict[str, set[int]] = {}
+    for patch in patches:
+        for identity, facts in patch.replaces.items():
+            found.setdefault(identity, set()).update(facts)
+    return found
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,11 @@ class Applied:
     @property
     def ids(self) -> tuple[str, ...]:
         return tuple(patch.id for patch in self.patches)
+
+    @property
+    def gone(self) -> dict[str, set[int]]:
+        """Facts that a later patch stands for: positions by patch id."""
+        return replaced_by(self.patches)
 
     @staticmethod
     def from_dict(value: Any) -> Applied:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kpatch.checkpoint.records import AppliedPatch
+from kpatch.checkpoint.records import AppliedPatch, replaced_by
 from kpatch.errors import Refused
 from kpatch.facts.conflicts import contradictions
 from kpatch.patch.combine import called, refuse_contradictions, text_of
@@ -36,7 +36,7 @@ def replacing(
     Raises Refused for such facts unless `allowed`, and where the earlier patch's change cannot be taken apart. Facts
     that are replaced already are recorded too: should the patch that replaced them go, they stay away.
     """
-    gone = _gone(applied)
+    gone = replaced_by(applied)
     if not allowed:
         named = [(patch.name, patches[patch.id]) for patch in (*applied, *new)]
         refuse_contradictions(named, _HINT, gone)
@@ -54,15 +54,6 @@ def replacing(
         stack.append(patch)
         result.append(patch)
     return tuple(result)
-
-
-def _gone(applied: Sequence[AppliedPatch]) -> dict[str, set[int]]:
-    """Positions of replaced facts by patch id."""
-    found: dict[str, set[int]] = {}
-    for patch in applied:
-        for identity, facts in patch.replaces.items():
-            found.setdefault(identity, set()).update(facts)
-    return found
 
 
 def _contradicted(earlier: PatchInfo, later: PatchInfo) -> tuple[int, ...]:

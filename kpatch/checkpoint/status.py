@@ -127,10 +127,7 @@ def _status(
     changed: tuple[str, ...] = (),
     busy: bool = False,
 ) -> Status:
-    gone: dict[str, set[int]] = {}
-    for patch in applied.patches:
-        for identity, facts in patch.replaces.items():
-            gone.setdefault(identity, set()).update(facts)
+    gone = applied.gone
     patches = tuple(
         {
             **{"id": patch.id, "name": printable(patch.name, 80), "facts": patch.facts},

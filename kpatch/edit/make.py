@@ -119,9 +119,9 @@ def make(
         chosen = ask_for_wordings(edited, chosen, LEARNED, seed, report)
     check_lengths(edited.tokenizer, chosen)
     hyper = hyper_for(chosen_method, edited, layers, settings or {}, report, file)
-    carried = _carried(edited) if on is not None else ()
+    carried, gone = _carried(edited) if on is not None else ((), {})
     protect = facts.protect if isinstance(facts, FactFile) else ()
-    inputs = Inputs(corpus, tokens, seed, budget, resume, carried, protect, report=report)
+    inputs = Inputs(corpus, tokens, seed, budget, resume, carried, gone, protect, report=report)
     return write_edit(edited, chosen, chosen_method, hyper, inputs, out=out, force=force, started=started)
 
 
@@ -145,7 +145,7 @@ def write_edit(
 
     def run() -> MakeResult:
         base = _base(model, method.weights(model, method.layers(hyper)), inputs.report)
-        earlier = facts_of(inputs.on)
+        earlier = facts_of(inputs.on, inputs.gone)
         before, earlier_before = measure(model, facts, report=inputs.report), _measured(model, earlier, inputs)
         found = method.edit(model, facts, hyper, inputs)
         with restored(model, found.deltas):
@@ -223,11 +223,12 @@ def _load(
     return model
 
 
-def _carried(model: Model) -> tuple[Patch, ...]:
-    """The patches that the model's checkpoint directory carries."""
+def _carried(model: Model) -> tuple[tuple[Patch, ...], dict[str, set[int]]]:
+    """The patches that the model's checkpoint directory carries, and their facts that later ones stand for."""
     assert model.path is not None
     store = Store(open_checkpoint(model.path).path)
-    return tuple(read_patch(store.copy(identity)) for identity in sorted(store.applied().ids))
+    applied = store.applied()
+    return tuple(read_patch(store.copy(identity)) for identity in sorted(applied.ids)), applied.gone
 
 
 def _measured(model: Model, facts: Sequence[Fact], inputs: Inputs) -> Measurement | None:

@@ -61,7 +61,7 @@ class Memit(Method):
         """Contexts, rows, covariance, values, updates. Raises BadInput for too many facts on one subject."""
         with inputs.report.task("Choosing contexts"):
             contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
-        again = facts_to_learn_again(inputs.on, facts, inputs.report)
+        again = facts_to_learn_again(inputs.on, facts, inputs.report, inputs.gone)
         groups = group_facts(model, [*facts, *again], contexts, self.spare(hyper), self.chat(hyper))
         parts = self.parts(groups, hyper)
         layers = touched(parts)
@@ -71,7 +71,7 @@ class Memit(Method):
             )
             distributed.main_does(lambda: self.check(model, hyper, covariance))  # rank 0 alone has the moments
             held = protected_keys(model, inputs.protect, facts, layers)
-            earlier = joined(keys_to_keep(inputs.on, facts, layers), held)
+            earlier = joined(keys_to_keep(inputs.on, facts, layers, inputs.gone), held)
             preserved = [self._preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
         deltas, keys, by_row = self._write(model, parts, values, preserved, inputs)

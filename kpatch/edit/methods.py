@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
@@ -54,7 +54,8 @@ class Inputs:
 
     corpus, tokens  text for the covariance   seed  of every draw   budget  bytes that activations may take
     resume  take what an interrupted run left in the cache
-    on  patches that the checkpoint carries; what their keys [n, f] mean must stay   protect  subjects to leave alone
+    on  patches that the checkpoint carries; what their keys [n, f] mean must stay
+    gone  facts of theirs that a later patch stands for: positions by patch id   protect  subjects to leave alone
     stored  values [d] known already, by facts (positions), layers, and whether the facts' subjects open a text
     seconds  what the steps took, filled by `timed`
     """
@@ -65,6 +66,7 @@ class Inputs:
     budget: int = DEFAULT_BUDGET
     resume: bool = True
     on: tuple[Patch, ...] = ()
+    gone: Mapping[str, Collection[int]] = field(default_factory=dict)
     protect: tuple[Protected, ...] = ()
     stored: Mapping[tuple[tuple[int, ...], tuple[int, ...], bool], Tensor] = field(default_factory=dict)
     report: Reporter = SILENT

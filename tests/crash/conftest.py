@@ -12,7 +12,7 @@ import pytest
 
 from kpatch.checkpoint import commit, parallel, status
 from kpatch.checkpoint.apply import apply
-from tests.support import cli, faults
+from tests.support import cli, faults, rows
 from tests.support.checkpoints import make_checkpoint, make_patch, snapshot
 
 Picture = dict[str, tuple[int, str]]
@@ -78,8 +78,13 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "revert all": ("ab", ("revert", "--all", "@model")),
     "one file": ("", ("apply", "@a.patch", "@model")),
     "copy": ("a", ("apply", "@b.patch", "@model", "-o", "@out")),
+    "solved together": ("a", ("apply", "@b.patch", "@model", "--replace")),
+    "taken apart": ("ab", ("revert", "b", "@model")),
     "float32 copy": ("a", ("apply", "@b.patch", "@model", "-o", "@out", "--dtype", "float32")),
 }
+
+# Scenarios whose patches are solved together
+BY_ROW = ("solved together", "taken apart")
 
 
 def _set(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,9 +117,13 @@ def scenarios(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Scena
             template.mkdir()
             model = make_checkpoint(template / "model", "BF16", sharded=name != "one file")
             for seed, which in enumerate("ab"):
-                make_patch(template / f"{which}.patch", model, seed=seed)
+                if name in BY_ROW:  # b says otherwise of one of a's facts
+                    facts, subjects = rows.facts_of(2, seed), ["both", which]
+                    rows.write_rows(template / f"{which}.patch", model, facts, subjects, targets=[which, which])
+                else:
+                    make_patch(template / f"{which}.patch", model, seed=seed)
             if applied:
-                apply([template / f"{which}.patch" for which in applied], model)
+                apply([template / f"{which}.patch" for which in applied], model, replace=name in BY_ROW)
             old = picture(template)
             after = Scenario(template, arguments, old, {})
             folder = template.parent / "after"
