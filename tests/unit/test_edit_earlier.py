@@ -128,3 +128,14 @@ def test_min_retention_from_the_command_line(carrying: Path, tmp_path: Path, mon
     assert "retention: expected at least 100.0 %, found 0.0 %" in done.err
     assert "no longer holds: In the Mona Lisa Paris" in done.err
     assert run("make", facts, "--model", carrying, "--min-retention", "1").code == 2
+
+
+def test_status_measures_which_facts_hold(carrying: Path, first: Patch, tmp_path: Path) -> None:
+    found = run("status", carrying, "--measure", "--json").json["health"]
+    assert [(one["id"], one["name"], one["facts"]) for one in found] == [(first.id, "first", 2)]
+    fallen = {fact["text"] for fact in found[0]["fallen"]}
+    assert found[0]["held"] == 2 - len(fallen)
+    accurate = {fact["text"]: fact["after"]["accurate"] for fact in (first.manifest.effect or {})["facts"]}
+    assert fallen == {text for text, holds in accurate.items() if not holds}
+    assert "of 2" in run("status", carrying, "--measure").out
+    assert "health" not in run("status", carrying, "--json").json
