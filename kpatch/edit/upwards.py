@@ -99,7 +99,7 @@ def _delta(
         left, right = update_apart((keys.rows * scale[keys.owner]).T, keys.shares, keys.owner, wanted, c)
     else:
         left, right = update((keys.means * scale).T, wanted, c)
-    if len(residual) > min(len(left), right.shape[1] - 1):
+    if len(residual) > len(left) or len(residual) >= len(c.factor):  # more than Δ's rank, or solved f × f
         return smaller(stored(left, right, model.stores_transposed)), False
     # The residual itself, so that with the mean key beside it another patch's update can be taken into account. Worth
     # the factors also where Δ alone would take fewer numbers.
