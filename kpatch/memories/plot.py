@@ -22,6 +22,7 @@ NAMES = {
     "ffn": "feed-forward layer's",
     "composition": "neither's",
 }
+LOSSES = {"first": "its first", "last": "its last", "other": "another"}
 REMOVED_COLORS = {"first": "#238b45", "last": "#a50f15", "other": "#54278f"}
 _LINE, _SECOND, _GREY = "#54278f", "#238b45", "#888888"
 _DPI = 110
@@ -78,6 +79,7 @@ def _save(figure: Any, folder: Path, name: str) -> list[Path]:
 def _memories(summary: Summary) -> Any:
     """Keys and values: what triggers share, what removing tokens does, and whether values answer to their keys."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure = Figure(figsize=(12, 6.4))
     axes = figure.subplots(2, 3)
@@ -94,7 +96,12 @@ def _memories(summary: Summary) -> Any:
         spots = [(layer, 100 * change) for layer, change in pairs if change is not None]
         if spots:
             tried = True
-            axis.plot(*zip(*spots, strict=True), color=REMOVED_COLORS[which], marker=".", label=f"its {which}")
+            axis.plot(
+                *zip(*spots, strict=True),
+                color=REMOVED_COLORS[which],
+                marker=".",
+                label=LOSSES[which],
+            )
     if tried:
         axis.axhline(0, color=_GREY, linewidth=0.6)
         axis.legend(title=None)
@@ -133,6 +140,9 @@ def _memories(summary: Summary) -> Any:
         )
         axis.plot(ranked_layers, [rank[1] for _, rank in ranked], color=_LINE, marker=".", label="median")
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_formatter(lambda value, place: f"{value:,.0f}")
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.legend()
 
     axis = axes[1][2]

@@ -36,7 +36,7 @@ def promoted_logits(model: Model, layer: int, vectors: Tensor) -> Tensor:
 
     Each is brought to a mean square of 1, so that the ε of no norm counts; a vector of zeros stays one.
     """
-    wide = vectors.float()
+    wide = vectors.float().contiguous()  # columns of W^l would reach the head one by one, ten times as slowly
     wide = wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
     hidden = wide.to(model.device, model.dtype)
     if model.family.post_norm:
