@@ -14,6 +14,7 @@ __all__ = [
     "diff_patches",
     "evaluate_facts",
     "export_patch",
+    "find_memories",
     "load_facts",
     "load_model",
     "make",
@@ -29,6 +30,7 @@ __all__ = [
     "tune_settings",
     "verify",
     "verify_fit",
+    "view_patch",
 ]
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
     from kpatch.evaluate.probe import rank_objects as probe_facts
     from kpatch.export.formats import export_patch
     from kpatch.facts.load import load_facts
+    from kpatch.memories.patch_view import view_patch
+    from kpatch.memories.run import find_memories
     from kpatch.models.model import open_model as load_model
     from kpatch.patch.compare import diff_patches
     from kpatch.patch.format import read_patch, verify
@@ -62,6 +66,7 @@ _HOMES = {
     "diff_patches": ("kpatch.patch.compare", "diff_patches"),
     "evaluate_facts": ("kpatch.evaluate.assess", "assess"),
     "export_patch": ("kpatch.export.formats", "export_patch"),
+    "find_memories": ("kpatch.memories.run", "find_memories"),
     "load_facts": ("kpatch.facts.load", "load_facts"),
     "load_model": ("kpatch.models.model", "open_model"),
     "make": ("kpatch.edit.make", "make"),
@@ -77,6 +82,7 @@ _HOMES = {
     "tune_settings": ("kpatch.tune.search", "tune"),
     "verify": ("kpatch.patch.format", "verify"),
     "verify_fit": ("kpatch.checkpoint.fit", "verify_fit"),
+    "view_patch": ("kpatch.memories.patch_view", "view_patch"),
 }
 
 
