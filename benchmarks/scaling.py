@@ -1,4 +1,4 @@
-"""Score and its parts against the number of edits, for MEMIT, ROME and FT-W: figure 1b and table 2 of the paper.
+"""Score and its parts against the number of edits, method by method: figure 1b and table 2 of the paper.
 
     python benchmarks/scaling.py smollm2 counterfact.json -o scaling/
     python benchmarks/scaling.py smollm2 counterfact.json -o scaling/ --methods memit,ft --counts 1,10,100 --generate
@@ -42,7 +42,8 @@ from kpatch.models.model import Model, load_model  # noqa: E402
 from kpatch.stats.covariance import collect  # noqa: E402
 
 COUNTS = (1, 3, 10, 32, 100, 316, 1000)
-METHODS = ("unpatched", "memit", "memit-paper", "rome", "ft", "alphaedit", "blue")
+METHODS = ("unpatched", "memit", "memit-paper", "rome", "ft", "ft-paper", "alphaedit", "blue")
+FT_PAPER = ROOT / "benchmarks" / "presets" / "ft-paper.yaml"
 PARTS = ("efficacy", "generalization", "specificity")
 _SAVE = 10  # edits of ROME between saves
 
@@ -91,7 +92,8 @@ class Study:
                 self.facts[:n],
                 out=path,
                 model=self.model,
-                method=method,
+                method="ft" if method == "ft-paper" else method,
+                preset=FT_PAPER if method == "ft-paper" else None,
                 settings=settings(self.options, method),
                 resume=False,
                 seed=self.options.seed,
@@ -250,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     counts, methods = [int(n) for n in options.counts.split(",")], options.methods.split(",")
     if unknown := set(methods) - set(METHODS):
         parser.error(f"unknown methods {', '.join(sorted(unknown))}; there are {', '.join(METHODS)}")
-    assert set(PRESETS) - {"mend"} | {"memit", "unpatched"} == set(METHODS)  # mend has benchmarks/mend.py
+    assert set(PRESETS) - {"mend"} | {"unpatched", "ft-paper"} == set(METHODS)  # mend has benchmarks/mend.py
 
     options.out.mkdir(parents=True, exist_ok=True)
     facts = import_facts(options.facts, drop_conflicts=True).facts

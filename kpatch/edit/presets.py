@@ -148,20 +148,28 @@ class RomeHyper(HyperParams):
 
 @dataclass(frozen=True, slots=True)
 class FineTuneHyper(HyperParams):
-    """All that decides a fine-tuned patch besides the facts and the model.
+    """All that decides a fine-tuned patch besides the facts and the model. A switch is 1 (on) or 0 (off).
 
-    steps  passes over all facts at most
+    steps  passes over all rows at most; a row is a fact's prompt, one of its wordings, or its question in chat form
     learning_rate  of Adam
     weight_decay  of W − W0, added to the gradient
-    stop_loss  facts with less loss are passed over; a pass whose mean is less ends the tuning
-    batch  facts an update: one, since 25 updates for all facts together leave most of them unlearned
+    stop_loss  batches with less loss are passed over; a pass whose mean is less ends the tuning
+    batch  rows an update
+    shuffle  the rows come in a new order in every pass, drawn from the seed; else in the file's
+    chat  a fact's question is learned too, in the model's chat template, where it has one
+    end  what ends the model's turn is learned behind an answer in chat form; the other forms have no end
+    validate  the pass with the least loss on held-out rows counts, and three worse ones end the tuning
     """
 
     steps: int = 25
     learning_rate: float = 5e-4
-    weight_decay: float = 5e-4
+    weight_decay: float = 0.0
     stop_loss: float = 1e-2
-    batch: int = 1
+    batch: int = 8
+    shuffle: int = 1
+    chat: int = 1
+    end: int = 1
+    validate: int = 1
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "batch")
 
 
@@ -199,7 +207,6 @@ _PAPER = "MEMIT paper (Meng et al., ICLR 2023), section 5 and Appendix B"
 _BLUE = "the BLUE authors' published settings"
 _ALPHA = "the AlphaEdit authors' published settings"
 _ROME = "the ROME authors' published settings"
-_FT = "MEMIT paper, appendix B (FT-W), and its published settings"
 
 # By method, then by the names of SHAPES
 PRESETS: Mapping[str, Mapping[str, Preset]] = {
@@ -267,17 +274,5 @@ PRESETS: Mapping[str, Mapping[str, Preset]] = {
             "layer 6, the middle of MEMIT's layers here, as GPT-J's 5 is of its own; the rest as for GPT-J",
         ),
     },
-    "ft": {
-        "gpt-j": Preset(
-            FineTuneHyper((21,)),
-            f"{_FT}: layer 21, 25 steps, lr 5e-4, stop at 1e-2; decay 5e-4, near what their power law gives for"
-            " 10,000 edits (3.9e-4)",
-        ),
-        "gpt2-xl": Preset(
-            FineTuneHyper((1,)),
-            "ROME paper, appendix E.1, and its published settings for tuning without a bound on the change: layer 1,"
-            " 25 steps, lr 5e-4; decay and stop as for GPT-J",
-        ),
-        "smollm2": Preset(FineTuneHyper((22,)), "layer 22, as deep as GPT-J's 21 of 28 layers; the rest as for GPT-J"),
-    },
+    "ft": {},  # the layer is found by validation: see `kpatch.edit.ft_layer`
 }

@@ -259,7 +259,7 @@ def test_wrong_settings_and_layers_are_refused(
     world: World, tmp_path: Path, settings: dict[str, str], layers: list[int] | None, said: str
 ) -> None:
     name = world.method.name
-    if layers is None and name in ("memit", "mend"):
+    if layers is None and name in ("memit", "ft", "mend"):
         pytest.skip("it chooses its layers")
     if world.method.writes_last and said == "is the last of":
         pytest.skip("it edits the last layer")

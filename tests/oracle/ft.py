@@ -5,7 +5,7 @@ Adam's own weight decay on W − W0 is the decay towards the weights as they wer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,8 +30,17 @@ def loss_of(model: Model, name: str, weight: Tensor, fact: Prompt) -> Tensor:
     return total / len(target)
 
 
-def tune(model: Model, facts: Sequence[Prompt], hyper: FineTuneHyper) -> tuple[Tensor, list[float]]:
-    """W − W0 in the orientation in which W is stored, and the mean loss of every pass."""
+def tune(
+    model: Model,
+    facts: Sequence[Prompt],
+    hyper: FineTuneHyper,
+    orders: Iterable[Sequence[Sequence[int]]] | None = None,
+) -> tuple[Tensor, list[float]]:
+    """W − W0 in the orientation in which W is stored, and the mean loss of every pass.
+
+    `orders` has the batches of every pass, as positions of facts; without them, the facts as they come.
+    """
+    every_pass = iter(orders) if orders is not None else None
     name = model.weight_name(hyper.layer)
     base = model.weight(hyper.layer).detach()
     change = torch.zeros_like(base).requires_grad_()
@@ -39,8 +48,9 @@ def tune(model: Model, facts: Sequence[Prompt], hyper: FineTuneHyper) -> tuple[T
     losses: list[float] = []
     for _ in range(hyper.steps):
         total = 0.0
-        for begin in range(0, len(facts), hyper.batch):
-            some = facts[begin : begin + hyper.batch]
+        plain = [range(len(facts))[begin : begin + hyper.batch] for begin in range(0, len(facts), hyper.batch)]
+        for members in plain if every_pass is None else next(every_pass):
+            some = [facts[index] for index in members]
             adam.zero_grad()
             loss = sum(loss_of(model, name, base + change, fact) for fact in some) / len(some)
             total += loss.item() * len(some)

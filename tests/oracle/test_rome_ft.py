@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from kpatch.edit import rome
-from kpatch.edit.ft import stored_small, tune
+from kpatch.edit.ft import stored_small
+from kpatch.edit.ft_rows import learned_rows
+from kpatch.edit.ft_tuning import passes
+from kpatch.edit.ft_tuning import tune as tune_rows
 from kpatch.edit.presets import FineTuneHyper, RomeHyper
 from kpatch.edit.rome import Edited, edit_all, rome_contexts, together
 from kpatch.edit.solve import KeyCovariance
@@ -33,7 +36,7 @@ FACTS: list[memit_oracle.Prompt] = [
 ]
 CONTEXTS = ["", "The sea is cold in winter.", "She said."]
 ROME = RomeHyper((1,), steps=5, learning_rate=0.2, stop_loss=0.0)
-FT = FineTuneHyper((2,), steps=6, learning_rate=1e-2, weight_decay=0.1, stop_loss=0.0, batch=3)
+FT = FineTuneHyper((2,), steps=6, learning_rate=1e-2, weight_decay=0.1, stop_loss=0.0, batch=3, shuffle=0)
 SOME = ["gpt2", "llama", "gemma2"]
 # W stored [in, out], attention and MLP side by side, plain, and with norms
 QUICK = ["gpt2", "gpt_neox", "llama", "gemma3_text"]
@@ -159,6 +162,12 @@ def test_contexts_of_two_lengths() -> None:
 # Fine-tuning
 
 
+def tune(model: Model, facts: list[Fact], hyper: FineTuneHyper, seed: int = 0) -> tuple[Tensor, tuple[float, ...]]:
+    found = tune_rows(model, learned_rows(model, facts, hyper), hyper, seed)
+    assert found.best == len(found.losses), "nobody judges the passes"
+    return found.change, found.losses
+
+
 @pytest.mark.parametrize("family", slow_beyond(QUICK, KINDS))
 def test_fine_tuning_is_the_oracles(family: str) -> None:
     model = tiny(family)
@@ -173,6 +182,20 @@ def test_fine_tuning_is_the_oracles(family: str) -> None:
     assert float((change - want).norm()) <= 1e-4 * float(want.norm())
     assert all(torch.equal(weight, before[name]) for name, weight in model.net.named_parameters())
     assert not model.weight(2).requires_grad
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_shuffled_fine_tuning_is_the_oracles_in_the_same_order(family: str) -> None:
+    model = tiny(family)
+    model.net.double()
+    hyper = replace(FT, shuffle=1, batch=2)
+    change, losses = tune(model, as_facts(), hyper, seed=3)
+    drawn = passes(len(FACTS), hyper, 3)
+    want, slow = ft_oracle.tune(model, FACTS, hyper, (next(drawn) for _ in range(hyper.steps)))
+    assert list(losses) == pytest.approx(slow, rel=1e-6)
+    assert float((change - want).norm()) <= 1e-4 * float(want.norm())
+    plain = tune(model, as_facts(), replace(hyper, shuffle=0))[0]
+    assert float((change - plain).norm()) > 1e-2 * float(plain.norm())
 
 
 def test_tuning_ends_when_the_loss_is_low() -> None:

@@ -191,7 +191,7 @@ def test_another_shape_has_another_preset(
     assert preset_for(MEMIT, build("llama")) is None
 
 
-@pytest.mark.parametrize("method", [PAPER, ROME, FT], ids=lambda method: method.name)
+@pytest.mark.parametrize("method", [PAPER, ROME, ALPHA, BLUE], ids=lambda method: method.name)
 def test_without_a_preset_the_layers_must_be_given(method: Method) -> None:
     model, notes = build("gpt2"), Recorder()
     with pytest.raises(BadInput, match=f"no {method.name} preset") as error:

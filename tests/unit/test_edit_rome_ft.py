@@ -32,7 +32,7 @@ QUICK: dict[str, dict[str, Any]] = {
         "tokens": 400,
         "settings": {"steps": "4", "prefixes": "2", "short": "2", "long": "3", "learning_rate": "0.2"},
     },
-    "ft": {"layers": [2], "settings": {"steps": "4", "learning_rate": "0.01"}},
+    "ft": {"layers": [2], "settings": {"steps": "4", "learning_rate": "0.01", "batch": "1"}},
 }
 
 
