@@ -27,7 +27,7 @@ from kpatch.trace.fact_lists import built_in
 _VERSION = 1  # raise it when the search comes to find another layer
 _TRIED = 6  # layers, evenly over the depth, before those next to the best
 _FACTS, _OTHERS = 10, 16
-_STEPS = 10  # passes: which layer is the best shows early
+_STEPS, _BATCH = 10, 2  # passes and rows an update: which layer is the best shows early
 
 
 def find_layer(model: Model, report: Reporter = SILENT) -> int:
@@ -61,7 +61,7 @@ def _search(model: Model, layers: Sequence[int], report: Reporter) -> dict[int, 
     values: dict[int, float] = {}
 
     def value(layer: int) -> float:
-        hyper = FineTuneHyper((layer,), steps=_STEPS)
+        hyper = FineTuneHyper((layer,), steps=_STEPS, batch=_BATCH)
         return min(tune(model, rows, hyper, 0, Check(model, held, others, layer)).values)
 
     first = spread(len(layers), _TRIED)
