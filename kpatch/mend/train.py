@@ -29,6 +29,7 @@ from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
 
+_MINUTE = 60.0  # seconds
 _SAVE_EVERY = 60.0  # seconds between saves
 TIME_UP = "time was up"
 _BUDGET = 800_000_000  # bytes of states that are kept
@@ -97,7 +98,7 @@ def train(
         if not progress.measured:
             _measure(network, below, data, hyper, seed, report)
             progress.measured = True
-        end = None if minutes is None else started + 60 * minutes
+        end = None if minutes is None else started + _MINUTE * minutes
         ended = _Run(network, below, data, hyper, seed, count, progress, report).until(end)
     except KeyboardInterrupt:
         progress.save()

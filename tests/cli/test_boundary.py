@@ -145,7 +145,7 @@ def test_help_on_memory_names_the_default_that_is_used() -> None:
     helps = {
         name: option.help for name, command in commands.items() for option in command.params if option.name == "memory"
     }
-    assert set(helps) == {"make", "stack", "trace", "tune"}
+    assert set(helps) == {"make", "stack", "trace", "train", "tune"}
     for name, text in helps.items():
         default = memory.DEFAULT_BUDGET if name == "trace" else values_cache.DEFAULT_BUDGET
         assert parse.memory(text.rpartition("Default: ")[2].rstrip(".")) == default, name

@@ -67,7 +67,8 @@ ZSRE = {
     **{"alt": "Spain", "answers": ["Italy"], "loc": "nq question: where is the sea", "loc_ans": "Portugal"},
 }
 KNOWN = {"subject": "Chicago", "attribute": "Illinois", "prompt": "Chicago is in", "template": "{} is in"}
-DATA = {"counterfact.json": [COUNTERFACT], "zsre_mend_eval.json": [ZSRE], "known_1000.json": [KNOWN]}
+OTHER = {**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "subject": "Oslo"}}  # type: ignore[dict-item]
+DATA = {"counterfact.json": [COUNTERFACT, OTHER], "zsre_mend_eval.json": [ZSRE], "known_1000.json": [KNOWN]}
 _WRITTEN = re.compile(r"(?:-o|^cp -r .*\)\") (\S+)", re.MULTILINE)
 
 
@@ -140,6 +141,7 @@ def let_it_pass_for_smollm2(patch: pytest.MonkeyPatch, folder: Path, cache: Path
     patch.setitem(SHAPES, "smollm2", ("llama", WIDTH, DEPTH))
     patch.setitem(ALIASES, "smollm2", replace(ALIASES["smollm2"], source=title))
     patch.setattr("kpatch.trace.run.built_in", lambda: facts_known_by(tiny_model()))
+    patch.setattr("kpatch.mend.train._MINUTE", 0.02)  # pages speak of hours
     patch.setattr("kpatch.trace.layer_range.LEAST", 0.0)  # random MLPs carry less than any rule for R asks for
 
 
