@@ -25,7 +25,7 @@ class TrainHyper:
     rank: int = 256
     edit_rate: float = 1e-4
     learning_rate: float = 1e-5
-    step_rate: float = 1e-5
+    step_rate: float = 2e-5
     ridge_rate: float = 1e-2
     clip: float = 100.0
     edit_weight: float = 0.1

@@ -128,8 +128,7 @@ class _Run:
     def until(self, end: float | None) -> str:
         """Train; why it ended."""
         progress, saved = self.progress, time.monotonic()
-        with self.report.task("Training the editor", self.hyper.steps, "step") as advance:
-            advance(progress.steps)
+        with self.report.task("Training the editor", None, "step") as advance:
             while True:
                 if progress.steps % self.hyper.validate_every == 0 and not progress.validated:
                     self._validate()
