@@ -67,13 +67,8 @@ def ranks_without_siblings(
     Where a subject has several objects in one relation of the facts `every`, no true one stands in another's way
     (Bordes et al. 2013). Only facts with such objects are ranked again.
     """
-    true: dict[tuple[str, str], set[str]] = {}
-    for fact in every:
-        if fact.relation:
-            true.setdefault((fact.relation, normal(fact.subject)), set()).add(fact.target)
     again, without = [], []
-    for number, fact in enumerate(chosen):
-        others = true.get((fact.relation or "", normal(fact.subject)), set()) - {fact.target}
+    for number, others in enumerate(siblings(every, chosen)):
         if others:
             again.append(number)
             without.append(tuple(name for name in objects[number] if name not in others))
@@ -83,6 +78,15 @@ def ranks_without_siblings(
         for number, one in zip(again, some, strict=True):
             found[number] = one
     return found
+
+
+def siblings(every: Sequence[Fact], chosen: Sequence[Fact]) -> list[set[str]]:
+    """For each of `chosen` the other objects that the facts `every` have for its subject in its relation."""
+    true: dict[tuple[str, str], set[str]] = {}
+    for fact in every:
+        if fact.relation:
+            true.setdefault((fact.relation, normal(fact.subject)), set()).add(fact.target)
+    return [true.get((fact.relation or "", normal(fact.subject)), set()) - {fact.target} for fact in chosen]
 
 
 def lama(facts: Sequence[Fact], ranked: Sequence[Ranked]) -> dict[str, Any] | None:

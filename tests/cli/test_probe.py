@@ -79,6 +79,20 @@ def test_objects(model: Path, facts: Path, tmp_path: Path) -> None:
     assert (limited["all"]["n"], limited["objects"]) == (1, 4)
 
 
+def test_ranks_among_the_vocabulary(model: Path, tmp_path: Path) -> None:
+    words = [{"subject": "Ann", "prompt": "{} is", "target": word, "relation": "is"} for word in ("a", "Louvresque")]
+    facts = save_facts(tmp_path / "words.yaml", words)
+    done = run("probe", facts, model, "--objects", "vocabulary", "--per-fact", "--json")
+    assert done.code == 0, done.err
+    assert [row["target"] for row in done.json["facts"]] == ["a"]
+    assert done.json["objects"] > 100
+    assert done.json["lama"]["totals"][-1]["facts"] == 1
+    assert "1 fact with a target of several tokens left out" in done.err
+    refused = run("probe", save_facts(tmp_path / "long.yaml", words[1:]), model, "--objects", "vocabulary")
+    assert refused.code == 2
+    assert "No target is one token" in refused.err
+
+
 def test_the_table_of_lama(model: Path, facts: Path, patch: Path, tmp_path: Path) -> None:
     data = run("probe", facts, model, "--json").json
     rows = [(row["relation"], row["kind"], row["facts"], row["frequency"]) for row in data["lama"]["relations"]]

@@ -17,15 +17,18 @@ from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.targets import check_patches, facts_and_model, open_facts, open_model
 from kpatch.errors import BadInput
 from kpatch.evaluate.with_without import without_and_with
+from kpatch.text import counted
 
 if TYPE_CHECKING:
     from kpatch.evaluate.probe import Ranked
     from kpatch.facts.fact import Fact
+    from kpatch.models.model import Model
 
 EXAMPLES = opt.examples(
     "kpatch probe news.yaml smollm2 --patch news.patch --objects cities.txt --per-fact",
     "kpatch probe questions.jsonl smollm2 --answers",
 )
+_VOCABULARY = "vocabulary"
 _LAMA = ("p_at_1", "p_at_10")
 _RATES = ("p_at_1", "p_at_10", "p_at_100", "mrr")
 
@@ -64,9 +67,10 @@ def command(
         str | None,
         typer.Option(
             "--objects",
-            metavar="all|relation|FILE",
-            help="What targets are ranked among: those of all facts (the default), those of the fact's relation, or"
-            " the lines of a text file besides those of all facts.",
+            metavar="all|relation|vocabulary|FILE",
+            help="What targets are ranked among: those of all facts (the default), those of the fact's relation, the"
+            " model's whole vocabulary (targets of one token alone, as in LAMA), or the lines of a text file besides"
+            " those of all facts.",
         ),
     ] = None,
     limit: opt.FirstFacts = None,
@@ -101,15 +105,23 @@ def command(
     path, address = facts_and_model(facts, model)
     file = open_facts(output, path, conflicts=True)
     chosen = file.facts[:limit]
-    choices = _objects(file.facts, chosen, objects or "all")
+    whole = objects == _VOCABULARY
+    choices = [] if whole else _objects(file.facts, chosen, objects or "all")
     check_patches(patch or ())
     loaded = open_model(output, address, device, dtype, names)
+    if whole:
+        chosen = _single_tokens(output, loaded, chosen)
 
     def ask() -> tuple[list[Ranked], dict[str, Any] | None]:
         """All ranks, and LAMA's table."""
-        from kpatch.evaluate.lama import lama, ranks_without_siblings
+        from kpatch.evaluate.lama import lama, ranks_without_siblings, siblings
         from kpatch.evaluate.probe import rank_objects
+        from kpatch.evaluate.vocabulary import rank_in_vocabulary
 
+        if whole:
+            aside = siblings(file.facts, chosen)
+            plain = rank_in_vocabulary(loaded, chosen, report=output)
+            return plain, lama(chosen, rank_in_vocabulary(loaded, chosen, aside) if any(aside) else plain)
         ranks = rank_objects(loaded, chosen, choices, report=output)
         return ranks, lama(chosen, ranks_without_siblings(loaded, file.facts, chosen, choices, ranks, output))
 
@@ -117,7 +129,7 @@ def command(
     found: dict[str, Any] = {
         "model": loaded.name,
         "patches": on,
-        "objects": len({name for some in choices for name in some}),
+        "objects": _vocabulary(loaded) if whole else len({name for some in choices for name in some}),
         **_as_json(chosen, *after),
         "unpatched": None if before is None else _as_json(chosen, *before),
         "seconds": time.monotonic() - started,
@@ -130,6 +142,27 @@ def command(
         output.line()
         table: list[list[Cell]] = [[row["text"], row["target"], row["rank"], row["best"]] for row in rows]
         output.table(("Prompt", "Target", "Rank", "Best"), table, right=(2,))
+
+
+def _single_tokens(output: Output, model: Model, facts: Sequence[Fact]) -> tuple[Fact, ...]:
+    """The facts whose target is one token. Raises BadInput where there is none."""
+    from kpatch.evaluate.vocabulary import in_vocabulary
+
+    found = tuple(in_vocabulary(model, facts))
+    if not found:
+        raise BadInput(
+            "No target is one token, and a vocabulary has nothing longer",
+            hint="rank among `objects=all` or `relation`",
+        )
+    if len(found) < len(facts):
+        output.warn(f"{counted(len(facts) - len(found), 'fact')} with a target of several tokens left out")
+    return found
+
+
+def _vocabulary(model: Model) -> int:
+    from kpatch.evaluate.forward import vocabulary
+
+    return vocabulary(model)
 
 
 def _objects(every: Sequence[Fact], chosen: Sequence[Fact], given: str) -> list[tuple[str, ...]]:
@@ -150,7 +183,9 @@ def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise BadInput("There is no such file", where=str(path), hint="`objects` is all, relation or a file") from None
+        raise BadInput(
+            "There is no such file", where=str(path), hint="`objects` is all, relation, vocabulary or a file"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput("The objects cannot be read", where=str(path), details=[str(error)]) from error
     return [line.strip() for line in text.splitlines() if line.strip()]
