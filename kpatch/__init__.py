@@ -8,6 +8,7 @@ from kpatch._version import __version__
 
 __all__ = [
     "__version__",
+    "answer_questions",
     "apply",
     "ask",
     "diff_checkpoints",
@@ -17,6 +18,7 @@ __all__ = [
     "find_memories",
     "load_facts",
     "load_model",
+    "load_questions",
     "make",
     "patched",
     "probe_facts",
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from kpatch.edit.resolve import solve_again as stack_resolved
     from kpatch.evaluate.answers import ask
     from kpatch.evaluate.assess import assess as evaluate_facts
+    from kpatch.evaluate.closed_book import answer_questions
     from kpatch.evaluate.patched import patched
     from kpatch.evaluate.probe import rank_objects as probe_facts
     from kpatch.export.formats import export_patch
     from kpatch.facts.load import load_facts
+    from kpatch.facts.question_files import load_questions
     from kpatch.memories.patch_view import view_patch
     from kpatch.memories.run import find_memories
     from kpatch.models.model import open_model as load_model
@@ -60,6 +64,7 @@ if TYPE_CHECKING:
 # Names are imported when they are first asked for, so that `import kpatch` costs nothing. A name that a part of the
 # package has (trace, evaluate) cannot stand for a function too, and one that says little without its module is longer.
 _HOMES = {
+    "answer_questions": ("kpatch.evaluate.closed_book", "answer_questions"),
     "apply": ("kpatch.checkpoint.apply", "apply"),
     "ask": ("kpatch.evaluate.answers", "ask"),
     "diff_checkpoints": ("kpatch.checkpoint.diff.checkpoints", "diff_checkpoints"),
@@ -69,6 +74,7 @@ _HOMES = {
     "find_memories": ("kpatch.memories.run", "find_memories"),
     "load_facts": ("kpatch.facts.load", "load_facts"),
     "load_model": ("kpatch.models.model", "open_model"),
+    "load_questions": ("kpatch.facts.question_files", "load_questions"),
     "make": ("kpatch.edit.make", "make"),
     "patched": ("kpatch.evaluate.patched", "patched"),
     "probe_facts": ("kpatch.evaluate.probe", "rank_objects"),

@@ -18,10 +18,10 @@ from kpatch.evaluate.answers import CHAT_TOKENS, answer_rows, first_words, says
 from kpatch.evaluate.intervals import SAMPLES, mean_interval
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.facts.chat import Turn, can_chat, chat_rows, turn_ends
-from kpatch.facts.question_files import ANSWER_FORMS, Question
+from kpatch.facts.question_files import ANSWER_FORMS, Question, QuestionFile
 from kpatch.facts.questions import PLAIN
 from kpatch.facts.tokens import Item, encode_many
-from kpatch.models.model import Model
+from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Reporter
 
 UNGROUPED = "(none)"
@@ -53,7 +53,7 @@ def form_for(model: Model, form: str | None = None) -> str:
 
 def answer_questions(
     model: Model,
-    questions: Sequence[Question],
+    questions: QuestionFile | Sequence[Question],
     form: str | None = None,
     tokens: int = CHAT_TOKENS,
     batch_tokens: int = BATCH_TOKENS,
@@ -63,8 +63,10 @@ def answer_questions(
 
     In the form `chat` a question is a user's turn in the model's chat template, and the answer is the model's whole
     turn. In the form `completion` it is plain text, and the answer is the first line. The model's own EOS ends both.
-    Raises BadInput as `form_for` does, and for a question that is too long for the model.
+    Raises BadInput as `form_for` does, for what is no question, and for one that is too long for the model.
     """
+    require_loaded(model)
+    questions = _questions_in(questions)
     form = form_for(model, form)
     if form == "chat":
         found = chat_rows(model.tokenizer, [Turn(question.text) for question in questions])
@@ -81,6 +83,17 @@ def answer_questions(
     )
     said = [text.strip() if form == "chat" else first_words(text) for text in texts]
     return [judged(text, question.answers) for text, question in zip(said, questions, strict=True)]
+
+
+def _questions_in(questions: QuestionFile | Sequence[Question]) -> tuple[Question, ...]:
+    found: tuple[Any, ...] = tuple(questions.questions if isinstance(questions, QuestionFile) else questions)
+    wrong = next((one for one in found if not isinstance(one, Question)), None)
+    if wrong is not None:
+        raise BadInput(
+            f"`questions` holds a {type(wrong).__name__}, not a Question",
+            hint="kpatch.load_questions(path) reads a question file",
+        )
+    return found
 
 
 def judged(text: str, answers: Sequence[str]) -> Answered:

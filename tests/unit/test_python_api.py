@@ -105,7 +105,9 @@ def test_a_models_address_may_be_a_path_and_nothing_else_but_text(tmp_path: Path
         kpatch.load_model({})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("call", [kpatch.ask, kpatch.evaluate_facts, kpatch.probe_facts, kpatch.trace_facts])
+@pytest.mark.parametrize(
+    "call", [kpatch.ask, kpatch.answer_questions, kpatch.evaluate_facts, kpatch.probe_facts, kpatch.trace_facts]
+)
 def test_an_address_is_no_loaded_model(call: Any) -> None:
     with pytest.raises(BadInput, match="`model` is a str, not a loaded Model"):
         call("smollm2", [FACT])
@@ -118,6 +120,8 @@ def test_numbers_and_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         kpatch.ask(model, "The sea", top=-1)
     with pytest.raises(BadInput, match="`scales` holds '1', which is no number"):
         kpatch.stack(patch, scales=["1"])
+    with pytest.raises(BadInput, match="`questions` holds a str, not a Question"):
+        kpatch.answer_questions(model, ["Who?"])  # type: ignore[list-item]
     with pytest.raises(BadInput, match="`objects` has 0 lists"):
         kpatch.probe_facts(model, [FACT], objects=[])
 
@@ -137,6 +141,15 @@ def test_memory_is_a_number_of_bytes(memory: Any, tmp_path: Path) -> None:
         with pytest.raises(BadInput, match=f"`{'budget' if name == 'trace' else 'memory'}={memory}` is no number of"):
             call()
     assert not out.exists()
+
+
+def test_questions_of_a_file_are_answered(tmp_path: Path) -> None:
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"question": "Where is Rome?", "answers": ["Italy"]}\n', encoding="utf-8")
+    model, file = tiny("llama"), kpatch.load_questions(path)
+    answered = kpatch.answer_questions(model, file, tokens=3)
+    assert answered == kpatch.answer_questions(model, file.questions, "completion", 3)
+    assert (len(answered), answered[0].exact) == (1, False)
 
 
 def test_one_prompt_is_a_list_of_one() -> None:
