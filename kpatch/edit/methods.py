@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from kpatch.edit.presets import PRESETS, SHAPES, HyperParams, Preset
 from kpatch.errors import BadInput
-from kpatch.facts.chat import can_chat
+from kpatch.facts.chat import chat_trouble
 from kpatch.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -234,7 +234,10 @@ def hyper_for(
         hyper = replace(hyper, layers=tuple(sorted(set(layers))))
     if getattr(hyper, "first_layer", None) not in (None, *model.editable):
         settings = {"first_layer": str(model.editable[0]), **settings}
-    if getattr(hyper, "chat", 0) and not can_chat(model.tokenizer):
+    trouble = chat_trouble(model.tokenizer) if getattr(hyper, "chat", 0) else None
+    if trouble is not None:
+        if getattr(model.tokenizer, "chat_template", None):
+            report.note(f"questions are not learned. {trouble}")
         settings = {"chat": "0", **settings}
     if method.one_layer and len(hyper.layers) != 1:
         raise BadInput(

@@ -154,8 +154,13 @@ def _rewritten(text: str, whole: str) -> BadInput:
 
 def can_chat(tokenizer: Any) -> bool:
     """Whether questions can be put in the tokenizer's chat form."""
+    return chat_trouble(tokenizer) is None
+
+
+def chat_trouble(tokenizer: Any) -> str | None:
+    """Why no question can be put in the tokenizer's chat form; None where it can."""
     try:
         _Template(tokenizer)
-    except BadInput:
-        return False
-    return True
+    except BadInput as error:
+        return error.message
+    return None

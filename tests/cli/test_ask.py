@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kpatch.checkpoint.apply import apply
+from kpatch.evaluate import answers
+from kpatch.evaluate.answers import Answer
 from tests.support import templates
 from tests.support.cli import run
 from tests.support.saved import save_patch
@@ -83,3 +85,11 @@ def test_what_ask_in_chat_refuses(template: str | None, said: str, tmp_path: Pat
     assert done.code == 2
     assert said in done.err
     assert "hint:" in done.err
+
+
+def test_an_answer_that_is_empty_is_told(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(answers, "ask", lambda *_: [Answer(QUESTIONS[0], " ", ()), Answer(QUESTIONS[1], "Rome", ())])
+    done = run("ask", model, *QUESTIONS[:2], "--chat")
+    assert done.code == 0
+    assert "1 empty answer: the model writes nothing before it stops" in done.err
+    assert "empty" not in run("ask", model, *QUESTIONS[:2], "--max-tokens", "0").err

@@ -38,7 +38,7 @@ from kpatch.edit.rome import Rome
 from kpatch.errors import BadInput
 from tests.support.models import LAYERS, WIDTH, tiny
 from tests.support.reports import Recorder
-from tests.support.templates import DROPS, chatty
+from tests.support.templates import ALWAYS_THINKING, CHATML, DROPS, chatty
 
 build = cache(tiny)
 BASE = MemitHyper(layers=(1, 2))
@@ -261,3 +261,16 @@ def test_all_presets_can_be_listed() -> None:
     listed = {(row["method"], row["name"]): row for row in all_presets()}
     assert set(listed) == {(method, name) for method in PRESETS for name in PRESETS[method]}
     assert listed["memit-paper", "gpt-j"]["covariance_weight"] == 15_000
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [(ALWAYS_THINKING, "opens a thought"), (DROPS, "drops or rewrites"), (None, ""), (CHATML, "")],
+)
+def test_questions_that_cannot_be_learned_are_told(template: str | None, said: str) -> None:
+    notes = Recorder()
+    hyper = hyper_for(method_named("memit"), chatty(template), None, {}, notes)
+    assert hyper.chat == (template == CHATML)
+    told = [note for note in notes.notes if "questions are not learned" in note]
+    assert len(told) == bool(said)
+    assert all(said in note for note in told)

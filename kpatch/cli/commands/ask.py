@@ -12,6 +12,7 @@ from kpatch.cli import options as opt
 from kpatch.cli import parse
 from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.targets import open_model
+from kpatch.text import counted
 
 EXAMPLES = opt.examples(
     'kpatch ask smollm2 "The Eiffel Tower is in"',
@@ -57,6 +58,7 @@ def command(
 
     before = _plain(ask(loaded, prompts, top, max_tokens, chat, output))
     if patch is None:
+        _warn_of_empty(output, before, max_tokens)
         output.result({"prompts": before, "chat": chat})
         _one(output, before)
         return
@@ -64,8 +66,16 @@ def command(
 
     with patched(loaded, patch, report=output):
         after = _plain(ask(loaded, prompts, top, max_tokens, chat, output))
+    _warn_of_empty(output, after, max_tokens)
     output.result({"prompts": after, "unpatched": before, "chat": chat})
     _both(output, before, after)
+
+
+def _warn_of_empty(output: Output, answers: Sequence[Mapping[str, Any]], most: int | None) -> None:
+    """A model that ends its turn at once says nothing, and a table does not show that."""
+    empty = sum(not answer["completion"].strip() for answer in answers)
+    if empty and most != 0:
+        output.warn(f"{counted(empty, 'empty answer')}: the model writes nothing before it stops")
 
 
 def _one(output: Output, answers: Sequence[Mapping[str, Any]]) -> None:
