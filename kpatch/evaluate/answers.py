@@ -24,6 +24,7 @@ from kpatch.reporter import SILENT, Reporter
 
 ANSWER_TOKENS = 6
 COMPLETION_TOKENS, CHAT_TOKENS = 12, 64  # how long answers of `ask` may be: behind a prompt, and in a chat
+_HELD = 4  # a batch holds so many times `batch_tokens` in its cache: of what it writes it runs one column at a time
 _LEAVE = 0.9  # finished rows leave when a smaller share than this goes on: leaving copies the cache of the others
 _CONTEXT = 8  # tokens of the prompt decoded with a completion, so that it keeps its leading space
 
@@ -191,7 +192,8 @@ def complete(
             )
     stops = _Stops({*end_ids(model), *ends}, until)
     order = sorted(range(len(rows)), key=lambda index: tuple(rows[index]))
-    lengths, most = [len(rows[index]) + room[index] for index in order], HEAD_NUMBERS // vocabulary(model)
+    lengths = [max(len(rows[index]), (len(rows[index]) + room[index]) // _HELD) for index in order]
+    most = HEAD_NUMBERS // vocabulary(model)
     results: dict[int, Greedy] = {}
     with report.task(doing, total=len(rows), unit="prompt") as advance:
         # Every later token reads all weights again for every batch, so some padding is cheaper than another batch
