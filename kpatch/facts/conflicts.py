@@ -1,4 +1,7 @@
-"""When two facts contradict or repeat each other, and how facts get ids. No torch: status and apply ask here too."""
+"""When two facts contradict or repeat each other, or one moves what another asks; how facts get ids.
+
+No torch: status and apply ask here too.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,9 @@ from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 from kpatch.errors import Refused
-from kpatch.facts.fact import Fact, fill
+from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.problems import Path, cut, limited
+from kpatch.facts.relations import relation_of, same_words
 
 _NOT_WORD = re.compile(r"[\W_]+")
 _LONGEST_SLUG = 60
@@ -128,6 +132,70 @@ def refuse(conflicts: Sequence[str], name: str) -> None:
             details=limited(conflicts),
             hint="keep one target for each sentence, and for each subject and relation",
         )
+
+
+def moved(facts: Sequence[Fact]) -> list[str]:
+    """A message for each neighbor and paraphrase whose statement another fact edits, to another answer.
+
+    A statement is the same where its text is, or where it says the same relation of the same subject in other words.
+    """
+    if not any(fact.neighbors or fact.paraphrases for fact in facts):
+        return []
+    edits, found = _Edits(facts), []
+    for fact in facts:
+        asked: list[tuple[str, str, str | None]]
+        asked = [("paraphrase", fill(text, fact.subject), fact.target) for text in fact.paraphrases]
+        asked += [("neighbor", neighbor.prompt, neighbor.target) for neighbor in fact.neighbors]
+        for what, text, answer in asked:
+            other = edits.of(text, fact, in_other_words=what == "neighbor")
+            if other is not None and (answer is None or normal(answer) != normal(other.target)):
+                found.append(
+                    f"{fact.where}: the {what} {cut(text)!r} is what the fact at {other.where} edits, so it will move"
+                    f" on purpose, to {cut(other.target)!r}"
+                )
+    return found
+
+
+class _Edits:
+    """Which fact of a list edits a statement."""
+
+    def __init__(self, facts: Sequence[Fact]) -> None:
+        self.by_text: dict[str, Fact] = {}
+        self.by_subject: dict[tuple[str, ...], list[Fact]] = {}
+        for fact in facts:
+            for text in (fact.prompt, *fact.wordings):
+                self.by_text.setdefault(normal(fill(text, fact.subject)), fact)
+            words = tuple(words_of(normal(fact.subject)))
+            if words:
+                self.by_subject.setdefault(words, []).append(fact)
+        self.longest = max(map(len, self.by_subject), default=0)
+
+    def of(self, text: str, asking: Fact, in_other_words: bool) -> Fact | None:
+        """The fact that edits what `text` says, if it is not the one that asks, or about the same subject."""
+        found = self.by_text.get(normal(text))
+        if found is None and in_other_words:
+            found = next((fact for fact in self._named(text) if _says(text, fact)), None)
+            if found is not None and normal(found.subject) == normal(asking.subject):
+                return None  # lint says that it names the subject
+        return None if found is asking else found
+
+    def _named(self, text: str) -> Iterator[Fact]:
+        words = words_of(normal(text))
+        for length in range(min(self.longest, len(words)), 0, -1):
+            for start in range(len(words) - length + 1):
+                yield from self.by_subject.get(tuple(words[start : start + length]), ())
+
+
+def _says(text: str, fact: Fact) -> bool:
+    """Whether a text says what a fact does of its subject, in its words or in others of its relation."""
+    parts = re.split(rf"(?<!\w){re.escape(fact.subject)}(?!\w)", text, flags=re.IGNORECASE)
+    if len(parts) != 2:
+        return False
+    template, own = SLOT.join(parts), [text for text in (*fact.wordings, *fact.paraphrases) if SLOT in text]
+    if same_words(template, (fact.prompt, *own)):
+        return True
+    relation = relation_of(template)
+    return relation is not None and relation == relation_of(fact.prompt)
 
 
 class _Normals(dict[str, str]):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kpatch.errors import BadInput
 from kpatch.facts.check import Checker
-from kpatch.facts.conflicts import give_ids, normal, refuse, repeated_ids, settle
+from kpatch.facts.conflicts import give_ids, moved, normal, refuse, repeated_ids, settle
 from kpatch.facts.fact import FactFile
 from kpatch.facts.problems import FACT_FILE, SHOWN, Kind, Target, at, bad_file, cut, limited, nearest
 from kpatch.facts.readers import SOURCES, Source
@@ -54,7 +54,7 @@ def _load(path: Path, conflicts: bool) -> FactFile:
     settled = settle(fact for _, fact in found)
     if not conflicts:
         refuse(settled.conflicts, name)
-    odd = (*limited(settled.conflicts), *limited(settled.repeats))
+    odd = (*limited(settled.conflicts), *limited(settled.repeats), *limited(moved(settled.facts)))
     warnings = (*_warnings(name, checker, source), *odd)
     return FactFile(tuple(give_ids(settled.facts)), source.model, warnings, tuple(checker.protect))
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from kpatch.facts.conflicts import contradictions, what_is_shared
-from kpatch.facts.fact import Fact
+from kpatch.facts.conflicts import contradictions, moved, what_is_shared
+from kpatch.facts.fact import Fact, Neighbor
 
 
 def fact(subject: str, prompt: str, target: str, relation: str | None = None) -> Fact:
@@ -80,3 +81,36 @@ def test_what_is_shared_names_the_relation_or_gives_the_text() -> None:
     peru = {"subject": "Peru", "prompt": "{} has the capital", "target": "Lima", "relation": "capital"}
     assert what_is_shared(peru, "relation") == "capital of Peru"
     assert what_is_shared(peru, "text") == what_is_shared(peru, "prompt") == "Peru has the capital"
+
+
+TOWER = Fact("Eiffel Tower", "{} is located in", "Rome", where="f:1:1")
+
+
+def asking(prompt: str, target: str | None = None) -> Fact:
+    return Fact("Big Ben", "{} is located in", "Oslo", neighbors=(Neighbor(prompt, target),), where="f:2:1")
+
+
+@pytest.mark.parametrize(
+    ("others", "moves"),
+    [
+        ([asking("Eiffel  Tower is located in", "Paris")], True),
+        ([asking("Eiffel Tower is located in")], True),  # whatever its answer is, it must stay
+        ([asking("Eiffel Tower is located in", "Rome")], False),  # where the fact moves it to
+        ([asking("The location of the Eiffel tower is", "Paris")], True),
+        ([asking("Eiffel Tower was designed by", "Eiffel")], False),
+        ([asking("The Eiffel Towers are located in", "Paris")], False),
+        ([asking("The Louvre is located in", "Paris")], False),
+        ([asking("Big Ben is located in", "London")], False),  # its own subject: lint says so
+        ([asking("The home of Eiffel Tower is", "Paris"), replace(TOWER, paraphrases=("The home of {} is",))], True),
+        ([Fact("Eiffel Tower", "{} is in", "Oslo", paraphrases=("{} is located in",), where="f:2:1")], True),
+        ([Fact("Eiffel Tower", "{} is in", "Rome", paraphrases=("{} is located in",), where="f:2:1")], False),
+        ([Fact("Eiffel Tower", "{} is in", "Oslo", paraphrases=("{} lies in",), where="f:2:1")], False),
+    ],
+)
+def test_what_another_fact_moves_on_purpose(others: list[Fact], moves: bool) -> None:
+    facts = [TOWER, *others] if len(others) == 1 else [others[1], others[0]]
+    found = moved(facts)
+    assert len(found) == moves
+    if moves:
+        assert found[0].startswith("f:2:1: the ")
+        assert found[0].endswith("is what the fact at f:1:1 edits, so it will move on purpose, to 'Rome'")

@@ -175,3 +175,17 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
     with pytest.raises(BadInput, match="slow tokenizer"):
         lint(file(Fact("A", "{} is", "b")), Slow())
+
+
+def test_a_neighbor_that_another_fact_edits_is_told_with_its_place(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(
+        "relations: {capital: {prompt: 'The capital of {} is', neighbors: ['Peru has its capital in -> Lima']}}\n"
+        "facts:\n"
+        "- {subject: Chile, relation: capital, target: Oslo}\n"
+        "- {subject: Peru, relation: capital, target: Rome}\n"
+    )
+    loaded = load_facts(path)
+    (finding,) = [one for one in lint(loaded).findings if "on purpose" in one.message]
+    assert finding.where == f"{path}:3:3"
+    assert f"what the fact at {path}:4:3 edits, so it will move on purpose, to 'Rome'" in finding.message
