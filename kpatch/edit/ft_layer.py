@@ -43,35 +43,34 @@ def find_layer(model: Model, report: Reporter = SILENT) -> int:
         return layers[0]
     about = [_VERSION, weights_fingerprint(model, report), str(model.dtype), FineTuneHyper(()).to_dict()]
     path = cache_dir("ft-layers") / f"{hashlib.sha256(json.dumps(about).encode()).hexdigest()}.json"
-    values = _read(path, layers)
-    if values is None:
-        values = _search(model, layers, report)
-        _write(path, values)
+    values = _search(model, layers, path, report)
     best = min(values, key=lambda layer: (values[layer], layer))
     told = ", ".join(f"{layer} {value:.2f}" for layer, value in sorted(values.items()))
     report.note(f"layer {best}: the least loss and drift of validation facts after tuning ({told})")
     return best
 
 
-def _search(model: Model, layers: Sequence[int], report: Reporter) -> dict[int, float]:
-    """Values by layer."""
+def _search(model: Model, layers: Sequence[int], path: Path, report: Reporter) -> dict[int, float]:
+    """Values by layer. Each is kept at `path` when it is found, so that a search that was stopped goes on."""
+    values = _read(path, layers)
     facts = validation_facts()
     rows, held = learned_rows(model, facts, FineTuneHyper(())), _reworded(model, facts)
     others = other_rows(model, facts, _OTHERS)
-    values: dict[int, float] = {}
 
-    def value(layer: int) -> float:
-        hyper = FineTuneHyper((layer,), steps=_STEPS, batch=_BATCH)
-        return min(tune(model, rows, hyper, 0, Check(model, held, others, layer)).values)
+    def try_out(layer: int) -> None:
+        if layer not in values:
+            hyper = FineTuneHyper((layer,), steps=_STEPS, batch=_BATCH)
+            values[layer] = min(tune(model, rows, hyper, 0, Check(model, held, others, layer)).values)
+            _write(path, values)
 
     first = spread(len(layers), _TRIED)
     with report.task("Trying layers", len(first) + 2, "layer") as advance:
         for place in first:
-            values[layers[place]] = value(layers[place])
+            try_out(layers[place])
             advance(1)
         best = min(first, key=lambda place: values[layers[place]])
         for place in between(first, best, len(layers)):
-            values[layers[place]] = value(layers[place])
+            try_out(layers[place])
             advance(1)
     return values
 
@@ -118,10 +117,10 @@ def _write(path: Path, values: Mapping[int, float]) -> None:
     atomic_write(path, write)
 
 
-def _read(path: Path, layers: Sequence[int]) -> dict[int, float] | None:
-    """Kept values, or None where there are none or they are not whole."""
+def _read(path: Path, layers: Sequence[int]) -> dict[int, float]:
+    """Values that were kept; none where the file is not whole."""
     try:
         values = {int(layer): float(value) for layer, value in json.loads(path.read_text(encoding="utf-8")).items()}
     except (OSError, ValueError, AttributeError, TypeError):
-        return None
-    return values if values and values.keys() <= set(layers) else None
+        return {}
+    return values if values.keys() <= set(layers) else {}

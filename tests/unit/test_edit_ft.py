@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -202,10 +203,24 @@ def test_the_layer_is_kept_by_the_models_weights(quick: Path, monkeypatch: pytes
     monkeypatch.setattr(ft_layer, "tune", lambda *args: pytest.fail("it was searched again"))
     assert find_layer(model) == layer
     (kept,) = quick.iterdir()
-    monkeypatch.setattr(ft_layer, "_search", lambda model, layers, report: {1: 0.5, 2: 0.7})
+    whole = json.loads(kept.read_text())
+    # A search that was stopped goes on: what was found is not sought again
+    sought: list[int] = []
+
+    def known(model: Model, rows: object, hyper: FineTuneHyper, *_: object) -> SimpleNamespace:
+        sought.append(hyper.layer)
+        return SimpleNamespace(values=(whole[str(hyper.layer)],))
+
+    monkeypatch.setattr(ft_layer, "tune", known)
+    kept.write_text(json.dumps({"1": whole["1"]}))
+    assert find_layer(model) == layer
+    assert sought == [0, 2]
     for damage in ("{", "[]", "{}", '{"99": 1.0}', '{"1": null}'):
         kept.write_text(damage)
-        assert find_layer(model) == 1
+        sought.clear()
+        assert find_layer(model) == layer
+        assert sought == [0, 1, 2]
+    assert json.loads(kept.read_text()) == whole
     with torch.no_grad():
         model.weight(0).add_(1.0)
     find_layer(model)
