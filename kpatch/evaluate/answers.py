@@ -12,9 +12,8 @@ from torch import Tensor
 
 from kpatch import distributed
 from kpatch.errors import BadInput
-from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import logits_after
-from kpatch.evaluate.forward import logits_at, vocabulary, window
+from kpatch.evaluate.forward import batches, logits_at, vocabulary, window
 from kpatch.evaluate.score import BATCH_TOKENS, HEAD_NUMBERS, Ids, Scored, read_targets, scored_as
 from kpatch.facts.chat import Turn, chat_rows, turn_ends
 from kpatch.facts.join import is_unspaced

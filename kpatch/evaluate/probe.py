@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from kpatch.errors import BadInput
-from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import Prompts
-from kpatch.evaluate.forward import vocabulary
+from kpatch.evaluate.forward import batches, vocabulary
 from kpatch.evaluate.score import HEAD_NUMBERS
 from kpatch.facts.fact import SLOT, Fact, facts_in
 from kpatch.facts.join import join

@@ -11,8 +11,7 @@ from torch import Tensor
 
 from kpatch import distributed
 from kpatch.errors import BadInput, CheckFailed
-from kpatch.evaluate.batches import batches
-from kpatch.evaluate.forward import logits_at, vocabulary, window
+from kpatch.evaluate.forward import batches, logits_at, vocabulary, window
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kpatch.evaluate.batches import batches
+from kpatch.evaluate.forward import batches
 from kpatch.evaluate.rates import KINDS, Outcome, harmonic_mean, summarize
 
 OUTCOMES = st.lists(
