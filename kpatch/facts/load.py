@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from kpatch.facts.problems import FACT_FILE, SHOWN, Kind, Target, at, bad_file, 
 from kpatch.facts.readers import SOURCES, Source
 
 LARGEST = 256 * 2**20
+# By its mark, or by two ASCII characters with a zero byte each
+_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[^\0]\0){2}|(?:\0[^\0]){2}")
 _HINT = "docs/facts.md describes the format"
 
 
@@ -102,7 +105,7 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES, kind: Kind = FACT
         raise BadInput("There is no such file", where=name, hint=hint) from None
     except OSError as error:
         raise BadInput("The file cannot be read", where=name, details=[error.strerror or str(error)]) from error
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+    if _UTF_16.match(data):
         raise BadInput("The file is UTF-16 text", where=name, hint="save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")

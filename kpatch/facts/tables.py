@@ -17,6 +17,7 @@ from kpatch.facts.problems import Problems, Spot, Target, did_you_mean
 _LIST_KEYS = frozenset((*SIDES, *TEXT_LISTS))
 _BETWEEN = " | "
 _NEEDED = ("subject", "prompt", "target")
+_OTHER_SEPARATORS = {";": "';'", "\t": "tabs", "|": "'|'"}
 
 
 class Row(NamedTuple):
@@ -97,7 +98,7 @@ def read_table(text: str, problems: Problems) -> Iterator[Row]:
     start = 0
     try:
         header = next((row for row in reader if any(cell.strip() for cell in row)), [])
-        columns = [cell.strip() for cell in header]
+        columns = _without_empty_end(header)
         if not _header_is_good(columns, reader.line_num, problems):
             return
         start = reader.line_num
@@ -106,7 +107,7 @@ def read_table(text: str, problems: Problems) -> Iterator[Row]:
             if not any(cells) or not any(cell.strip() for cell in cells):
                 continue
             source = "".join(lines[first - 1 : start])
-            if len(cells) > len(columns):
+            if len(cells) > len(columns) and any(cell.strip() for cell in cells[len(columns) :]):
                 spot = _shift(first, _cells(source)[len(columns)])
                 message = (
                     f"the row has {len(cells)} cells, the header {len(columns)}; a cell with a comma needs quotes"
@@ -115,7 +116,10 @@ def read_table(text: str, problems: Problems) -> Iterator[Row]:
                 continue
             yield Row(_row_data(columns, cells), Spot(first, 1), source)
     except csv.Error as error:
-        message = f"this row is not valid CSV ({error}); quotes are closed, and those inside a quoted cell doubled"
+        why = "quotes are closed, and those inside a quoted cell doubled"
+        if "field larger" in str(error):
+            why = f"a cell has at most {csv.field_size_limit():,} characters; a quote may be left open"
+        message = f"this row is not valid CSV ({error}); {why}"
         problems.add_at(Spot(start + 1, 1), message)
 
 
@@ -131,7 +135,15 @@ def locate_cell(row: Row, target: Target, columns: Sequence[str]) -> Spot:
 def columns_of(text: str) -> list[str]:
     """The names in a CSV file's header."""
     reader = csv.reader(f"{line}\n" for line in text.split("\n"))
-    return [cell.strip() for cell in next((row for row in reader if any(cell.strip() for cell in row)), [])]
+    return _without_empty_end(next((row for row in reader if any(cell.strip() for cell in row)), []))
+
+
+def _without_empty_end(header: Sequence[str]) -> list[str]:
+    """The header's names; spreadsheets end every line in commas where a column was once used and emptied."""
+    columns = [cell.strip() for cell in header]
+    while columns and not columns[-1]:
+        del columns[-1]
+    return columns
 
 
 def _row_data(columns: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
@@ -146,11 +158,14 @@ def _row_data(columns: Sequence[str], cells: Sequence[str]) -> dict[str, Any]:
 
 def _header_is_good(columns: Sequence[str], line: int, problems: Problems) -> bool:
     before = len(problems)
-    if len(columns) == 1 and ";" in columns[0]:
-        problems.add_at(Spot(line, 1), "the columns are separated by ';'; a fact file's are by ','")
+    other = _no_header(columns)
+    if other is not None:
+        problems.add_at(Spot(line, 1), other)
         return False
     for index, name in enumerate(columns):
-        if name not in FACT_KEYS:
+        if not name:
+            problems.add_at(Spot(line, 1), f"column {index + 1} has no name; leave it out, or call it one of the keys")
+        elif name not in FACT_KEYS:
             known = f"; the columns are {', '.join(FACT_KEYS)}"
             problems.add_at(Spot(line, 1), f"unknown column {name!r}{did_you_mean(name, FACT_KEYS, known)}")
         elif name in columns[:index]:
@@ -160,6 +175,20 @@ def _header_is_good(columns: Sequence[str], line: int, problems: Problems) -> bo
             if name not in columns:
                 problems.add_at(Spot(line, 1), f"the column {name!r} is missing")
     return len(problems) == before
+
+
+def _no_header(columns: Sequence[str]) -> str | None:
+    """What the first row is instead of a header, in words for a message; None where it may be one."""
+    if not columns:
+        return None
+    found = next((name for sign, name in _OTHER_SEPARATORS.items() if sign in columns[0]), None)
+    if len(columns) == 1 and found is not None:
+        return f"the columns are separated by {found}; a fact file's are by ','"
+    if columns[0].lower().startswith("sep="):
+        return "this line is a note for a spreadsheet; the header with the names of the columns comes first"
+    if any("{}" in name for name in columns):
+        return "this row is a fact; the header with the names of the columns comes first: subject,prompt,target"
+    return None
 
 
 def _cells(source: str) -> list[Spot]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -312,3 +313,63 @@ def test_a_hop_needs_its_answer(tmp_path: Path) -> None:
     assert "this hop has no answer" in text
     assert "a hop is about another subject" in text
     assert "has 2 {}; one is expected at most" in text
+
+
+# Tables as spreadsheets and other programs write them
+
+HEADER, ROW = "subject,prompt,target\n", "Rome,{} is in,Spain\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff" + HEADER + ROW,
+        (HEADER + ROW).replace("\n", "\r\n"),
+        (HEADER + ROW).replace("\n", "\r"),
+        HEADER + "Rome,{} is in,Spain,,\n",
+        "subject,prompt,target,,\nRome,{} is in,Spain,,\n",
+        "subject, prompt, target\nRome, {} is in, Spain\n",
+        HEADER + ",,\n\n" + ROW,
+    ],
+    ids=["mark", "crlf", "cr", "commas", "commas-above", "spaces", "empty-rows"],
+)
+def test_tables_of_spreadsheets_are_read(text: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_bytes(text.encode())
+    (fact,) = load_facts(path).facts
+    assert (fact.subject, fact.prompt, fact.target) == ("Rome", "{} is in", "Spain")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ((HEADER + ROW).replace(",", ";"), "1:1: the columns are separated by ';'"),
+        ((HEADER + ROW).replace(",", "\t"), "1:1: the columns are separated by tabs"),
+        ((HEADER + ROW).replace(",", "|"), "1:1: the columns are separated by '|'"),
+        ("sep=,\n" + HEADER + ROW, "1:1: this line is a note for a spreadsheet"),
+        (ROW, "1:1: this row is a fact; the header"),
+        (",subject,prompt,target\n0," + ROW, "1:1: column 1 has no name"),
+        ("case_id," + HEADER + "7," + ROW, "1:1: unknown column 'case_id'"),
+        ("subject,prompt,target,target\nRome,{} is in,Spain,Peru\n", "1:1: the column 'target' stands here twice"),
+        ("subject,prompt,target,\nRome,{} is in,Spain,more\n", "2:21: the row has 4 cells, the header 3"),
+        (HEADER + "Rome,{} is in," + "x" * 200_000 + "\n", "2:1: .* a quote may be left open"),
+        (HEADER + "Ro\0me,{} is in,Spain\n", "2:1: the text holds the control character"),
+        (",,\n", "the column 'subject' is missing"),
+    ],
+    ids="semicolons tabs bars sep headless index case_id twice more long nul empty".split(),
+)
+def test_tables_that_say_something_else_are_refused_with_what_it_is(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(BadInput) as caught:
+        load_facts(path)
+    assert re.search(said, "\n".join(caught.value.details)), caught.value.details
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_is_named_with_its_mark_or_without(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.csv"
+    path.write_bytes((HEADER + ROW).encode(encoding))
+    with pytest.raises(BadInput, match="UTF-16") as caught:
+        load_facts(path)
+    assert caught.value.hint == "save it as UTF-8"
