@@ -77,6 +77,8 @@ def ask(
         if number is not None and number < 0:
             raise BadInput(f"`{name}={number}` is less than nothing", details=["expected 0 or more"])
     prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+        raise BadInput("`prompts` is no text and no list of texts")
     rows: Sequence[Sequence[int]]
     if chat:
         rows = [row.ids for row in chat_rows(model.tokenizer, [Turn(prompt) for prompt in prompts])]

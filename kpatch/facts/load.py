@@ -6,6 +6,7 @@ import gc
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 
 from kpatch.errors import BadInput
@@ -28,6 +29,8 @@ def load_facts(path: str | Path, *, conflicts: bool = False) -> FactFile:
     contradict each other, with both places. With `conflicts` these are kept, with a warning: they can be asked
     about, though not be edited together.
     """
+    if not isinstance(path, str | PathLike):
+        raise BadInput(f"`path` is a {type(path).__name__}, not the path of a fact file")
     with _no_collection():
         return _load(Path(path), conflicts)
 

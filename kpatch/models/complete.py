@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kpatch.errors import BadInput
 from kpatch.models.address import weight_files
+from kpatch.models.text_part import text_config
 from kpatch.quantized import quantized_by
 
 _SHOWN = 5  # names in one message
@@ -31,6 +33,14 @@ def require_complete(net: Any, loaded: Mapping[str, Any], name: str, where: str)
             details=[
                 f"{key}: expected {list(expected)}, found {list(found)}" for key, found, expected in wrong[:_SHOWN]
             ],
+            hint="give the config.json that belongs to these weights",
+        )
+    beyond = _layers_beyond(net, loaded.get("unexpected_keys") or [])
+    if beyond:
+        raise BadInput(
+            f"The checkpoint of {name} holds more layers than config.json says",
+            where=where,
+            details=[f"no place for {key}" for key in beyond[:_SHOWN]],
             hint="give the config.json that belongs to these weights",
         )
     absent = set(loaded.get("missing_keys") or [])
@@ -133,6 +143,18 @@ def damaged_weights(folder: Path, name: str, error: SafetensorError) -> BadInput
         details=[f"{found}: {error}"],
         hint="copy or download the checkpoint again",
     )
+
+
+def _layers_beyond(net: Any, unexpected: Iterable[str]) -> list[str]:
+    """Weights of layers behind the network's last one, but for those that only guess tokens ahead (DeepSeek's MTP)."""
+    numbered = re.compile(r"(.*\.(?:layers|h|blocks))\.(\d+)\.")
+    counts: dict[str, int] = {}
+    for key in net.state_dict():
+        if found := numbered.match(key):
+            counts[found[1]] = max(counts.get(found[1], 0), int(found[2]) + 1)
+    ahead = int(getattr(text_config(net.config), "num_nextn_predict_layers", 0) or 0)
+    places = ((key, numbered.match(key)) for key in sorted(unexpected))
+    return [key for key, at in places if at and at[1] in counts and int(at[2]) >= counts[at[1]] + ahead]
 
 
 def _names(net: Any) -> dict[str, set[str]]:

@@ -106,6 +106,22 @@ def test_weights_that_are_not_in_the_checkpoint_are_never_made_up(llama: Path, t
     assert any(named in line for line in caught.value.details)
 
 
+def test_layers_that_the_config_leaves_out_are_never_dropped(llama: Path, tmp_path: Path) -> None:
+    copy = changed(llama, tmp_path, lambda weights: weights, num_hidden_layers=2)
+    with pytest.raises(BadInput, match=r"holds more layers than config\.json says") as caught:
+        open_model(str(copy), device="cpu")
+    assert caught.value.details[0] == "no place for model.layers.2.input_layernorm.weight"
+
+
+def test_layers_that_guess_tokens_ahead_are_left_out(llama: Path, tmp_path: Path) -> None:
+    def ahead(weights: Weights) -> Weights:
+        name = "model.layers.3.mlp.down_proj.weight"
+        return {**weights, name.replace("3", "4"): weights[name].clone()}
+
+    copy = changed(llama, tmp_path, ahead, num_nextn_predict_layers=1)
+    assert open_model(str(copy), device="cpu").n_layers == 4
+
+
 def test_a_config_without_layers_is_named(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="changed has no layers") as caught:
         open_model(str(changed(llama, tmp_path, lambda weights: weights, num_hidden_layers=0)), device="cpu")

@@ -157,6 +157,17 @@ def test_one_prompt_is_a_list_of_one() -> None:
     assert kpatch.ask(model, "The sea", max_tokens=2) == kpatch.ask(model, ["The sea"], max_tokens=2)
 
 
+@pytest.mark.parametrize("prompts", [None, 3, [3], {"The sea"}], ids=str)
+def test_prompts_are_texts(prompts: Any) -> None:
+    with pytest.raises(BadInput, match="`prompts` is no text and no list of texts"):
+        kpatch.ask(tiny("llama"), prompts)
+
+
+def test_a_fact_file_has_a_path() -> None:
+    with pytest.raises(BadInput, match="`path` is a bytes"):
+        kpatch.load_facts(b"facts.yaml")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("form", ["text", "path", "info", "patch"])
 def test_one_patch_is_a_list_of_one(form: str, tmp_path: Path) -> None:
     model = checkpoints.make_checkpoint(tmp_path / "model")
