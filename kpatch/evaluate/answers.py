@@ -76,9 +76,10 @@ def ask(
     for name, number in (("top", top), ("max_tokens", max_tokens)):
         if number is not None and number < 0:
             raise BadInput(f"`{name}={number}` is less than nothing", details=["expected 0 or more"])
-    prompts = [prompts] if isinstance(prompts, str) else prompts
-    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+    given: Any = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(given, Sequence) or not all(isinstance(prompt, str) for prompt in given):
         raise BadInput("`prompts` is no text and no list of texts")
+    prompts = list(given)
     rows: Sequence[Sequence[int]]
     if chat:
         rows = [row.ids for row in chat_rows(model.tokenizer, [Turn(prompt) for prompt in prompts])]

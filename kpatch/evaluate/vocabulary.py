@@ -10,9 +10,8 @@ from collections.abc import Collection, Sequence
 import torch
 
 from kpatch.evaluate.answers import end_ids, text_after
-from kpatch.evaluate.batches import batches
 from kpatch.evaluate.continuations import Prompts
-from kpatch.evaluate.forward import vocabulary
+from kpatch.evaluate.forward import batches, vocabulary
 from kpatch.evaluate.probe import BATCH_TOKENS, Ranked
 from kpatch.evaluate.score import HEAD_NUMBERS
 from kpatch.facts.fact import Fact
