@@ -68,7 +68,12 @@ ZSRE = {
 }
 KNOWN = {"subject": "Chicago", "attribute": "Illinois", "prompt": "Chicago is in", "template": "{} is in"}
 OTHER = {**COUNTERFACT, "requested_rewrite": {**COUNTERFACT["requested_rewrite"], "subject": "Oslo"}}  # type: ignore[dict-item]
-DATA = {"counterfact.json": [COUNTERFACT, OTHER], "zsre_mend_eval.json": [ZSRE], "known_1000.json": [KNOWN]}
+DATA = {
+    "counterfact.json": [COUNTERFACT, OTHER],
+    "train.json": [COUNTERFACT, OTHER],
+    "zsre_mend_eval.json": [ZSRE],
+    "known_1000.json": [KNOWN],
+}
 _WRITTEN = re.compile(r"(?:-o|^cp -r .*\)\") (\S+)", re.MULTILINE)
 
 
