@@ -35,7 +35,7 @@ from kpatch.facts.question_files import Question  # noqa: E402
 from kpatch.facts.questions import plainly  # noqa: E402
 from kpatch.models.model import Model, open_model  # noqa: E402
 
-METHODS = ("memit", "rome", "ft")
+METHODS = ("memit", "rome", "ft-paper")  # FT-W of the MEMIT paper is a preset file of ft; any method may be named
 _AT_ONCE = 50  # questions asked before it is seen whether enough were answered wrongly
 COLUMNS = ("chat", "question", "rephrased", "locality", "choice", "yes/no", "reversed", "hops")
 
@@ -130,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found = row(model, facts, options.seed)
             else:
                 path = options.out / f"{method}.patch"
-                make(facts, out=path, model=model, method=method, seed=options.seed, force=True)
+                file = ROOT / "benchmarks" / "presets" / f"{method}.yaml"
+                way: dict[str, Any] = {"preset": file} if file.is_file() else {"method": method}
+                make(facts, out=path, model=model, seed=options.seed, force=True, **way)
                 with patched(model, path):
                     found = row(model, facts, options.seed)
             atomic_write_text(kept, json.dumps(found, indent=2) + "\n")

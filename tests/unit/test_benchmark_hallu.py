@@ -65,21 +65,21 @@ def test_a_table_of_all_methods(hallu: ModuleType, tmp_path: Path, monkeypatch: 
         writer.writerow(HALLU)
     calls: list[str] = []
 
-    def quick(facts: Any, out: Path, method: str, **more: Any) -> None:
-        calls.append(method)
+    def quick(facts: Any, out: Path, method: str = "", preset: Path | None = None, **more: Any) -> None:
+        calls.append(method or str(preset and preset.name))
         save_patch(out, model)
 
     monkeypatch.setattr(hallu, "make", quick)
     out = tmp_path / "out"
-    hallu.main([str(model), str(path), "-o", str(out), "--methods", "memit,ft"])
-    assert calls == ["memit", "ft"]
+    hallu.main([str(model), str(path), "-o", str(out), "--methods", "memit,ft-paper"])
+    assert calls == ["memit", "ft-paper.yaml"]
     lines = (out / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("| | chat (1) | question (1) | rephrased (1) | locality (")
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| unedited", "| memit", "| ft"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| unedited", "| memit", "| ft-paper"]
     kept = json.loads((out / "unedited.json").read_text(encoding="utf-8"))
     assert kept["hops"] == [0.0, None, 1]
-    hallu.main([str(model), str(path), "-o", str(out), "--methods", "memit,ft"])
-    assert calls == ["memit", "ft"], "what is there is not done again"
+    hallu.main([str(model), str(path), "-o", str(out), "--methods", "memit,ft-paper"])
+    assert calls == ["memit", "ft-paper.yaml"], "what is there is not done again"
 
 
 def test_a_cell_has_its_interval(hallu: ModuleType) -> None:
