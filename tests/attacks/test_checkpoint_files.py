@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import base_weights, verify_fit
+from kpatch.checkpoint.records import VERSION
 from kpatch.checkpoint.recover import recover
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.shards import open_checkpoint
@@ -355,7 +356,7 @@ def test_records_that_were_meddled_with_are_damage(model: Path, name: str) -> No
 def test_records_of_a_later_kpatch_are_left_alone(model: Path) -> None:
     apply([model.parent / "a.patch"], model)
     path = model / ".kpatch" / "applied.json"
-    path.write_text(path.read_text().replace('"version":1', '"version":2'))
+    path.write_text(path.read_text().replace('"version":1', f'"version":{VERSION + 1}'))
     with pytest.raises(Refused, match="later kpatch"):
         revert(model)
     for text in ("", "[]", "{", "\x00"):

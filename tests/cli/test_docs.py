@@ -113,7 +113,7 @@ def tiny_model() -> Model:
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that pages speak of: models, fact files, patches, data sets."""
     folder = tmp_path_factory.mktemp("world")
-    for name in ("examples", "benchmarks/facts"):
+    for name in ("examples", "benchmarks/facts", "benchmarks/presets"):
         shutil.copytree(ROOT / name, folder / name)
     (folder / "patches").mkdir()
     made = tiny_model()

@@ -20,6 +20,7 @@ from kpatch.models.model import Model, wrap
 from kpatch.models.partial_forward import Calls, align, captured_inputs, record, record_suffix, run_to
 from tests.support.families import (
     CASES,
+    EVERY_KIND,
     RAGGED,
     REPRESENTATIVE,
     VARIED,
@@ -45,6 +46,7 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 # All families in `make test`, a few in a plain `pytest`
+one_of_each_kind = pytest.mark.parametrize("model", slow_beyond(EVERY_KIND, CASES), indirect=True)
 some_families = pytest.mark.parametrize("model", slow_beyond(REPRESENTATIVE, CASES), indirect=True)
 
 POST_NORM = {"gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3", "exaone4", "glm4"}
@@ -82,6 +84,7 @@ def test_sizes_and_names(model: Model) -> None:
     assert not any(weight.requires_grad for weight in model.net.parameters())
 
 
+@one_of_each_kind
 @torch.no_grad()
 def test_the_key_times_the_stored_weight_is_the_projections_output(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
@@ -91,6 +94,7 @@ def test_the_key_times_the_stored_weight_is_the_projections_output(model: Model)
         check(stored_product(model, run.keys[layer], layer), run.down[layer])
 
 
+@one_of_each_kind
 @torch.no_grad()
 def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
@@ -103,6 +107,7 @@ def test_the_residual_stream_is_the_sum_of_its_parts(model: Model) -> None:
         assert mlp.norm() > 0.1
 
 
+@one_of_each_kind
 @torch.no_grad()
 def test_only_post_norm_families_norm_what_the_projection_wrote(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
@@ -112,6 +117,7 @@ def test_only_post_norm_families_norm_what_the_projection_wrote(model: Model) ->
     assert model.family.post_norm == (model.family.model_type in POST_NORM)
 
 
+@one_of_each_kind
 def test_what_the_layer_multiplies_the_mlps_output_by(model: Model) -> None:
     want = SCALES.get(model.family.model_type, 1.0)
     for layer in model.editable:
@@ -124,6 +130,7 @@ def test_what_the_layer_multiplies_the_mlps_output_by(model: Model) -> None:
         assert want != 1.0 or model.residual_scale(layer) == 1.0  # exactly, so that nothing is changed by it
 
 
+@one_of_each_kind
 @torch.no_grad()
 def test_logits_are_the_networks_own(model: Model) -> None:
     run = plain(model, rows_of([(9, 3)], len(model.tokenizer))[0])
@@ -267,6 +274,7 @@ def test_a_layer_with_its_key(model: Model) -> None:
         check(out[index, real], run.states[2])
 
 
+@one_of_each_kind
 @torch.no_grad()
 def test_keys_up_to_a_layer_and_nothing_above_it(model: Model) -> None:
     rows, batch = batch_of(model, RAGGED)
@@ -330,6 +338,7 @@ def test_captured_inputs_close_behind_themselves() -> None:
 # Edits
 
 
+@one_of_each_kind
 @torch.no_grad()
 def test_a_planted_rank_one_update_changes_what_the_algebra_says(model: Model) -> None:
     edited = Model(net=copy.deepcopy(model.net), tokenizer=model.tokenizer, family=model.family)

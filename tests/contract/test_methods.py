@@ -112,9 +112,11 @@ def outside() -> Iterator[None]:
     del methods._registered[OneStep.name]
 
 
-# How W is stored concerns all methods alike, so that a plain `pytest` takes one of them to the second family
+# How W is stored concerns all methods alike, so that a plain `pytest` takes the cheapest to the second family
 EVERY = [
-    pytest.param((name, family), id=f"{name}-{family}", marks=[] if family == "llama" or name == "memit" else SLOW)
+    pytest.param(
+        (name, family), id=f"{name}-{family}", marks=[] if family == "llama" or name == OneStep.name else SLOW
+    )
     for name in METHODS
     for family in FAMILIES
 ]

@@ -9,7 +9,7 @@ from kpatch.models.families import FAMILIES
 from kpatch.trace.cells import Traced
 from kpatch.trace.clean_corrupted import run_clean_and_corrupted
 from kpatch.trace.noise import draw, spread_of_embeddings
-from tests.support.families import build
+from tests.support.families import EVERY_KIND, build, slow_beyond
 from tests.support.models import WIDTH
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -17,8 +17,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ITEM = Traced((11, 12, 13, 14, 15, 16), 2, 3, 5)
 SAMPLES = 4
 
+# Noise of its own kind has each family whose embeddings are scaled, narrower or normed
+QUICK = (*EVERY_KIND, "bloom", "opt")
+one_of_each_kind = pytest.mark.parametrize("family", slow_beyond(QUICK, FAMILIES))
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@one_of_each_kind
 @torch.no_grad()
 def test_what_enters_layer_0_moves_by_the_noise_alone(family: str) -> None:
     """The same vector in every family: no position is scaled with it, and no scale of embeddings is put on it again.
@@ -41,7 +45,7 @@ def test_what_enters_layer_0_moves_by_the_noise_alone(family: str) -> None:
     assert torch.equal(moved[:, untouched], torch.zeros_like(moved[:, untouched]))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@one_of_each_kind
 @torch.no_grad()
 def test_sigma_is_measured_where_the_noise_is_added(family: str) -> None:
     """Behind the scale that Gemma's embedding module puts on, before positions and projections."""
@@ -51,7 +55,7 @@ def test_sigma_is_measured_where_the_noise_is_added(family: str) -> None:
     assert spread_of_embeddings(model, [ITEM]) == pytest.approx(float((scale * table).std()), rel=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@one_of_each_kind
 @torch.no_grad()
 def test_the_clean_row_is_the_networks_own_run(family: str) -> None:
     model = build(family)

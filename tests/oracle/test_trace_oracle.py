@@ -51,6 +51,8 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 # All of CASES in `make test`, a few in a plain `pytest`
+# Beside each other in one layer, and behind a norm each
+QUICK_WINDOWS = (("phi", "mlp"), ("gemma3_text", "attn"))
 some_cases = pytest.mark.parametrize("model", slow_beyond(REPRESENTATIVE, CASES), indirect=True)
 
 
@@ -121,8 +123,17 @@ def test_states(model: Model) -> None:
     compare(model, cells)
 
 
-@pytest.mark.parametrize("model", slow_beyond(["phi", "gemma3_text"], CASES), indirect=True)
-@pytest.mark.parametrize("site", ["mlp", "attn"])
+@pytest.mark.parametrize(
+    ("model", "site"),
+    [
+        pytest.param(
+            name, site, marks=[] if (name, site) in QUICK_WINDOWS else [pytest.mark.slow], id=f"{site}-{name}"
+        )
+        for site in ("mlp", "attn")
+        for name in CASES
+    ],
+    indirect=["model"],
+)
 def test_windows(model: Model, site: Any) -> None:
     """Every width at every layer, so also windows cut off at both ends of the stack."""
 

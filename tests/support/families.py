@@ -58,6 +58,9 @@ KINDS = (
 # parts alone, shared experts in every other layer of a model with vision, and experts behind a gate
 REPRESENTATIVE = ("gpt2", "gpt_neox", "phi", "llama", "gemma3_text", "olmo2", "llama4", "qwen2_moe")
 
+# Every way to put a layer together: the quick run takes these through what is cheap but the same for all families
+EVERY_KIND = (*KINDS, *(name for name in REPRESENTATIVE if name not in KINDS))
+
 # Families whose layers differ in something that the shape of a batch can meet
 VARIED = ("gpt2", "llama", "olmo2", "bloom", "lfm2", "qwen3_5_text", "qwen2_5_vl_text")
 

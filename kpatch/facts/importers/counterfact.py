@@ -82,10 +82,16 @@ def easyedit(record: _Record, _: str) -> list[Draft]:
             neighbors=neighbors(record.get("locality_prompt"), record.get("locality_ground_truth", "")),
             openings=texts_of(record.get("generation_prompts")),
             references=texts_of(record.get("references")),
-            hops=neighbors(record.get("portability_prompt"), record.get("portability_ground_truth", "")),
+            hops=_hops(record),
             **{key: record.get(key, "") for key in _OWN},
         )
     ]
+
+
+def _hops(record: _Record) -> list[Draft]:
+    """Without an answer there is no hop, and its prompt is reported as left out."""
+    answer = record.get("portability_ground_truth", "")
+    return neighbors(record.get("portability_prompt"), answer) if answer else []
 
 
 def to_easyedit(fact: _Record) -> dict[str, Any]:
