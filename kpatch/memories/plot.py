@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kpatch.cache import atomic_write, write_error
-from kpatch.errors import BadInput
+from kpatch.cache import write_error
 from kpatch.memories.predictions import KINDS
 from kpatch.memories.removal import REMOVED
 from kpatch.memories.summary import Summary
+from kpatch.pictures import save, style
 
 COLORS = {"residual": "#54278f", "agreement": "#9e9ac8", "ffn": "#238b45", "composition": "#d9d9d9"}
 NAMES = {
@@ -24,12 +21,9 @@ NAMES = {
 }
 LOSSES = {"first": "its first", "last": "its last", "other": "another"}
 REMOVED_COLORS = {"first": "#238b45", "last": "#a50f15", "other": "#54278f"}
+# Axes without a box, a small legend without a frame
+_PLAIN = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}
 _LINE, _SECOND, _GREY = "#54278f", "#238b45", "#888888"
-_DPI = 110
-
-
-def can_draw() -> bool:
-    return find_spec("matplotlib") is not None
 
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
@@ -37,43 +31,15 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
 
     The folder is made if need be. Raises BadInput without matplotlib, KpatchError where it cannot be written.
     """
-    if not can_draw():
-        raise BadInput("Pictures need matplotlib", hint="pip install 'kpatch[plot]'")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(error, folder) from error
-    with _style():
+    with style(_PLAIN):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise write_error(error, folder) from error
         return [
-            *_save(_memories(summary), folder, "memories"),
-            *_save(_predictions(summary), folder, "predictions"),
+            *save(_memories(summary), folder, "memories"),
+            *save(_predictions(summary), folder, "predictions"),
         ]
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    settings = {
-        **{"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "kpatch"},
-        **{"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8},
-    }
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands in its place
-        yield
-
-
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    files = []
-    for suffix, about in (("png", {"Software": None}), ("svg", {"Date": None})):
-        path = folder / f"{name}.{suffix}"
-
-        def write(temporary: Path, suffix: str = suffix, about: dict[str, Any] = about) -> None:
-            figure.savefig(temporary, format=suffix, dpi=_DPI, metadata=about, bbox_inches="tight")
-
-        atomic_write(path, write)
-        files.append(path)
-    return files
 
 
 def _memories(summary: Summary) -> Any:
@@ -115,7 +81,8 @@ def _memories(summary: Summary) -> Any:
         axis.plot(
             layers, _percents([getattr(one, key) for one in summary.layers]), color=color, marker=".", label=label
         )
-    axis.set_ylim(0, 100)
+    axis.set_ylim(0, 135)  # the legend stands above what can be reached
+    axis.set_yticks(range(0, 101, 20))
     axis.legend()
 
     axis = _axis(axes[1][0], "The value promotes what followed the trigger", "agreement, % of units")
@@ -153,7 +120,7 @@ def _memories(summary: Summary) -> Any:
     bars = axis.bar(range(len(rows)), [100 * (share or 0) for *_, share in rows], color=_LINE, alpha=0.75)
     axis.bar_label(bars, [f"{count:,}" for _, _, count, _ in rows], fontsize=7, padding=1)
     axis.set_xticks(range(len(rows)), [f"{low:g}–{high:g}" for low, high, _, _ in rows])
-    axis.tick_params(axis="x", labelsize=7)
+    axis.tick_params(axis="x", labelsize=6)
     return _titled(figure, summary)
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from kpatch.cache import atomic_write_text, write_error
 from kpatch.errors import BadInput
 from kpatch.models.model import Model
+from kpatch.pictures import can_draw
 from kpatch.trace.html import report_html
-from kpatch.trace.plot import can_draw, draw
+from kpatch.trace.plot import draw
 from kpatch.trace.summary import Summary
 
 SCHEMA_VERSION = 1

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from kpatch.cache import atomic_write
-from kpatch.errors import BadInput
+from kpatch.pictures import save, style
 from kpatch.trace.cells import CURVES
 from kpatch.trace.panels import CURVE_NAMES, Panel, hex_of, on_white, panels
 from kpatch.trace.summary import Summary
 
 _MAPS = {"state": "Purples", "mlp": "Greens", "attn": "Reds"}
 _BARS = {"plain": "state", "mlp": "mlp", "attn": "attn"}
-_DPI = 110
-
-
-def can_draw() -> bool:
-    return find_spec("matplotlib") is not None
 
 
 def draw(summary: Summary, folder: Path) -> list[Path]:
@@ -29,37 +19,12 @@ def draw(summary: Summary, folder: Path) -> list[Path]:
 
     Raises BadInput without matplotlib.
     """
-    if not can_draw():
-        raise BadInput("Pictures need matplotlib", hint="pip install 'kpatch[plot]'")
     files = []
-    with _style():
+    with style():
         shown = panels(summary)
         if shown:
-            files += _save(_heatmaps(shown, _caption(summary)), folder, "effects")
-        files += _save(_severed(summary), folder, "severed")
-    return files
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib
-
-    settings = {"font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 10, "svg.hashsalt": "kpatch"}
-    with matplotlib.rc_context(settings), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a box stands in its place
-        yield
-
-
-def _save(figure: Any, folder: Path, name: str) -> list[Path]:
-    files = []
-    for suffix, about in (("png", {"Software": None}), ("svg", {"Date": None})):
-        path = folder / f"{name}.{suffix}"
-
-        def write(temporary: Path, suffix: str = suffix, about: dict[str, Any] = about) -> None:
-            figure.savefig(temporary, format=suffix, dpi=_DPI, metadata=about, bbox_inches="tight")
-
-        atomic_write(path, write)
-        files.append(path)
+            files += save(_heatmaps(shown, _caption(summary)), folder, "effects")
+        files += save(_severed(summary), folder, "severed")
     return files
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kpatch import pictures
 from kpatch.errors import BadInput, KpatchError
 from kpatch.facts.fact import Fact
 from kpatch.trace import plot
@@ -167,7 +168,7 @@ def test_signs_that_the_font_lacks_are_no_error(tmp_path: Path) -> None:
 
 
 def test_pictures_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(pictures, "find_spec", lambda name: None)
     with pytest.raises(BadInput, match="matplotlib") as caught:
         plot.draw(Summary(made()), tmp_path)
     assert "kpatch[plot]" in (caught.value.hint or "")
