@@ -157,7 +157,7 @@ def test_an_unknown_family(model: Path, tmp_path: Path) -> None:
 def test_without_matplotlib_the_numbers_are_written(
     model: Path, facts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("kpatch.cli.commands.trace.find_spec", "kpatch.trace.plot.find_spec"):
+    for name in ("kpatch.cli.commands.trace.find_spec", "kpatch.pictures.find_spec"):
         monkeypatch.setattr(name, lambda name: None)
     done = run("trace", model, "--facts", facts, "--quick", "--limit", "1", "--samples", "2", "-o", tmp_path / "out")
     assert done.code == 0, done.err
