@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from kpatch.errors import BadInput
 from kpatch.facts.conflicts import normal
@@ -19,6 +18,8 @@ from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
 from kpatch.mend.episode import Question
 from kpatch.mend.rows import Ids, Row
 from kpatch.models.model import Model
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.text import open_text
 
 _COMPANY = 8  # rows of text that are run together
 _HOLD = 10  # of so many subjects, one is for validation
@@ -149,6 +150,17 @@ def split(facts: Sequence[Fact], seed: int) -> tuple[list[Fact], list[Fact]]:
     return [fact for fact in facts if normal(fact.subject) not in chosen], held
 
 
-def text_rows(ids: Tensor) -> tuple[Ids, ...]:
-    """Rows [R, T] as tuples; the same row twice counts once."""
-    return tuple(dict.fromkeys(tuple(row) for row in ids.tolist()))
+def locality_text(
+    model: Model, corpus: str, seed: int, size: tuple[int, int], report: Reporter = SILENT
+) -> tuple[Ids, ...]:
+    """Rows of text that an edited model must go on as before, as many at most and as long as `size` says.
+
+    They are what the model writes by itself, or the beginning of a corpus; the same row twice counts once. Raises
+    BadInput for a corpus that cannot be read or is too short.
+    """
+    count, row = size
+    text = open_text(model, corpus, count * row, seed=seed, row=row, report=report)
+    with text.cache.locked():
+        ids = text.ids()
+    whole = len(ids) // text.row * text.row  # the model may take shorter rows than were asked for
+    return tuple(dict.fromkeys(tuple(one) for one in ids[:whole].view(-1, text.row).tolist()))[:count]

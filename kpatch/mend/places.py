@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from kpatch.models.model import Model
 from kpatch.models.module_names import require_places
@@ -52,9 +52,11 @@ def places(model: Model, layers: Sequence[int]) -> tuple[Place, ...]:
         down = model.weight_name(layer)
         around, _, last = down.removesuffix(".weight").rpartition(".")
         for name, module in model.net.get_submodule(around).named_children():
-            if name != last and _reads_the_stream(module, model.width):
-                found.append(_place(f"{around}.{name}.weight", layer, module))
-        found.append(_place(down, layer, model.down(layer)))
+            if name != last and isinstance(module, nn.Linear | Conv1D):
+                place = _place(model, f"{around}.{name}.weight", layer)
+                if place.width_in == model.width:
+                    found.append(place)
+        found.append(_place(model, down, layer))
     return tuple(found)
 
 
@@ -63,19 +65,8 @@ def module_of(model: Model, place: Place) -> nn.Module:
     return module
 
 
-def _stored_transposed(module: nn.Module) -> bool:
-    return type(module).__name__ == "Conv1D"  # GPT-2's own: the only one that multiplies from the other side
-
-
-def _reads_the_stream(module: nn.Module, width: int) -> bool:
-    weight = getattr(module, "weight", None)
-    linear = isinstance(module, nn.Linear) or _stored_transposed(module)
-    return linear and isinstance(weight, Tensor) and weight.shape[0 if _stored_transposed(module) else 1] == width
-
-
-def _place(name: str, layer: int, module: nn.Module) -> Place:
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    rows, cols = weight.shape
-    turned = _stored_transposed(module)
+def _place(model: Model, name: str, layer: int) -> Place:
+    """A family stores both projections of an MLP in the same orientation."""
+    rows, cols = model.net.get_parameter(name).shape
+    turned = model.stores_transposed
     return Place(name, layer, *((rows, cols) if turned else (cols, rows)), turned)

@@ -31,7 +31,8 @@ from kpatch.stats.covariance import whole_steps
 
 _CODE = 1  # raise it when the same settings come to give another editor
 _KEY = "kpatch"
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8
+# What Adam keeps of a parameter, and what it is called in the file
+_ADAM = {"exp_avg": "first", "exp_avg_sq": "second", "step": "count"}
 
 
 class Progress:
@@ -45,30 +46,23 @@ class Progress:
     def clear(self) -> None:
         """Back to the beginning."""
         self.network.load_state_dict(self._begin)
-        zeros = {name: torch.zeros_like(one) for name, one in self.network.named_parameters()}
-        self.first, self.second = zeros, {name: zero.clone() for name, zero in zeros.items()}
+        self.adam = torch.optim.Adam({"params": [one]} for one in self.network.parameters())
         self.best: dict[str, Tensor] = {}
         self.history: list[dict[str, float]] = []
         self.steps, self.waited = 0, 0
         self.validated, self.measured = False, False
 
-    @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], hyper: TrainHyper) -> None:
         """One step of Adam with the gradient clipped; Ctrl-C waits until it is whole."""
-        given = [one for one in gradients if one is not None]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(one) for one in given]))
-        scale = (hyper.clip / (norm + 1e-6)).clamp(max=1.0)
+        named = list(self.network.named_parameters())
+        for group, (name, one), gradient in zip(self.adam.param_groups, named, gradients, strict=True):
+            group["lr"] = {"steps": hyper.step_rate, "ridges": hyper.ridge_rate}.get(name, hyper.learning_rate)
+            one.grad = gradient
+        torch.nn.utils.clip_grad_norm_([one for _, one in named], hyper.clip)
         with whole_steps() as steps, steps.step():
             self.steps += 1
-            corrected = [1 - beta**self.steps for beta in _BETAS]
-            for (name, one), gradient in zip(self.network.named_parameters(), gradients, strict=True):
-                if gradient is None:
-                    continue
-                rate = {"steps": hyper.step_rate, "ridges": hyper.ridge_rate}.get(name, hyper.learning_rate)
-                gradient = gradient * scale
-                first = self.first[name].lerp_(gradient, 1 - _BETAS[0])
-                second = self.second[name].mul_(_BETAS[1]).addcmul_(gradient, gradient, value=1 - _BETAS[1])
-                one.sub_(rate / corrected[0] * first / ((second / corrected[1]).sqrt() + _EPSILON))
+            self.adam.step()
+            self.adam.zero_grad()
             self.validated = False
 
     def judge(self, row: dict[str, float]) -> None:
@@ -93,8 +87,8 @@ class Progress:
             return
         tensors = {f"now.{name}": tensor for name, tensor in self.network.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best.items()}
-        tensors |= {f"first.{name}": tensor for name, tensor in self.first.items()}
-        tensors |= {f"second.{name}": tensor for name, tensor in self.second.items()}
+        for name, one in self.network.named_parameters():
+            tensors |= {f"{_ADAM[key]}.{name}": value for key, value in self.adam.state.get(one, {}).items()}
         about = {"steps": self.steps, "waited": self.waited, "history": self.history}
         about |= {"validated": self.validated, "measured": self.measured}
         whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -123,9 +117,12 @@ class Progress:
             }
 
         self.network.load_state_dict(part("now."))
-        self.best, self.first, self.second = part("best."), part("first."), part("second.")
-        if set(self.first) != set(dict(self.network.named_parameters())):
-            raise ValueError("moments of another network")
+        self.best = part("best.")
+        moments = {key: part(f"{prefix}.") for key, prefix in _ADAM.items()}
+        for name, one in self.network.named_parameters():
+            if any(name in some for some in moments.values()):
+                self.adam.state[one] = {key: some[name] for key, some in moments.items()}
+                self.adam.state[one]["step"] = self.adam.state[one]["step"].cpu()  # where Adam counts
         self.steps, self.waited = int(about["steps"]), int(about["waited"])
         self.history = [dict(row) for row in about["history"]]
         self.validated, self.measured = bool(about["validated"]), bool(about["measured"])

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from kpatch.errors import BadInput, KpatchError
 from kpatch.facts.fact import Fact
-from kpatch.mend.data import Data, learn, split
+from kpatch.memory import bytes_given
+from kpatch.mend.data import Data, learn, locality_text, split
 from kpatch.mend.episode import Loss, loss_of
 from kpatch.mend.network import Network, Settings, shape_name
 from kpatch.mend.places import last_layers, places
 from kpatch.mend.progress import Progress, open_progress
 from kpatch.mend.rows import Below, factors, marked
 from kpatch.mend.settings import TrainHyper
-from kpatch.mend.text import locality_text
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
@@ -80,10 +80,11 @@ def train(
     `layers` are the last three unless given; `corpus` is the text that must stay as it is. It ends after
     `hyper.patience` validations without a lower loss, after `hyper.steps`, or after `minutes` of this run. The same
     inputs, seed and machine give the same editor unless `minutes` ended it, however often it was interrupted.
-    `memory` is what kept states may take in bytes. Raises BadInput for too few facts, wrong layers, a loss that is
-    not finite.
+    `memory` is what kept states may take in bytes. Raises BadInput for too few facts, wrong layers, no memory, a loss
+    that is not finite.
     """
     started = time.monotonic()
+    budget = bytes_given(memory, _BUDGET, "memory")
     where = places(model, last_layers(model) if layers is None else layers)
     training, held = split(facts, seed)
     count = -(-hyper.batch // hyper.edits) * hyper.edits
@@ -94,7 +95,7 @@ def train(
             progress.clear()
         text = locality_text(model, corpus, seed, (hyper.texts, hyper.text_tokens), report)
         data = Data(tuple(learn(model, training)), tuple(learn(model, held)), text, hyper.reads)
-        below = Below(model, where[0].layer, _BUDGET if memory is None else memory, data.companies())
+        below = Below(model, where[0].layer, budget, data.companies())
         if not progress.measured:
             _measure(network, below, data, hyper, seed, report)
             progress.measured = True

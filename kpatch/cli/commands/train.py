@@ -51,9 +51,7 @@ def command(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A number of the training; can be repeated.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--afresh", help="Go on where an interrupted training stopped.")
-    ] = True,
+    resume: opt.Resume = True,
     force: opt.Force = False,
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same editor.")] = 0,
     device: opt.Device = "auto",
