@@ -11,16 +11,16 @@ and what is there is not done again. docs/metrics.md says what the columns mean.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from kept_results import measured_once, percent  # noqa: E402
 
 from kpatch.cache import atomic_write_text  # noqa: E402
 from kpatch.edit.make import make  # noqa: E402
@@ -98,14 +98,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
     headers = " | ".join(f"{name} ({first[name][2]})" for name in columns)
     lines = [f"| | {headers} |", "| --- " * (len(columns) + 1) + "|"]
     for name, cells in rows.items():
-        lines.append("| " + " | ".join([name, *(_cell(*cells[column][:2]) for column in columns)]) + " |")
+        lines.append("| " + " | ".join([name, *(percent(*cells[column][:2]) for column in columns)]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(rate: float | None, interval: Sequence[float] | None) -> str:
-    if rate is None:
-        return "–"
-    return f"{100 * rate:.0f}" + ("" if interval is None else f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -124,20 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"{model.name}: {len(facts)} records answered wrongly in the {form_for(model)} form", flush=True)
     rows: dict[str, dict[str, Any]] = {}
     for method in ("unedited", *options.methods.split(",")):
-        kept, begin = options.out / f"{method}.json", time.monotonic()
-        if not kept.exists():
+
+        def measure(method: str = method) -> dict[str, Any]:
             if method == "unedited":
-                found = row(model, facts, options.seed)
-            else:
-                path = options.out / f"{method}.patch"
-                file = ROOT / "benchmarks" / "presets" / f"{method}.yaml"
-                way: dict[str, Any] = {"preset": file} if file.is_file() else {"method": method}
-                make(facts, out=path, model=model, seed=options.seed, force=True, **way)
-                with patched(model, path):
-                    found = row(model, facts, options.seed)
-            atomic_write_text(kept, json.dumps(found, indent=2) + "\n")
-            print(f"{method}: {time.monotonic() - begin:.0f} s", flush=True)
-        rows[method] = json.loads(kept.read_text(encoding="utf-8"))
+                return row(model, facts, options.seed)
+            path, file = options.out / f"{method}.patch", HERE / "presets" / f"{method}.yaml"
+            way: dict[str, Any] = {"preset": file} if file.is_file() else {"method": method}
+            make(facts, out=path, model=model, seed=options.seed, force=True, **way)
+            with patched(model, path):
+                return row(model, facts, options.seed)
+
+        rows[method] = measured_once(options.out / f"{method}.json", measure)
     text = table(rows)
     atomic_write_text(options.out / "table.md", text)
     print(f"\n{text}")

@@ -9,15 +9,15 @@ no question are left out. Every way of editing leaves OUT/NAME.json, and what is
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+from kept_results import measured_once, percent  # noqa: E402
 
 from kpatch.cache import atomic_write_text  # noqa: E402
 from kpatch.edit.make import make  # noqa: E402
@@ -37,15 +37,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     headers = [f"{side}, {form} ({first[form][side]['n']})" for side, form in columns]
     lines = ["| edited as | " + " | ".join(headers) + " |", "| --- " * (len(columns) + 1) + "|"]
     for name, rates in found.items():
-        cells = [_cell(rates[form][side]["named"], rates[form][side]["named_interval"]) for side, form in columns]
+        cells = [percent(rates[form][side]["named"], rates[form][side]["named_interval"]) for side, form in columns]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines) + "\n"
-
-
-def _cell(rate: float | None, interval: Sequence[float] | None) -> str:
-    if rate is None:
-        return "–"
-    return f"{100 * rate:.0f}" + ("" if interval is None else f" ({100 * interval[0]:.0f} to {100 * interval[1]:.0f})")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -64,18 +58,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = dict(pair.split("=", 1) for pair in options.set)
     found: dict[str, Any] = {}
     for name, chat in EDITED.items():
-        kept, begin = options.out / f"{name}.json", time.monotonic()
-        if not kept.exists():
+
+        def measure(path: Path = options.out / f"{name}.patch", chat: str | None = chat) -> Any:
             if chat is None:
-                rates = ask_forms(model, facts, prepared, seed=options.seed).rates
-            else:
-                path = options.out / f"{name}.patch"
-                make(facts, out=path, model=model, settings={**settings, "chat": chat}, seed=options.seed, force=True)
-                with patched(model, path):
-                    rates = ask_forms(model, facts, prepared, seed=options.seed).rates
-            atomic_write_text(kept, json.dumps(rates, indent=2) + "\n")
-            print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
-        found[name] = json.loads(kept.read_text(encoding="utf-8"))
+                return ask_forms(model, facts, prepared, seed=options.seed).rates
+            make(facts, out=path, model=model, settings={**settings, "chat": chat}, seed=options.seed, force=True)
+            with patched(model, path):
+                return ask_forms(model, facts, prepared, seed=options.seed).rates
+
+        found[name] = measured_once(options.out / f"{name}.json", measure)
     text = table(found)
     atomic_write_text(options.out / "table.md", text)
     print(f"\n{text}")

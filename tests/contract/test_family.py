@@ -21,8 +21,11 @@ from kpatch.models.partial_forward import Calls, align, captured_inputs, record,
 from tests.support.families import (
     CASES,
     EVERY_KIND,
+    GATED,
     RAGGED,
     REPRESENTATIVE,
+    ROUTED,
+    SHARED,
     VARIED,
     batch_of,
     build,
@@ -50,14 +53,6 @@ one_of_each_kind = pytest.mark.parametrize("model", slow_beyond(EVERY_KIND, CASE
 some_families = pytest.mark.parametrize("model", slow_beyond(REPRESENTATIVE, CASES), indirect=True)
 
 POST_NORM = {"gemma2", "gemma3_text", "gemma4_text", "olmo2", "olmo3", "exaone4", "glm4"}
-# Layers whose MLP is a mixture of experts: with a shared one, with none, and with one behind a gate
-SHARED = {
-    **{name: {1, 2, 3} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe")},
-    **{"hunyuan_v1_moe": {0, 1, 2, 3}, "llama4_text": {1, 3}, "qwen3_next": {1, 2, 3}},
-    "qwen3_5_moe_text": {0, 1, 2, 3},
-}
-ROUTED = {"qwen3_moe": {0, 3}, "lfm2_moe": {3}}
-GATED = {name: SHARED[name] for name in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")}
 SCALES = {"granite": 0.22, "minicpm3": 1.4 / LAYERS**0.5, "gemma4_text": 0.6}
 
 # The modules

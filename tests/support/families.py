@@ -61,6 +61,15 @@ REPRESENTATIVE = ("gpt2", "gpt_neox", "phi", "llama", "gemma3_text", "olmo2", "l
 # Every way to put a layer together: the quick run takes these through what is cheap but the same for all families
 EVERY_KIND = (*KINDS, *(name for name in REPRESENTATIVE if name not in KINDS))
 
+# Layers whose MLP is a mixture of experts: with a shared one, with none, and with one behind a gate
+SHARED = {
+    **{name: {1, 2, 3} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe", "dots1", "ernie4_5_moe", "qwen2_moe")},
+    **{"hunyuan_v1_moe": {0, 1, 2, 3}, "llama4_text": {1, 3}, "qwen3_next": {1, 2, 3}},
+    "qwen3_5_moe_text": {0, 1, 2, 3},
+}
+ROUTED = {"qwen3_moe": {0, 3}, "lfm2_moe": {3}}
+GATED = {name: SHARED[name] for name in ("qwen2_moe", "qwen3_next", "qwen3_5_moe_text")}
+
 # Families whose layers differ in something that the shape of a batch can meet
 VARIED = ("gpt2", "llama", "olmo2", "bloom", "lfm2", "qwen3_5_text", "qwen2_5_vl_text")
 

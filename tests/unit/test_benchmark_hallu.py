@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from kpatch.facts.fact import Fact, Neighbor
+from tests.support.benchmarks import benchmark_module
 from tests.support.saved import save_patch
 from tests.support.templates import chatty, save_chatty
 from tests.unit.test_facts_import import HALLU
@@ -27,14 +26,7 @@ FACTS = [
 @pytest.fixture(scope="module")
 def hallu() -> ModuleType:
     torch.set_num_threads(1)
-    path = Path(__file__).parents[2] / "benchmarks" / "hallu.py"
-    spec = importlib.util.spec_from_file_location("hallu", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["hallu"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("hallu")
 
 
 def test_records_that_are_answered_rightly_are_passed_over(hallu: ModuleType) -> None:

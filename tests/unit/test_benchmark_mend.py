@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.support.benchmarks import benchmark_module
 from tests.support.editors import save_editor
 from tests.support.models import tiny
 from tests.support.saved import save_model
@@ -26,14 +25,7 @@ RECORDS = [
 
 @pytest.fixture
 def benchmark() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "mend.py"
-    spec = importlib.util.spec_from_file_location("benchmark_mend", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_mend"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("mend")
 
 
 def test_every_result_is_made_once(benchmark: ModuleType, tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+from tests.support.benchmarks import benchmark_module
 from tests.support.models import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -28,13 +27,7 @@ facts:
 
 @pytest.fixture(scope="module")
 def methods() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("methods_benchmark", ROOT / "benchmarks" / "methods.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["methods_benchmark"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("methods")
 
 
 @pytest.fixture

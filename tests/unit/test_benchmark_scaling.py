@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from kpatch.edit.presets import RomeHyper
+from tests.support.benchmarks import benchmark_module
 from tests.support.models import tiny
 
 pytest.importorskip("matplotlib")
@@ -33,14 +32,7 @@ RECORDS = [
 
 @pytest.fixture(scope="module")
 def scaling() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "scaling.py"
-    spec = importlib.util.spec_from_file_location("scaling", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["scaling"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("scaling")
 
 
 @pytest.mark.slow

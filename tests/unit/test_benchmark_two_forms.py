@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.benchmarks import benchmark_module
 from tests.support.saved import save_facts, save_patch
 from tests.support.templates import save_chatty
 
@@ -24,14 +23,7 @@ FACTS = [
 @pytest.fixture(scope="module")
 def two_forms() -> ModuleType:
     torch.set_num_threads(1)
-    path = Path(__file__).parents[2] / "benchmarks" / "two_forms.py"
-    spec = importlib.util.spec_from_file_location("two_forms", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["two_forms"] = module
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_module("two_forms")
 
 
 def test_every_way_of_editing_once(two_forms: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
