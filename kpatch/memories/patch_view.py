@@ -18,11 +18,13 @@ from kpatch.evaluate.patched import check_fit
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import encode_many, encode_target, item_of
 from kpatch.memories.units import Unit
-from kpatch.memories.values import promoted_logits, ranks_of, unit_values
+from kpatch.memories.values import promoted_logits, ranks_of, token_text, top_tokens, unit_values
+from kpatch.memories.words import as_objects
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, run_to
 from kpatch.patch.delta import Delta
 from kpatch.patch.format import Patch
+from kpatch.patch.summands import key_rows
 from kpatch.reporter import SILENT, Reporter
 
 _TOP = 8  # tokens
@@ -100,11 +102,8 @@ def _stored(patch: Patch, layer: int, fact: int) -> Tensor | None:
     """The key [f] that the patch stores for a fact in a layer; None where it has none."""
     if layer not in patch.keys:
         return None
-    groups = patch.manifest.groups
-    if not groups:
-        return patch.keys[layer][fact]
-    rows = [group for group in groups if layer in group["layers"]]
-    row = next((row for row, group in enumerate(rows) if fact in group["facts"]), None)
+    rows = key_rows(patch.manifest, layer)
+    row = next((row for row, (facts, _) in enumerate(rows) if fact in facts), None)
     return None if row is None else patch.keys[layer][row]
 
 
@@ -141,7 +140,7 @@ def _written(
             LayerWrite(
                 layer,
                 float(written.norm() / before.norm()),
-                _tokens(model, logits[0]),
+                top_tokens(model, logits[0], _TOP),
                 int(ranks_of(logits, target)[0]),
                 tuple(_touched(model, layer, columns, key, shares, top)),
             )
@@ -150,10 +149,14 @@ def _written(
             summed = model.residual_scale(layer) * written
             together = summed if together is None else together + summed
     if together is None or any(model.behind_down(layer) for layer in keys):
-        return FactWrite(fact, _token(model, first), tuple(layers), None, None)
+        return FactWrite(fact, token_text(model, first), tuple(layers), None, None)
     logits = promoted_logits(model, max(keys), together[None])
     return FactWrite(
-        fact, _token(model, first), tuple(layers), _tokens(model, logits[0]), int(ranks_of(logits, target)[0])
+        fact,
+        token_text(model, first),
+        tuple(layers),
+        top_tokens(model, logits[0], _TOP),
+        int(ranks_of(logits, target)[0]),
     )
 
 
@@ -169,8 +172,8 @@ def _touched(
             Unit(layer, unit),
             float(shares[unit]),
             float(key[unit]),
-            _tokens(model, before[place]),
-            _tokens(model, after[place]),
+            top_tokens(model, before[place], _TOP),
+            top_tokens(model, after[place], _TOP),
         )
 
 
@@ -180,37 +183,26 @@ def _columns(model: Model, delta: Delta) -> Tensor:
     return dense if model.stores_transposed else dense.T
 
 
-def _tokens(model: Model, logits: Tensor) -> tuple[tuple[str, float], ...]:
-    top = logits.softmax(-1).topk(min(_TOP, logits.shape[-1]))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return tuple((_token(model, token), chance) for token, chance in pairs)
-
-
-def _token(model: Model, token: int) -> str:
-    text: str = model.tokenizer.decode([token])
-    return text
-
-
 def to_dict(one: FactWrite) -> dict[str, Any]:
     """The JSON object of a fact's writes."""
     return {
         "text": one.fact.text(),
         "target": one.fact.target,
         "first_token": one.target,
-        "together": None if one.together is None else {"promotes": _pairs(one.together), "target_rank": one.rank},
+        "together": None if one.together is None else {"promotes": as_objects(one.together), "target_rank": one.rank},
         "layers": [
             {
                 "layer": layer.layer,
                 "size": layer.size,
-                "promotes": _pairs(layer.promotes),
+                "promotes": as_objects(layer.promotes),
                 "target_rank": layer.rank,
                 "units": [
                     {
                         "unit": unit.unit.number,
                         "share": unit.share,
                         "coefficient": unit.coefficient,
-                        "before": _pairs(unit.before),
-                        "after": _pairs(unit.after),
+                        "before": as_objects(unit.before),
+                        "after": as_objects(unit.after),
                     }
                     for unit in layer.units
                 ],
@@ -218,7 +210,3 @@ def to_dict(one: FactWrite) -> dict[str, Any]:
             for layer in one.layers
         ],
     }
-
-
-def _pairs(promotes: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
-    return [{"token": token, "probability": chance} for token, chance in promotes]

@@ -17,7 +17,7 @@ from kpatch.memories.removal import CUT, Prefix, Removal, without_tokens
 from kpatch.memories.stream import Stream, sample_places
 from kpatch.memories.triggers import SIGNS
 from kpatch.memories.units import Unit, parse_units, require_units, sample_units
-from kpatch.memories.values import all_promoted, promoted_logits, ranks_of, unit_values
+from kpatch.memories.values import all_promoted, promoted_logits, ranks_of, token_text, top_tokens, unit_values
 from kpatch.models.model import Model, require_loaded
 from kpatch.models.module_names import require_places
 from kpatch.reporter import SILENT, Reporter
@@ -192,7 +192,7 @@ def _of_layer(
     model: Model, text: Text, ids: Tensor, layer: LayerMemories, units: Sequence[Unit], removals: int
 ) -> list[UnitMemory]:
     tried = _removals(model, text, ids, layer, units, removals)
-    start = len(row_start(model))
+    start = len(row_start(model))  # a BOS is no text
     values = unit_values(model, layer.layer, torch.tensor([unit.number for unit in units]))
     found = []
     for unit, value in zip(units, values, strict=True):
@@ -202,45 +202,23 @@ def _of_layer(
             if not places:
                 continue
             logits = promoted_logits(model, layer.layer, sign * value[None])
-            top = logits[0].softmax(-1).topk(min(TOP, logits.shape[-1]))
-            rank = int(ranks_of(logits, ids[places[0] + 1][None])[0])
-            triggers = [
-                _trigger(
-                    model, text.row, start, ids, layer, side, unit.number, number, tried.get((unit, side, number))
+            strengths, before = layer.strengths[side, unit.number], layer.before[side, unit.number]
+            triggers = tuple(
+                Trigger(
+                    model.tokenizer.decode(ids[place // text.row * text.row + start : place + 1].tolist()),
+                    token_text(model, int(ids[place])),
+                    token_text(model, int(ids[place + 1])),
+                    sign * float(strengths[number]),
+                    float(before[number]),
+                    tried.get((unit, side, number)),
                 )
-                for number in range(len(places))
-            ]
-            promotes = tuple(
-                (_token(model, token), chance)
-                for token, chance in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                for number, place in enumerate(places)
             )
-            sides.append(Side(sign, tuple(triggers), promotes, rank))
+            rank = int(ranks_of(logits, ids[places[0] + 1][None])[0])
+            sides.append(Side(sign, triggers, top_tokens(model, logits[0], TOP), rank))
         sides.sort(key=lambda one: -abs(one.triggers[0].coefficient))
         found.append(UnitMemory(unit, tuple(sides)))
     return found
-
-
-def _trigger(
-    model: Model,
-    row: int,
-    start: int,
-    ids: Tensor,
-    layer: LayerMemories,
-    side: int,
-    unit: int,
-    number: int,
-    removal: Removal | None,
-) -> Trigger:
-    place = int(layer.places[side, unit, number])
-    begin = place // row * row + start  # a BOS is no text
-    return Trigger(
-        model.tokenizer.decode(ids[begin : place + 1].tolist()),
-        _token(model, int(ids[place])),
-        _token(model, int(ids[place + 1])),
-        SIGNS[side] * float(layer.strengths[side, unit, number]),
-        float(layer.before[side, unit, number]),
-        removal,
-    )
 
 
 def _removals(
@@ -258,8 +236,3 @@ def _removals(
                 where.append((unit, side, number))
                 prefixes.append(Prefix(unit.number, tuple(ids[begin : place + 1].tolist())))
     return dict(zip(where, without_tokens(model, layer.layer, prefixes, start, text.seed), strict=True))
-
-
-def _token(model: Model, token: int) -> str:
-    text: str = model.tokenizer.decode([token])
-    return text

@@ -16,6 +16,7 @@ from kpatch.memories.layer_memories import LayerMemories
 from kpatch.memories.predictions import KINDS, kinds_of
 from kpatch.memories.removal import REMOVED
 from kpatch.memories.run import Memories, Trigger, UnitMemory
+from kpatch.memories.words import as_objects
 
 CERTAIN = 100  # the values that promote one token with the highest probability, of all layers
 BINS = (0.0, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)  # of that probability
@@ -30,8 +31,8 @@ class LayerFigures:
     rank  median and quartiles of that token's rank, 1 is top
     same_last  triggers of a unit that end in the unit's most frequent last token
     active, positive, effective  shares of memories, means over inputs
-    alone, composed  inputs where one active memory predicts what the layer predicts, and where none does
-    residual  inputs where r predicts what the model does in the end, and the mean probability that r gives it
+    composed  inputs where no active memory predicts by itself what the layer predicts
+    residual  inputs where r predicts what the model does in the end   residual_chance  what r gives it, the mean
     kinds  how what leaves the layer came about
     removal  mean relative change of the coefficient; None where nothing was tried
     """
@@ -211,7 +212,7 @@ def _unit_dict(one: UnitMemory) -> dict[str, Any]:
         "sides": [
             {
                 "sign": side.sign,
-                "promotes": [{"token": token, "probability": chance} for token, chance in side.promotes],
+                "promotes": as_objects(side.promotes),
                 "rank_of_following": side.rank,
                 "agrees": side.agrees,
                 "triggers": [_trigger_dict(trigger) for trigger in side.triggers],

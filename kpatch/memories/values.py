@@ -76,6 +76,19 @@ def is_odd(model: Model, layer: int) -> bool:
     return bool((logits + other).abs().max() <= 1e-5 * logits.abs().max())
 
 
+def token_text(model: Model, token: int) -> str:
+    """A token as text, with the space that it may begin with."""
+    text: str = model.tokenizer.decode([token])
+    return text
+
+
+def top_tokens(model: Model, logits: Tensor, most: int) -> tuple[tuple[str, float], ...]:
+    """The likeliest tokens by logits [V], at most so many, each with its probability."""
+    top = logits.softmax(-1).topk(min(most, logits.shape[-1]))
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return tuple((token_text(model, token), chance) for token, chance in pairs)
+
+
 def ranks_of(logits: Tensor, tokens: Tensor) -> Tensor:
     """The rank of token tokens[u] among logits [u, V]: 1 is the top one. [u]."""
     own = logits.gather(-1, tokens.to(logits.device).long()[:, None])

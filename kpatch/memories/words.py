@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "⇥"})
 
@@ -22,3 +23,8 @@ def ending(text: str, most: int) -> str:
 def listed(promotes: Sequence[tuple[str, float]], most: int) -> str:
     """The first tokens of a list, with middle dots between them."""
     return " · ".join(shown(token) for token, _ in promotes[:most])
+
+
+def as_objects(promotes: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Tokens and their probabilities for JSON."""
+    return [{"token": token, "probability": chance} for token, chance in promotes]

@@ -36,9 +36,14 @@ class Part:
         return self.patch.manifest
 
     @property
+    def layer(self) -> int | None:
+        """The layer of the weight."""
+        return self.manifest.layer_of(self.weight)
+
+    @property
     def by_row(self) -> bool:
         """Whether the patch stores what it was solved from: residuals and directions by row, and the rows' keys."""
-        stored = f"{KEYS}{self.manifest.layer_of(self.weight)}" in self.manifest.tensors
+        stored = f"{KEYS}{self.layer}" in self.manifest.tensors
         return stored and self.manifest.deltas[self.weight].by_row
 
     def delta(self) -> Delta:
@@ -58,7 +63,7 @@ class Part:
 
     def keys(self) -> Tensor:
         """The keys [n, f] of the weight's layer."""
-        layer = self.manifest.layer_of(self.weight)
+        layer = self.layer
         assert layer is not None
         return self.patch.keys[layer] if isinstance(self.patch, Patch) else read_tensor(self.patch, f"{KEYS}{layer}")
 
@@ -141,16 +146,15 @@ def labels(manifest: Manifest, weight: str) -> tuple[RowLabel, ...]:
     """What the rows of a weight's keys are about."""
     facts = [(normal(str(fact["subject"])), normal(str(fact["prompt"]))) for fact in manifest.facts]
     found = []
-    for positions, first in _rows(manifest, weight):
+    for positions, first in key_rows(manifest, manifest.layer_of(weight)):
         about = frozenset(facts[index] for index in positions)
         subject = facts[min(positions)][0] if positions else ""
         found.append(RowLabel(subject, about, first))
     return tuple(found)
 
 
-def _rows(manifest: Manifest, weight: str) -> list[tuple[list[int], bool]]:
-    """The facts (positions) of each row of a weight's keys, and whether their subject opens its text."""
-    layer = manifest.layer_of(weight)
+def key_rows(manifest: Manifest, layer: int | None) -> list[tuple[list[int], bool]]:
+    """The facts (positions) of each row of a layer's keys, and whether their subject opens its text."""
     if not manifest.groups:
         return [([index], False) for index in range(len(manifest.facts))]
     mine = [group for group in manifest.groups if layer in group["layers"]]
@@ -170,7 +174,9 @@ def rows_replaced(parts: Sequence[Part], replaced: ReplacedFacts) -> Replaced:
         found[by] = {}
         for part in parts:
             gone = set(others.get(part.patch.id, ()))
-            rows = [number for number, (facts, _) in enumerate(_rows(part.manifest, part.weight)) if gone & set(facts)]
+            rows = [
+                number for number, (facts, _) in enumerate(key_rows(part.manifest, part.layer)) if gone & set(facts)
+            ]
             if rows:
                 found[by][part.patch.id] = frozenset(rows)
     return found
