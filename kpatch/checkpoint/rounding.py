@@ -7,8 +7,7 @@ E, so the edit that landed is (Δ + E) k. The patch holds the keys (`facts.keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,17 +107,6 @@ class RoundingStats:
     def key_error(self) -> float | None:
         """The same for what the delta does to the patches' own keys; None when they carry none for this weight."""
         return None if self.keys is None else self.keys.relative
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Let torch use one thread in each of ours: several weights are computed at a time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def patch_rows(

@@ -18,10 +18,10 @@ from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.base_weights import base_damaged, read_base
 from kpatch.checkpoint.plan import Plan, WeightPlan
 from kpatch.checkpoint.records import AppliedPatch, AppliedWeight
-from kpatch.checkpoint.rounding import Overflow, RoundingStats, key_shift, one_thread_each, patch_rows
+from kpatch.checkpoint.rounding import Overflow, RoundingStats, key_shift, patch_rows
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused
-from kpatch.patch.delta import row_blocks, widened
+from kpatch.patch.delta import one_thread, row_blocks, widened
 from kpatch.patch.format import check_data
 from kpatch.patch.header import read_header
 from kpatch.patch.manifest import matrix_shape
@@ -79,7 +79,7 @@ def stage_files(
 
         # The bytes between the weights are copied, which is the system's work, while the weights are computed.
         tasks = [partial(_copy_rest, rest), *(partial(write, group) for group in groups.values())]
-        with one_thread_each():
+        with one_thread():  # in each of ours: several weights are computed at a time
             parallel.in_parallel(tasks, advance, min(1 + parallel.MOST, parallel.processors()))
         for kept, path in unnamed:
             _name(kept, path)

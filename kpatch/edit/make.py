@@ -30,6 +30,7 @@ from kpatch.evaluate.retention import Retention, retention
 from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import check_lengths
 from kpatch.facts.wordings import LEARNED, with_wordings
+from kpatch.memory import bytes_given
 from kpatch.models.model import Model, open_model, tokenizer_hash
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
@@ -37,7 +38,6 @@ from kpatch.patch.format import Patch, pack, read_patch, write_patch
 from kpatch.patch.manifest import BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.trace.files import read_layers
-from kpatch.trace.memory import bytes_given
 
 
 @dataclass(frozen=True)

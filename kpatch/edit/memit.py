@@ -179,10 +179,6 @@ class Memit(Method):
 
         The cache knows the model by its files, so that nothing is kept once it is `edited` in memory.
         """
-        with inputs.timed("values"):
-            return self._found(model, part, inputs, edited)
-
-    def _found(self, model: Model, part: Part, inputs: Inputs, edited: bool) -> Tensor:
         places = self.places(part.hyper)
         kept = [_stored(group, places, inputs) for group in part.groups]
         missing = [index for index, value in enumerate(kept) if value is None]
@@ -192,14 +188,9 @@ class Memit(Method):
             more = f" and {len(groups) - 3} more" if len(groups) > 3 else ""
             inputs.report.note(f"finding a value anew for {subjects}{more}: several patches edit the subject")
         if groups:
-            goal = self.objective(part.hyper)
-            found = find_values(
-                *(model, groups, goal),
-                budget=inputs.budget,
-                keep=not edited,
-                resume=inputs.resume,
-                report=inputs.report,
-            )
+            goal, search = self.objective(part.hyper), {"keep": not edited, "resume": inputs.resume}
+            with inputs.timed("values"):
+                found = find_values(model, groups, goal, budget=inputs.budget, report=inputs.report, **search)
             for index, value in zip(missing, found.values, strict=True):
                 kept[index] = value
         return torch.stack([value for value in kept if value is not None]).float()

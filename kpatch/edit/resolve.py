@@ -24,6 +24,7 @@ from kpatch.edit.presets import HyperParams
 from kpatch.errors import BadInput, Refused
 from kpatch.facts.fact import Fact, Protected
 from kpatch.facts.tokens import check_lengths
+from kpatch.memory import bytes_given
 from kpatch.models.address import resolve
 from kpatch.models.aliases import alias_of
 from kpatch.models.model import Model, load_model
@@ -45,7 +46,6 @@ from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
 from kpatch.text import printable
-from kpatch.trace.memory import bytes_given
 
 _METHODS = ("memit", "memit-paper")  # those whose values can be solved again
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -256,3 +257,14 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     2^-25 of a tie may land on its other side; kpatch keeps to that, so that anyone can repeat it with one call.
     """
     return values.to(dtype)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Let torch compute on one thread: with several, the last bits of a product depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -16,12 +16,13 @@ residuals: they are added, unless they are the same fact.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from kpatch.patch.delta import one_thread
 
 # Rows of a patch that were replaced: patch id → positions of its rows, by the id of the patch that replaces them.
 Replaced = Mapping[str, Mapping[str, frozenset[int]]]
@@ -52,22 +53,11 @@ class Asked:
     holds: frozenset[str] = field(default_factory=frozenset)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute on one thread: with several, the last bits of a product depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 class Joint:
     """The joint solution of some patches of one weight, in float64 on the CPU.
 
-    `patches` stand in any order; the result does not depend on it. `ids` are those of every patch on the checkpoint,
-    also of those that do not change this weight. Raises ValueError where a patch's parts do not fit each other.
+    `patches` stand in any order; the result does not depend on it. `replaced` are rows that are out of the solution.
+    Raises ValueError where a patch's parts do not fit each other.
     """
 
     def __init__(self, patches: Sequence[Asked], replaced: Replaced | None = None) -> None:

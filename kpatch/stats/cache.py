@@ -50,7 +50,7 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
 
-class CovarianceCache:
+class StatisticsCache:
     """The folder for one set of settings: all that decides keys but the layer and how many tokens.
 
     Every file is written whole or not at all and carries the SHA-256 of its content. One that does not match is

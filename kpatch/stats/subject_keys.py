@@ -20,7 +20,7 @@ from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model, tokenizer_hash
 from kpatch.models.partial_forward import align, run_to
 from kpatch.reporter import SILENT, Reporter
-from kpatch.stats.cache import CovarianceCache, LayerSums
+from kpatch.stats.cache import LayerSums, StatisticsCache
 from kpatch.stats.moment import SecondMoment
 from kpatch.stats.subjects import statements, subjects
 
@@ -76,7 +76,7 @@ def _whole(
         "tokenizer": tokenizer_hash(model.tokenizer),
         "dtype": str(model.dtype).removeprefix("torch."),
     }
-    cache = CovarianceCache(settings, {"model": model.name, "corpus": "subjects"}, keep=True, report=report)
+    cache = StatisticsCache(settings, {"model": model.name, "corpus": "subjects"}, keep=True, report=report)
     with cache.locked():
         count = len(everyone)
         kept = {layer: cache.finished(layer, count, model.key_width(layer)) for layer in layers}

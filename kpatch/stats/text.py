@@ -18,7 +18,7 @@ from kpatch import distributed
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model, tokenizer_hash
 from kpatch.reporter import SILENT, Advance, Reporter
-from kpatch.stats.cache import CovarianceCache, canonical
+from kpatch.stats.cache import StatisticsCache, canonical
 from kpatch.stats.corpus import SELF, Corpus, open_corpus, pack
 from kpatch.stats.self_text import group_rows, sample_group
 
@@ -42,7 +42,7 @@ class Text:
     row: int
     seed: int
     settings: dict[str, Any]
-    cache: CovarianceCache
+    cache: StatisticsCache
     report: Reporter
 
     @property
@@ -106,7 +106,7 @@ def open_text(
     source = None if corpus == SELF else open_corpus(corpus)
     settings = _settings(model, source, row, seed, report)
     about = {"model": model.name, "corpus": source.name if source is not None else SELF}
-    cache = CovarianceCache(settings, about, keep=use_cache and distributed.is_main(), report=report)
+    cache = StatisticsCache(settings, about, keep=use_cache and distributed.is_main(), report=report)
     return Text(model, source, tokens, row, seed, settings, cache, report)
 
 

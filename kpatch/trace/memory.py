@@ -84,17 +84,6 @@ class MemoryBudget:
         self.max_rows = max(samples, rows // 2)
 
 
-def bytes_given(given: object, default: int, name: str) -> int:
-    """The bytes that a caller gave as `name`, or the default for None. Raises BadInput for no number of 1 or more."""
-    if given is None:
-        return default
-    if not isinstance(given, int | float) or isinstance(given, bool) or not 1 <= given < float("inf"):
-        raise BadInput(
-            f"`{name}={given}` is no number of bytes", details=["expected 1 or more, as in 2_000_000_000 for 2 GB"]
-        )
-    return int(given)
-
-
 def out_of_memory(error: BaseException) -> bool:
     """True for a device or a machine that has no memory left; on a CPU that is a plain RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -18,6 +18,7 @@ from kpatch import distributed
 from kpatch.cache import atomic_write_text, cache_dir
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact, facts_in
+from kpatch.memory import bytes_given
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Advance, Reporter
@@ -26,7 +27,7 @@ from kpatch.trace.clean_corrupted import run_clean_and_corrupted
 from kpatch.trace.engine import trace_cells
 from kpatch.trace.fact_lists import built_in
 from kpatch.trace.known import Known, ask_one, find_known, subject_items, tokens_of
-from kpatch.trace.memory import DEFAULT_BUDGET, MemoryBudget, bytes_given, out_of_memory
+from kpatch.trace.memory import DEFAULT_BUDGET, MemoryBudget, out_of_memory
 from kpatch.trace.noise import draw, spread_of_embeddings
 
 _CODE = 1  # raise it when the same settings come to give other numbers

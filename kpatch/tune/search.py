@@ -15,11 +15,11 @@ from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, hyper_for, method_named,
 from kpatch.edit.preset_file import PresetFile, TunedOn
 from kpatch.errors import CheckFailed
 from kpatch.facts.fact import Fact
+from kpatch.memory import bytes_given
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import counted, ranges
-from kpatch.trace.memory import bytes_given
 from kpatch.trace.run import TraceSettings, trace
 from kpatch.trace.summary import Summary
 from kpatch.tune.candidates import DEPTHS, NUMBERS, QUICK, WORDINGS, LayersToTry, by_depth, by_trace

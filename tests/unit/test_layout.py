@@ -30,7 +30,18 @@ ALLOWED: dict[str, set[str]] = {
     "memories": {"models", "facts", "stats", "patch", "evaluate"},
     "export": {"models", "patch", "checkpoint"},
 }
-EVERYWHERE = {"errors", "reporter", "text", "cache", "distributed", "outputs", "pictures", "quantized", "_version"}
+EVERYWHERE = {
+    "errors",
+    "reporter",
+    "text",
+    "cache",
+    "distributed",
+    "memory",
+    "outputs",
+    "pictures",
+    "quantized",
+    "_version",
+}
 COMMAND_LINE = {"typer", "rich", "click"}
 HEAVY = {"torch", "transformers", "numpy", "safetensors", "huggingface_hub", "tokenizers"}
 QUICK_TO_IMPORT = {"cli", "facts", "__main__", "__init__", *EVERYWHERE}
