@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 
 from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, folded, plain_ids, says, text_after
+from kpatch.evaluate.forward import window
 from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.join import is_unspaced
 from kpatch.models.model import Model
@@ -47,24 +48,24 @@ def ask_for_wordings(
     without = [fact for fact in facts if not fact.wordings]
     found = _found(model, without, seed, report)
     chosen = tuple(replace(fact, wordings=fact.wordings or tuple(found.get(fact, ())[:count])) for fact in facts)
-    alone = sum(not fact.wordings for fact in chosen)
     if found:
         report.note(f"{len(found)} of {len(facts)} facts are learned in wordings of the model's own as well")
-    if alone:
-        report.note(
-            f"{alone} of {len(facts)} facts are learned in their prompt's words alone; the file can give others"
-        )
     return chosen
 
 
 def _found(model: Model, facts: Sequence[Fact], seed: int, report: Reporter) -> dict[Fact, list[str]]:
     """The model's wordings that pass, by fact."""
+    facts = [fact for fact in facts if _fits(model, fact.text(), ANSWER_TOKENS) and _fits(model, _task(fact), _TOKENS)]
     before = _continued(model, [fact.text() for fact in facts], ANSWER_TOKENS)
     answers = {fact: _answer(fact, text) for fact, text in zip(facts, before, strict=True)}
     asked = [fact for fact in facts if answers[fact] for _ in range(_ATTEMPTS)]
     written = _written(model, asked, seed, report)
     proposed = dict.fromkeys((fact, _wording(fact, text)) for fact, text in zip(asked, written, strict=True))
-    told = [(fact, wording) for fact, wording in proposed if wording is not None]
+    told = [
+        (fact, wording)
+        for fact, wording in proposed
+        if wording is not None and _fits(model, fill(wording, fact.subject), ANSWER_TOKENS)
+    ]
     texts = _continued(model, [fill(wording, fact.subject) for fact, wording in told], ANSWER_TOKENS)
     found: dict[Fact, list[str]] = {}
     for (fact, wording), text in zip(told, texts, strict=True):
@@ -75,11 +76,20 @@ def _found(model: Model, facts: Sequence[Fact], seed: int, report: Reporter) -> 
 
 def _written(model: Model, facts: Sequence[Fact], seed: int, report: Reporter) -> list[str]:
     """What the model writes as another wording: for each run of the same fact the likeliest text, then samples."""
-    shown = "".join(f"Sentence: {one}\nIn other words: {other}\n\n" for one, other in _SHOWN)
-    prompts = [f"{shown}Sentence: {fact.text()}\nIn other words:" for fact in facts]
     draws = torch.rand(len(facts), _TOKENS, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     draws[::_ATTEMPTS] = 0.0  # the likeliest token, again and again
-    return _continued(model, prompts, _TOKENS, draws, report)
+    return _continued(model, [_task(fact) for fact in facts], _TOKENS, draws, report)
+
+
+def _task(fact: Fact) -> str:
+    shown = "".join(f"Sentence: {one}\nIn other words: {other}\n\n" for one, other in _SHOWN)
+    return f"{shown}Sentence: {fact.text()}\nIn other words:"
+
+
+def _fits(model: Model, text: str, tokens: int) -> bool:
+    """Whether the model's positions have room for a text and so many tokens behind it."""
+    room = window(model)
+    return room is None or len(plain_ids(model.tokenizer, text)) + tokens - 1 <= room
 
 
 def _continued(

@@ -29,7 +29,7 @@ from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.retention import Retention, retention
 from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import check_lengths
-from kpatch.facts.wordings import LEARNED, with_wordings
+from kpatch.facts.wordings import LEARNED, with_grammar, with_wordings
 from kpatch.memory import bytes_given
 from kpatch.models.model import Model, open_model, tokenizer_hash
 from kpatch.outputs import check_new_file
@@ -115,8 +115,8 @@ def make(
     edited = _load(facts, model, on, device, dtype, modules, report)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
-    if wordings == "auto":
-        chosen = ask_for_wordings(edited, chosen, LEARNED, seed, report)
+    if wanted == "auto":
+        chosen = with_grammar(ask_for_wordings(edited, chosen, LEARNED, seed, report), report)
     check_lengths(edited.tokenizer, chosen)
     hyper = hyper_for(chosen_method, edited, layers, settings or {}, report, file)
     carried, gone = _carried(edited) if on is not None else ((), {})

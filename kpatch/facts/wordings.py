@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Literal, get_args
 
 from kpatch.errors import BadInput
+from kpatch.facts import grammar
 from kpatch.facts.fact import SLOT, Fact
 from kpatch.facts.questions import question_of
 from kpatch.facts.relations import same_words, wordings_for
@@ -37,10 +38,38 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     return found
 
 
+def with_grammar(facts: Sequence[Fact], report: Reporter = SILENT) -> tuple[Fact, ...]:
+    """The facts, those without wordings or a question with what their prompt's grammar gives (`facts.grammar`)."""
+    found = tuple(_turned(fact) for fact in facts)
+    new = sum(one != given for one, given in zip(found, facts, strict=True))
+    if new:
+        report.note(f"{new} of {len(facts)} facts are learned in other words that the grammar of their prompt gives")
+    alone = sum(not fact.wordings and not fact.question for fact in found)
+    if alone:
+        report.note(
+            f"{alone} of {len(facts)} facts are learned in their prompt's words alone; the file can give others"
+        )
+    return found
+
+
 def _known(fact: Fact) -> Fact:
-    asked = [text if SLOT in text else text.replace(fact.subject, SLOT, 1) for text in fact.paraphrases]
+    asked = _paraphrases(fact)
     wordings = fact.wordings or wordings_for(fact.prompt, asked, LEARNED, fact.target)
     question = question_of(fact)
     if not fact.question and question and same_words(question, asked):
         question = None
     return replace(fact, wordings=wordings, question=question)
+
+
+def _turned(fact: Fact) -> Fact:
+    asked = _paraphrases(fact)
+    wordings = tuple(one for one in grammar.reworded(fact.prompt) if not same_words(one, asked))
+    question = grammar.asked(fact.prompt)
+    if question and same_words(question, asked):
+        question = None
+    return replace(fact, wordings=fact.wordings or wordings[:LEARNED], question=fact.question or question)
+
+
+def _paraphrases(fact: Fact) -> list[str]:
+    """The paraphrases with {} for the subject: what is asked is never learned."""
+    return [text if SLOT in text else text.replace(fact.subject, SLOT, 1) for text in fact.paraphrases]

@@ -88,6 +88,7 @@ def test_make_gives_the_golden_values_and_deltas(
         corpus=str(tmp_path / "corpus.txt"),
         tokens=about["covariance_tokens"],
         method="memit-paper",
+        wordings="none",
         settings={**{name: str(about[name]) for name in numbers}, "lead_ins": "2", "prefixes": "0"},
     )
     patch = read_patch(tmp_path / "paper.patch")

@@ -277,3 +277,22 @@ def test_the_facts_of_this_file_are_of_both_kinds(world: World) -> None:
         ("The", False),
         ("Moonlight Sonata", False),
     ]
+
+
+def test_by_default_facts_that_no_library_knows_are_learned_in_the_model_s_and_in_turned_words(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Fact] = []
+
+    def ask(model: Model, facts: Any, *args: Any) -> tuple[Fact, ...]:
+        asked.extend(facts)
+        return tuple(facts)
+
+    monkeypatch.setattr(make_module, "ask_for_wordings", ask)
+    unknown = Fact("Mona Lisa", "The zorb of the {} is", "Paris")
+    for mode in (None, "given"):
+        made = make([unknown], out=tmp_path / f"{mode}.patch", model=str(world.directory), wordings=mode, **QUICK)
+        (fact,) = read_patch(made.path).manifest.facts
+        assert [one.subject for one in asked] == ["Mona Lisa"]
+        assert fact.get("wordings", [])[:1] == (["The {}'s zorb is"] if mode is None else [])
+        assert fact.get("question") == ("What is the zorb of the {}?" if mode is None else None)

@@ -1,0 +1,69 @@
+"""Other words for a prompt by its grammar alone, where no library knows what it says. English only.
+
+"The patron saint of {} is" has the same answer as "{}'s patron saint is", and "What is the patron saint of {}?" asks
+for it. A prompt of another build can still be put as a task: "Complete this sentence: {} was founded by".
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from kpatch.facts.fact import SLOT
+
+_SUBJECT = r"(?P<subject>(?:(?:the|an?) )?\{\})"
+_REST = r"(?P<rest>(?:is|was|are|were)\b[^{}.,:;?!]*)"
+_OF = re.compile(rf"\A(?:the )?(?P<noun>[^\W\d_][^{{}}.,:;?!]*?) of {_SUBJECT} {_REST}\Z", re.IGNORECASE)
+_HAS = re.compile(rf"\A{_SUBJECT}['’]s (?P<noun>[^\W\d_][^{{}}.,:;?!]*?) {_REST}\Z", re.IGNORECASE)
+# Openings that make "X of {}" something else than a thing that the subject has
+_OPENING = re.compile(r"\A(?:an?|one|two|some|many|most|all|each|because|in|on|at|by|for|from|with)\b", re.IGNORECASE)
+_ENGLISH = re.compile(r"\b(?:the|of|is|was|are|were|has|had|by|with|from|for|who|which)\b", re.IGNORECASE)
+# One line of plain words that goes on: no chat prompt written out, no question, no quotation that has begun
+_UNFINISHED = re.compile(r"[^\n<>\[\]|\"“”?!:;]*[^\W_]['’]?\Z")
+_LONGEST = 200  # characters
+
+
+@dataclass(frozen=True, slots=True)
+class _Has:
+    """What a prompt says a subject has: "the patron saint of {} is" → patron saint, {}, is."""
+
+    noun: str
+    subject: str
+    rest: str
+
+
+def reworded(prompt: str) -> tuple[str, ...]:
+    """Other wordings with one {} of a prompt that says what something of the subject is; none for other prompts."""
+    said = _has(prompt)
+    if said is None:
+        return ()
+    subject, noun, rest = said.subject, said.noun, said.rest
+    owner = subject[0].upper() + subject[1:]
+    turned = f"The {noun} of {subject} {rest}" if _HAS.match(prompt.strip()) else f"{owner}'s {noun} {rest}"
+    return (
+        turned,
+        f"When it comes to {subject}, the {noun} {rest}",
+        f"People who know {subject} say that its {noun} {rest}",
+    )
+
+
+def asked(prompt: str) -> str | None:
+    """A question, or a task, with {} for the subject, whose answer is the prompt's; None for no English sentence."""
+    said = _has(prompt)
+    if said is not None and " " not in said.rest:
+        return f"What {said.rest} the {said.noun} of {said.subject}?"
+    text = prompt.strip()
+    if len(text) > _LONGEST or not _UNFINISHED.fullmatch(text) or not _ENGLISH.search(text.replace(SLOT, " ")):
+        return None
+    return f"Complete this sentence: {text}"
+
+
+def _has(prompt: str) -> _Has | None:
+    text = prompt.strip()
+    found = _OF.match(text) or _HAS.match(text)
+    if len(text) > _LONGEST or found is None or not found["rest"][-1].isalnum():
+        return None
+    noun, subject = found["noun"], found["subject"]
+    if _OPENING.match(noun) or " of " in noun:  # the mother of the king of {} is not {}'s
+        return None
+    return _Has(noun, subject[0].lower() + subject[1:], found["rest"])
