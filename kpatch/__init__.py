@@ -55,8 +55,9 @@ if TYPE_CHECKING:
     from kpatch.memories.patch_view import view_patch
     from kpatch.memories.run import find_memories
     from kpatch.models.model import open_model as load_model
+    from kpatch.patch.check import verify
     from kpatch.patch.compare import diff_patches
-    from kpatch.patch.format import read_patch, verify
+    from kpatch.patch.format import read_patch
     from kpatch.patch.stack import stack
     from kpatch.trace.run import trace as trace_facts
     from kpatch.tune.search import tune as tune_settings
@@ -86,7 +87,7 @@ _HOMES = {
     "status": ("kpatch.checkpoint.status", "status"),
     "trace_facts": ("kpatch.trace.run", "trace"),
     "tune_settings": ("kpatch.tune.search", "tune"),
-    "verify": ("kpatch.patch.format", "verify"),
+    "verify": ("kpatch.patch.check", "verify"),
     "verify_fit": ("kpatch.checkpoint.fit", "verify_fit"),
     "view_patch": ("kpatch.memories.patch_view", "view_patch"),
 }

@@ -1,4 +1,7 @@
-"""Patches onto a checkpoint directory, or into a patched copy of it."""
+"""Patches onto a checkpoint directory, or into a patched copy of it.
+
+Nothing here needs torch before the first sum is taken, so taking all patches off never does.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,15 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kpatch.checkpoint.base_weights import StoredWeights, Weights
+from kpatch.checkpoint.checks import require_space
 from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
-from kpatch.checkpoint.convert import NAMES
-from kpatch.checkpoint.patched_copy import place_for, require_space, write_copy
-from kpatch.checkpoint.pickled import PickledWeights, open_pickled
+from kpatch.checkpoint.patched_copy import COPY_DTYPES, place_for, write_copy
 from kpatch.checkpoint.plan import Plan, plan_apply, warn_of_interference
 from kpatch.checkpoint.records import Applied, Journal, Staged
 from kpatch.checkpoint.recover import settle
-from kpatch.checkpoint.rounding import RoundingStats
 from kpatch.checkpoint.shards import has_adapter, only_pickled, open_checkpoint, other_weights, real_directory
 from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
@@ -25,6 +26,9 @@ from kpatch.errors import BadInput, Damaged
 from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
+
+if TYPE_CHECKING:
+    from kpatch.checkpoint.rounding import RoundingStats
 
 # Above this share of the intended delta lost in rounding, a user is warned.
 LOSS = 0.05
@@ -109,7 +113,7 @@ def apply(
     with undisturbed(store), system_errors(store.model):
         weights = _open(model_dir, store, pickled=out is not None)
         checkpoint = weights.checkpoint
-        whole = dtype is not None or isinstance(weights, PickledWeights)
+        whole = dtype is not None or not isinstance(weights, StoredWeights)
         plan = plan_apply(
             given,
             weights,
@@ -139,7 +143,7 @@ def apply(
         warn_of_interference(plan, report)
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     if out is not None:
-        stored = NAMES[dtype] if dtype is not None else None
+        stored = COPY_DTYPES[dtype] if dtype is not None else None
         written, outcomes = write_copy(plan, weights, store, Path(out), whole, stored, report)
     else:
         written, outcomes = checkpoint.given, carry_out(plan, store, report)
@@ -150,9 +154,9 @@ def apply(
 def _check_dtype(dtype: str | None, out: str | Path | None) -> None:
     if dtype is None:
         return
-    if dtype not in NAMES:
+    if dtype not in COPY_DTYPES:
         raise BadInput(
-            f"There is no dtype {printable(dtype, 40)} for a copy", details=[f"expected {', '.join(NAMES)}"]
+            f"There is no dtype {printable(dtype, 40)} for a copy", details=[f"expected {', '.join(COPY_DTYPES)}"]
         )
     if out is None:
         raise BadInput("A checkpoint keeps its dtype; only a copy can have another", hint="give `out` with `dtype`")
@@ -160,6 +164,8 @@ def _check_dtype(dtype: str | None, out: str | Path | None) -> None:
 
 def _open(model_dir: str | Path, store: Store, *, pickled: bool) -> Weights:
     if pickled and only_pickled(store.model):
+        from kpatch.checkpoint.pickled import open_pickled
+
         return open_pickled(model_dir)
     return StoredWeights(open_checkpoint(model_dir), store, store.applied())
 

@@ -1,13 +1,18 @@
-"""What must hold before a weight is written, each with its refusal: parents, kept bytes, plain numbers, own files."""
+"""What must hold before a weight is written, each with its refusal.
+
+Parents, kept bytes, plain numbers, own files, space on the disk. No torch.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
-from kpatch.checkpoint import parallel
+from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.base_weights import read_base, require_base
 from kpatch.checkpoint.records import AppliedPatch
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_json
@@ -77,13 +82,13 @@ def refuse_quantized(checkpoint: Checkpoint) -> None:
         )
 
 
-def require_own_files(checkpoint: Checkpoint, files: Iterable[str], force: bool) -> None:
+def require_own_files(checkpoint: Checkpoint, names: Iterable[str], force: bool) -> None:
     """Only files of the directory's own are replaced: no link, no shared inode, nothing write-protected.
 
     Raises Refused.
     """
     aside = "leave it alone and write a patched copy: `kpatch apply … -o NEW_DIR`"
-    for file in sorted(set(files)):
+    for file in sorted(set(names)):
         status = os.lstat(checkpoint.path / file)
         shown = f"{file} of {checkpoint.given}"
         if stat.S_ISLNK(status.st_mode):
@@ -109,3 +114,21 @@ def require_kept(store: Store, kept: Iterable[tuple[str, TensorRef]], whole: boo
     if whole:
         with report.task("Checking kept bytes", sum(sizes.values()), "B") as advance:
             parallel.each(lambda base, go_on: read_base(store, base, go_on), sorted(sizes), advance)
+
+
+def require_space(folder: Path, copied: int, cloned: int, sample: Path | None) -> None:
+    """Raise KpatchError when the disk of `folder` has not the bytes that will be written, and a twentieth more.
+
+    These are `cloned` where a copy can share its blocks with the file it is made of (tried out with `sample`), and
+    `copied` elsewhere.
+    """
+    free = shutil.disk_usage(folder).free
+    wanted = copied * 21 // 20
+    if wanted > free and sample is not None and files.can_clone(sample, folder):
+        wanted = cloned * 21 // 20
+    if wanted > free:
+        raise KpatchError(
+            "Not enough space on the disk; nothing was changed",
+            where=str(folder),
+            details=[f"wanted {wanted:,} bytes   free {free:,}"],
+        )

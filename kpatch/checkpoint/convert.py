@@ -20,6 +20,7 @@ import torch
 
 from kpatch.checkpoint import files, shards
 from kpatch.checkpoint.base_weights import Weights
+from kpatch.checkpoint.patched_copy import COPY_DTYPES
 from kpatch.checkpoint.plan import Plan, WeightPlan
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_json
 from kpatch.checkpoint.stage import Outcome, write_weight
@@ -31,9 +32,6 @@ from kpatch.patch.fields import FLOAT_DTYPES
 from kpatch.patch.fingerprint import DTYPES, tensor_bytes
 from kpatch.reporter import Reporter
 from kpatch.text import printable
-
-# What a user calls the dtypes of a copy.
-NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def write_converted(
@@ -160,7 +158,7 @@ def _name_dtype(source: Path, target: Path, dtype: str) -> None:
     value = read_json(source, str(source)) if source.exists() else None
     if not isinstance(value, dict):
         return
-    name = next(name for name, stored in NAMES.items() if stored == dtype)
+    name = next(name for name, stored in COPY_DTYPES.items() if stored == dtype)
     _replace_dtype(value, name)
     if "dtype" not in value:
         value.setdefault("torch_dtype", name)

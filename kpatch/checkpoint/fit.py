@@ -1,4 +1,7 @@
-"""Does a patch fit a checkpoint? By the SHA-256 of each weight's bytes as they are without any patch."""
+"""Does a patch fit a checkpoint? By the SHA-256 of each weight's bytes as they are without any patch.
+
+Torch is imported only where a weight is stored in another dtype than the patch was made for, or is sketched.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ from kpatch.checkpoint.shards import Checkpoint, open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from kpatch.patch.fields import FLOAT_DTYPES
-from kpatch.patch.fingerprint import match, sketch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.manifest import BaseWeight
+from kpatch.patch.matching import match
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
@@ -142,6 +145,8 @@ def base_weights(model_dir: str | Path, names: Iterable[str], report: Reporter =
     For `make`, also with `on`, and `diff`. Raises BadInput for a weight that is not there or holds no float numbers,
     Refused for a quantized checkpoint.
     """
+    from kpatch.patch.fingerprint import sketch
+
     checkpoint = open_checkpoint(model_dir)
     store = settled_store(checkpoint)
     refuse_quantized(checkpoint)

@@ -6,44 +6,28 @@ It is built aside and named by one rename, so that it is there whole or not at a
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 from pathlib import Path
 
-from kpatch.checkpoint import files, pickled, shards
+from kpatch.checkpoint import files, shards
 from kpatch.checkpoint.base_weights import Weights
+from kpatch.checkpoint.checks import require_space
 from kpatch.checkpoint.commit import system_errors
-from kpatch.checkpoint.convert import write_converted
 from kpatch.checkpoint.plan import Plan, warn_of_interference
 from kpatch.checkpoint.records import Applied, AppliedWeight
 from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
 from kpatch.checkpoint.store import Store
 from kpatch.checkpoint.workplace import name_it, workplace
-from kpatch.errors import BadInput, KpatchError
+from kpatch.errors import BadInput
 from kpatch.outputs import check_new_directory
 from kpatch.patch.container import ITEM_SIZE
 from kpatch.patch.fields import FLOAT_DTYPES
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 
-
-def require_space(folder: Path, copied: int, cloned: int, sample: Path | None) -> None:
-    """Raise KpatchError when the disk of `folder` has not the bytes that will be written, and a twentieth more.
-
-    These are `cloned` where a copy can share its blocks with the file it is made of (tried out with `sample`), and
-    `copied` elsewhere.
-    """
-    free = shutil.disk_usage(folder).free
-    wanted = copied * 21 // 20
-    if wanted > free and sample is not None and files.can_clone(sample, folder):
-        wanted = cloned * 21 // 20
-    if wanted > free:
-        raise KpatchError(
-            "Not enough space on the disk; nothing was changed",
-            where=str(folder),
-            details=[f"wanted {wanted:,} bytes   free {free:,}"],
-        )
+# What a user calls the dtypes of a copy.
+COPY_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def write_copy(
@@ -63,7 +47,9 @@ def write_copy(
         plan = keep_copies(plan, store, plan.stack, report)
         warn_of_interference(plan, report)
         if whole:
-            skip = {*plan.checkpoint.files, shards.INDEX, pickled.INDEX, source.root.name}
+            from kpatch.checkpoint.convert import write_converted
+
+            skip = {*plan.checkpoint.files, shards.INDEX, shards.PICKLED_INDEX, source.root.name}
             _copy_tree(plan.checkpoint.path, folder, skip, report)
             outcomes = write_converted(plan, weights, store, dtype, report)
             before: dict[str, AppliedWeight] = {}

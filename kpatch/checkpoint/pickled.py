@@ -16,14 +16,13 @@ from torch import Tensor
 
 from kpatch.checkpoint import files
 from kpatch.checkpoint.base_weights import BLOCK
-from kpatch.checkpoint.shards import Checkpoint, TensorRef, chosen, read_index, real_directory
+from kpatch.checkpoint.shards import PICKLED_INDEX, Checkpoint, TensorRef, chosen, read_index, real_directory
 from kpatch.errors import BadInput, Damaged, KpatchError
 from kpatch.patch.container import ContainerError
 from kpatch.patch.fingerprint import tensor_bytes
 from kpatch.text import printable
 
 SINGLE = "pytorch_model.bin"
-INDEX = "pytorch_model.bin.index.json"
 
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -65,7 +64,7 @@ def open_pickled(directory: str | Path) -> PickledWeights:
     is cut off or no such file; BadInput, Refused or Damaged for a wrong index.
     """
     path, given = real_directory(directory)
-    listed = read_index(path, INDEX, ".bin") if (path / INDEX).exists() else {}
+    listed = read_index(path, PICKLED_INDEX, ".bin") if (path / PICKLED_INDEX).exists() else {}
     names = tuple(sorted(set(listed.values()))) or (SINGLE,)
     found: dict[str, dict[str, tuple[TensorRef, Tensor]]] = {}
     for file in names:

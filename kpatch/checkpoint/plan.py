@@ -21,10 +21,9 @@ from kpatch.checkpoint.replaced import replacing
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, Refused
+from kpatch.patch.check import verify
 from kpatch.patch.combine import called, refuse_twice
-from kpatch.patch.format import verify
 from kpatch.patch.header import PatchInfo, read_header
-from kpatch.patch.interference import added_subjects, strong_pairs, warning
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import counted, printable
@@ -200,6 +199,10 @@ def _forget(patch: AppliedPatch, gone: set[str]) -> AppliedPatch:
 
 def warn_of_interference(plan: Plan, report: Reporter) -> None:
     """Warn where a patch that is put on moves the keys of another one, or the other way round, as `stack` does."""
+    if len(plan.stack) < 2:
+        return
+    from kpatch.patch.interference import added_subjects, strong_pairs, warning
+
     numbers = {patch.id: number for number, patch in enumerate(plan.stack)}
     infos = [plan.patches[patch.id] for patch in plan.stack]
     weights = [{numbers[identity]: name for identity, name in weight.deltas} for weight in plan.weights]

@@ -14,7 +14,6 @@ from kpatch.facts.conflicts import contradictions
 from kpatch.patch.combine import called, refuse_contradictions, text_of
 from kpatch.patch.header import PatchInfo
 from kpatch.patch.manifest import Manifest
-from kpatch.patch.summands import Part, solvable, without_facts
 from kpatch.reporter import Reporter
 from kpatch.text import counted, printable
 
@@ -70,6 +69,8 @@ def _contradicted(earlier: PatchInfo, later: PatchInfo) -> tuple[int, ...]:
 
 
 def _require_rows(earlier: AppliedPatch, patches: Mapping[str, PatchInfo]) -> None:
+    from kpatch.patch.summands import Part, solvable
+
     info = patches[earlier.id]
     for name in info.manifest.deltas:
         parts = [Part(other, name) for other in patches.values() if name in other.manifest.deltas]
@@ -83,6 +84,8 @@ def _require_rows(earlier: AppliedPatch, patches: Mapping[str, PatchInfo]) -> No
 
 def _say(name: str, earlier: Manifest, later: AppliedPatch, facts: set[int], report: Reporter) -> None:
     """Note what is replaced in the patch called `name`, and warn of other facts that go with it."""
+    from kpatch.patch.summands import without_facts
+
     for index in sorted(facts):
         fact = earlier.facts[index]
         text = f"{printable(text_of(fact), 120)} {printable(str(fact['target']), 80)}"

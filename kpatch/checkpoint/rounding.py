@@ -7,17 +7,20 @@ E, so the edit that landed is (Δ + E) k. The patch holds the keys (`facts.keys.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kpatch.patch.delta import Delta, round_sum, sum_rows
+from kpatch.checkpoint.shards import TensorRef
+from kpatch.patch.delta import Delta, round_sum, row_blocks, sum_rows, widened
 from kpatch.patch.fingerprint import NAMES, tensor_bytes, tensor_from
 from kpatch.patch.header import PatchInfo
 from kpatch.patch.interference import sampled_keys
+from kpatch.patch.manifest import matrix_shape
+from kpatch.patch.summands import Part, ReplacedFacts, summands
 
 # Keys sampled per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
 SAMPLE = 32
@@ -107,6 +110,32 @@ class RoundingStats:
     def key_error(self) -> float | None:
         """The same for what the delta does to the patches' own keys; None when they carry none for this weight."""
         return None if self.keys is None else self.keys.relative
+
+
+class Patched:
+    """One weight with its patches on it: blocks of its unpatched bytes in, the same bytes of the patched weight out.
+
+    `patches` are the patches that change it, each with the weight's name in it, in the order of their ids. Raises
+    Damaged for a patch that is not sound.
+    """
+
+    def __init__(self, patches: Sequence[tuple[PatchInfo, str]], ref: TensorRef, replaced: ReplacedFacts) -> None:
+        self.dtype, self.shape = ref.dtype, matrix_shape(ref.shape)
+        self.row_bytes = (ref.end - ref.begin) // self.shape[0]
+        added = summands([Part(info, name) for info, name in patches], replaced)
+        self.joint = added.joint
+        self.deltas = [widened(delta) for delta in added]
+        self.stats = RoundingStats(keys=key_shift(patches, self.deltas))
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """Bytes [begin, end) of the weight that `patch` takes at a time, in this order."""
+        for begin, end in row_blocks(self.shape):
+            yield begin * self.row_bytes, end * self.row_bytes
+
+    def patch(self, base: bytearray, begin: int) -> memoryview:
+        """The patched bytes of a block that begins at byte `begin`. Raises Overflow."""
+        first, count = begin // self.row_bytes, len(base) // self.row_bytes
+        return patch_rows(base, self.dtype, self.shape[1], (first, first + count), self.deltas, self.stats)
 
 
 def patch_rows(

@@ -17,6 +17,7 @@ from kpatch.text import printable
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+PICKLED_INDEX = "pytorch_model.bin.index.json"
 # The limit of the safetensors library; checkpoints with many experts have headers of tens of megabytes.
 MAX_HEADER = 100_000_000
 MAX_JSON = 100_000_000
@@ -201,7 +202,7 @@ def read_json(path: Path, given: str) -> Any:
 def only_pickled(path: Path) -> bool:
     """Whether a directory has PyTorch .bin weights where safetensors weights are looked for."""
     here = set(files.names(path))
-    return not here & {SINGLE, INDEX} and bool(here & {"pytorch_model.bin", "pytorch_model.bin.index.json"})
+    return not here & {SINGLE, INDEX} and bool(here & {"pytorch_model.bin", PICKLED_INDEX})
 
 
 def other_weights(checkpoint: Checkpoint) -> list[str]:

@@ -7,32 +7,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from io import FileIO
 from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
 
 from kpatch.checkpoint import files, parallel
 from kpatch.checkpoint.base_weights import base_damaged, read_base
 from kpatch.checkpoint.plan import Plan, WeightPlan
 from kpatch.checkpoint.records import AppliedPatch, AppliedWeight
-from kpatch.checkpoint.rounding import Overflow, RoundingStats, key_shift, patch_rows
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused
-from kpatch.patch.delta import one_thread, row_blocks, widened
-from kpatch.patch.format import check_data
+from kpatch.patch.check import check_data
 from kpatch.patch.header import read_header
-from kpatch.patch.manifest import matrix_shape
-from kpatch.patch.summands import Part, summands
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 
-Outcome = tuple[AppliedWeight, RoundingStats | None]
+if TYPE_CHECKING:
+    from kpatch.checkpoint.rounding import Patched, RoundingStats
+
+Outcome = tuple[AppliedWeight, "RoundingStats | None"]
 
 # Bytes copied before the disk is asked to take them.
 _STEP = 1 << 24
+# Bytes of a weight that are brought back at a time.
+_COPIED = 1 << 20
 # Files of kept bytes that may be open at a time until they are synced.
 _OPEN = 64
 
@@ -58,9 +61,12 @@ def stage_files(
             for weight in pair.weights:
                 groups.setdefault(weight.base, []).append((pair, weight))
         unnamed: list[tuple[FileIO, Path]] = []
+        alone = _alone(stack)
 
         def write(group: Sequence[tuple[_Pair, WeightPlan]], advance: files.Advance) -> None:
             path = store.base(group[0][1].base)
+            if any(weight.deltas for _, weight in group):
+                alone()
             with ExitStack() as own:
                 if any(weight.kept for _, weight in group):
                     kept = own.enter_context(files.open_read(path))
@@ -77,10 +83,10 @@ def stage_files(
                 else:
                     _name(kept, path)
 
-        # The bytes between the weights are copied, which is the system's work, while the weights are computed.
+        # The bytes between the weights are copied, which is the system's work, while torch is loaded and the weights
+        # are computed.
         tasks = [partial(_copy_rest, rest), *(partial(write, group) for group in groups.values())]
-        with one_thread():  # in each of ours: several weights are computed at a time
-            parallel.in_parallel(tasks, advance, min(1 + parallel.MOST, parallel.processors()))
+        parallel.in_parallel(tasks, advance, min(1 + parallel.MOST, parallel.processors()))
         for kept, path in unnamed:
             _name(kept, path)
         for pair in pairs:
@@ -89,6 +95,25 @@ def stage_files(
             files.keep_attributes(pair.new, pair.status, owner=keep_owner)
             files.fsync(pair.new)
     return outcomes
+
+
+def _alone(stack: ExitStack) -> Callable[[], None]:
+    """What each of several threads calls before its first sum, so that torch takes one thread for it.
+
+    Several weights are computed at a time, and the number of threads shows in a product's last bits. It ends with
+    `stack`, when all of them have.
+    """
+    lock, begun = Lock(), list[bool]()
+
+    def begin() -> None:
+        from kpatch.patch.delta import one_thread
+
+        with lock:
+            if not begun:
+                stack.enter_context(one_thread())
+                begun.append(True)
+
+    return begin
 
 
 def keep_copies(plan: Plan, store: Store, wanted: Sequence[AppliedPatch], report: Reporter) -> Plan:
@@ -176,28 +201,16 @@ def write_weight(
     Raises Refused when it does not fit its dtype, Damaged when the kept bytes or a patch are not sound.
     """
     ref = weight.ref
-    rows, cols = matrix_shape(ref.shape)
-    row_bytes = (ref.end - ref.begin) // rows
-    parts = [Part(plan.patches[patch], name) for patch, name in weight.deltas]
-    added = summands(parts, plan.replaced)
-    deltas = [widened(delta) for delta in added]
-    stats = RoundingStats()
-    if deltas:
-        stats.keys = key_shift([(plan.patches[patch], name) for patch, name in weight.deltas], deltas)
+    change = _change(plan, weight)
     before, after = hashlib.sha256(), hashlib.sha256()
-    for begin, end in row_blocks((rows, cols)):
-        block = files.read_at(kept, begin * row_bytes, (end - begin) * row_bytes)
+    for begin, end in _blocks(ref.end - ref.begin) if change is None else change.blocks():
+        block = files.read_at(kept, begin, end - begin)
         before.update(block)
         data = memoryview(block)
-        if deltas:
-            try:
-                data = patch_rows(block, ref.dtype, cols, (begin, end), deltas, stats)
-            except Overflow as error:
-                if weight.kept:
-                    read_base(store, weight.base)  # that may be why
-                raise _overflow(weight, error) from None
+        if change is not None:
+            data = _patched(change, block, begin, store, weight)
             after.update(data)
-        place = ref.begin + begin * row_bytes
+        place = ref.begin + begin
         files.write_at(new, place, data)
         if files.read_at(new, place, len(data)) != data:
             raise Damaged(f"{printable(weight.name, 120)} was not read back as written; nothing was changed")
@@ -211,12 +224,38 @@ def write_weight(
             hint="another program may be writing to the checkpoint; nothing was changed",
         )
     patches = tuple(patch for patch, _ in weight.deltas)
-    written = after.hexdigest() if deltas else weight.base
-    record = AppliedWeight(ref.dtype, ref.shape, weight.base, written, patches, added.joint)
-    return record, stats if deltas else None
+    if change is None:
+        return AppliedWeight(ref.dtype, ref.shape, weight.base, weight.base, patches, False), None
+    record = AppliedWeight(ref.dtype, ref.shape, weight.base, after.hexdigest(), patches, change.joint)
+    return record, change.stats
 
 
-def _overflow(weight: WeightPlan, error: Overflow) -> Refused:
+def _change(plan: Plan, weight: WeightPlan) -> Patched | None:
+    """What the patches change in a weight; None where they leave it as it was, which takes no torch."""
+    if not weight.deltas:
+        return None
+    from kpatch.checkpoint.rounding import Patched
+
+    return Patched([(plan.patches[patch], name) for patch, name in weight.deltas], weight.ref, plan.replaced)
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    for begin in range(0, length, _COPIED):
+        yield begin, min(length, begin + _COPIED)
+
+
+def _patched(change: Patched, block: bytearray, begin: int, store: Store, weight: WeightPlan) -> memoryview:
+    from kpatch.checkpoint.rounding import Overflow
+
+    try:
+        return change.patch(block, begin)
+    except Overflow as error:
+        if weight.kept:
+            read_base(store, weight.base)  # that may be why
+        raise _overflow(weight, error) from None
+
+
+def _overflow(weight: WeightPlan, error: ValueError) -> Refused:
     return Refused(
         f"{printable(weight.name, 120)} cannot hold the patch as {weight.ref.dtype}",
         details=[f"it would give {error}"],

@@ -17,9 +17,10 @@ from kpatch.evaluate.wrapped import active_adapter, network, parameter
 from kpatch.models.model import Model, tokenizer_hash
 from kpatch.patch.combine import counted_twice
 from kpatch.patch.delta import Delta, patched_weight
-from kpatch.patch.fingerprint import NAMES, match, sha256_of
+from kpatch.patch.fingerprint import NAMES, sha256_of
 from kpatch.patch.format import Patch, read_patch
 from kpatch.patch.manifest import BaseWeight, matrix_shape
+from kpatch.patch.matching import match
 from kpatch.patch.sources import PatchSource
 from kpatch.patch.summands import Part, summands
 from kpatch.reporter import SILENT, Reporter

@@ -1,26 +1,27 @@
 """Several patches together: their facts as one list, their one base, and the rows for solving their facts again.
 
 Here are also the two rules for what goes together: no fact may contradict another patch's, and none may count twice.
+`apply` asks for them before it needs torch, which is imported only where numbers are compared or rows are read.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from kpatch.errors import KpatchError, Refused
 from kpatch.facts.conflicts import contradictions, normal, what_is_shared
 from kpatch.facts.fact import fill
-from kpatch.patch.fingerprint import same_sketch
-from kpatch.patch.format import Patch, read_tensor
 from kpatch.patch.header import KEYS, VALUES, PatchInfo
 from kpatch.patch.manifest import Base, BaseWeight
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kpatch.patch.format import Patch
 
 _SHOWN = 10
 
@@ -215,6 +216,8 @@ def _compare(name: str, first: tuple[BaseWeight, PatchInfo], second: tuple[BaseW
         raise _different(info, other, [shapes])
     if (a.dtype, a.sha256) == (b.dtype, b.sha256):
         return None
+    from kpatch.patch.fingerprint import same_sketch
+
     if a.dtype != b.dtype and same_sketch(a.sketch, a.dtype, b.sketch, b.dtype):
         return f"{called(other)} was made for the same weights as {called(info)}, stored as {b.dtype} not {a.dtype}"
     raise _different(info, other, [f"{shown}: sha256 {a.sha256[:12]}… for one and {b.sha256[:12]}… for the other"])
@@ -276,6 +279,10 @@ def gather(
 
     Patches without stored values or keys contribute no rows; a note names them.
     """
+    import torch
+
+    from kpatch.patch.format import read_tensor
+
     groups: list[Mapping[str, Any]] = []
     values: list[Tensor] = []
     keys: dict[int, list[Tensor]] = {}

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-from kpatch.patch.manifest import BaseWeight
 
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -57,26 +54,6 @@ def sketch(tensor: Tensor) -> list[float]:
         square += float(flat[begin : begin + _CHUNK].double().square().sum())
     values: list[float] = flat[torch.tensor(positions(flat.numel()))].double().tolist()
     return [math.sqrt(square), *values]
-
-
-Match = Literal["same bytes", "other dtype", "other shape", "other weights"]
-
-
-def match(
-    expected: BaseWeight, shape: Sequence[int], dtype: str, sha256: Callable[[], str], tensor: Callable[[], Tensor]
-) -> Match:
-    """What a weight is to the one a patch was made for; "other dtype" is the same weights, and fits as well.
-
-    `dtype` is safetensors' name of how it is stored. The hash is asked for only where the shape is right, and the
-    tensor only where the dtype is another one that holds float numbers.
-    """
-    if tuple(shape) != expected.shape:
-        return "other shape"
-    if sha256() == expected.sha256 and dtype == expected.dtype:
-        return "same bytes"
-    if dtype in DTYPES and dtype != expected.dtype and same_weights(expected.sketch, tensor(), expected.dtype):
-        return "other dtype"
-    return "other weights"
 
 
 def same_weights(expected: Sequence[float], tensor: Tensor, dtype: str = "F32") -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -14,7 +13,8 @@ from torch import Tensor
 from kpatch.cache import atomic_write
 from kpatch.errors import BadInput, Damaged
 from kpatch.outputs import check_new_file
-from kpatch.patch.container import ContainerError, Entry, layout, open_regular, read_exactly
+from kpatch.patch.check import not_finite, wrong_hash
+from kpatch.patch.container import ContainerError, layout, open_regular, read_exactly
 from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.fields import ManifestError
 from kpatch.patch.fingerprint import NAMES, sha256_of, tensor_bytes, tensor_from
@@ -30,7 +30,6 @@ from kpatch.patch.header import (
 )
 from kpatch.patch.manifest import Manifest, TensorInfo
 from kpatch.patch.sources import PatchSource
-from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
 _CHUNK = 1 << 24
@@ -154,59 +153,8 @@ def read_tensor(info: PatchInfo, name: str) -> Tensor:
     except (OSError, ContainerError) as error:
         raise Damaged(f"{info.path} cannot be read", details=[str(error)]) from None
     if not info.verified and sha256_of(data) != info.manifest.tensors[name].sha256:
-        raise _wrong_hash(info.path, name)
+        raise wrong_hash(info.path, name)
     tensor = tensor_from(data, entry.dtype, entry.shape)
     if not info.verified and not bool(torch.isfinite(tensor).all()):
-        raise _not_finite(info.path, name)
+        raise not_finite(info.path, name)
     return tensor
-
-
-def verify(patch: PatchSource, report: Reporter = SILENT) -> PatchInfo:
-    """Check a patch whole, one block at a time: header, every tensor's hash, no NaN or Inf.
-
-    Raises BadInput, Damaged or Refused as `read_patch`; gives the header when all is well.
-    """
-    return check_data(read_header(patch), report=report)
-
-
-def check_data(info: PatchInfo, source: Path | None = None, report: Reporter = SILENT) -> PatchInfo:
-    """Check the tensors of a patch whose header was read; gives it as `verified`.
-
-    An error names `source` where that is given: the file this one is a copy of. Raises Damaged.
-    """
-    named = info.path if source is None else source
-    amount = sum(entry.end - entry.begin for entry in info.entries.values())
-    with report.task(f"Checking {named.stem}", amount, "B") as advance:
-        try:
-            with open_regular(info.path) as handle:
-                for name, entry in sorted(info.entries.items()):
-                    _check_tensor(info, named, handle, name, entry)
-                    advance(entry.end - entry.begin)
-        except (OSError, ContainerError) as error:
-            raise Damaged(f"{named} cannot be read", details=[str(error)]) from None
-    return replace(info, verified=True)
-
-
-def _check_tensor(info: PatchInfo, named: Path, handle: FileIO, name: str, entry: Entry) -> None:
-    digest, finite = hashlib.sha256(), True
-    for begin in range(entry.begin, entry.end, _CHUNK):
-        block = read_exactly(handle, begin, min(_CHUNK, entry.end - begin))
-        digest.update(block)
-        finite = finite and bool(torch.isfinite(tensor_from(block, entry.dtype, (-1,))).all())
-    # The hash first: flipped bits make NaN too, and the hash says what is wrong.
-    if digest.hexdigest() != info.manifest.tensors[name].sha256:
-        raise _wrong_hash(named, name)
-    if not finite:
-        raise _not_finite(named, name)
-
-
-def _wrong_hash(path: Path, name: str) -> Damaged:
-    return Damaged(
-        f"{path} is damaged: tensor {name} is not what its manifest says",
-        details=["its SHA-256 differs from the one recorded when the patch was made"],
-        hint="get the file again from where it came, or make it again",
-    )
-
-
-def _not_finite(path: Path, name: str) -> Damaged:
-    return Damaged(f"{path} is not a sound patch: tensor {name} holds NaN or Inf")

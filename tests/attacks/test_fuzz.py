@@ -25,7 +25,8 @@ from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.errors import KpatchError
 from kpatch.patch.canonical_json import JsonError, canonical, loads
-from kpatch.patch.format import read_patch, verify
+from kpatch.patch.check import verify
+from kpatch.patch.format import read_patch
 from tests.support.checkpoints import WEIGHTS, make_checkpoint, make_patch, snapshot
 from tests.support.fuzz import container, parts, rounds, wrong_bytes, wrong_value
 

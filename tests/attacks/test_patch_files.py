@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save, save_file
 from kpatch.checkpoint.apply import apply
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from kpatch.patch.canonical_json import canonical, loads
-from kpatch.patch.format import read_patch, verify, write_patch
+from kpatch.patch.check import verify
+from kpatch.patch.format import read_patch, write_patch
 from kpatch.patch.header import read_header
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, snapshot
 

@@ -23,6 +23,7 @@ from kpatch.cli.options import option_names, with_options
 from kpatch.cli.output import Output, clean, output, plain
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
 from kpatch.text import counted, format_size
+from tests.support.checkpoints import make_patch
 from tests.support.cli import ROOT, Ran, python, run, spawn
 
 ERRORS: list[tuple[BaseException, int, str]] = [
@@ -264,21 +265,44 @@ run()
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
 
 
-@pytest.mark.parametrize("command", ["--help", "show", "status", "lint", "models", "recover"])
+@pytest.mark.parametrize("command", ["--help", "show", "verify", "status", "lint", "models", "recover"])
 def test_light_commands_import_nothing_heavy(command: str, patch: Path, checkpoint: Path, facts: Path) -> None:
-    given = {"show": [patch], "status": [checkpoint], "lint": [facts], "recover": [checkpoint]}.get(command, [])
-    arguments = [command, *map(str, given)]
+    given = {
+        "show": [patch],
+        "verify": [patch, checkpoint],
+        "status": [checkpoint],
+        "lint": [facts],
+        "recover": [checkpoint],
+    }
+    assert heavy_modules(command, *given.get(command, [])) == []
+
+
+def heavy_modules(*arguments: str | Path) -> list[str]:
+    """What a command that ends well has imported of what is slow to import."""
     loaded = python(
         "import sys\nfrom kpatch.cli.app import main\n"
-        f"code = main({arguments!r})\n"
-        f"print(code, [name for name in {HEAVY!r} if name in sys.modules])"
+        f"code = main({[str(argument) for argument in arguments]!r})\n"
+        f"print(code, *[name for name in {HEAVY!r} if name in sys.modules])"
     )
-    assert loaded.splitlines()[-1] == "0 []"
+    code, *names = loaded.splitlines()[-1].split()
+    assert code == "0", loaded
+    return names
 
 
-def test_status_of_a_patched_checkpoint_imports_nothing_heavy(patch: Path, checkpoint: Path) -> None:
+@pytest.mark.parametrize("command", ["status", "log", "revert", "verify"])
+def test_a_patched_checkpoint_needs_nothing_heavy_where_no_sum_is_taken(
+    command: str, patch: Path, checkpoint: Path
+) -> None:
     run("apply", patch, checkpoint)
-    test_light_commands_import_nothing_heavy("status", patch, checkpoint, patch)
+    given = [patch, checkpoint] if command == "verify" else [checkpoint]
+    assert heavy_modules(command, *given) == []
+
+
+def test_taking_one_of_several_patches_off_takes_a_sum(patch: Path, checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.patch"
+    make_patch(other, checkpoint, seed=2, facts=[{"subject": "Kyoto", "prompt": "{} is in", "target": "Peru"}])
+    run("apply", patch, other, checkpoint)
+    assert "torch" in heavy_modules("revert", other, checkpoint)
 
 
 # The sink

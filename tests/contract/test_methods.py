@@ -29,8 +29,9 @@ from kpatch.edit.presets import HyperParams
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model, open_model
+from kpatch.patch.check import verify
 from kpatch.patch.delta import Dense
-from kpatch.patch.format import Patch, read_patch, verify
+from kpatch.patch.format import Patch, read_patch
 from tests.support import cli
 from tests.support.checkpoints import snapshot
 from tests.support.editors import save_editor

@@ -20,7 +20,8 @@ from kpatch.checkpoint.diff.checkpoints import CheckpointDiff, diff_checkpoints
 from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.revert import revert
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
-from kpatch.patch.format import read_patch, verify
+from kpatch.patch.check import verify
+from kpatch.patch.format import read_patch
 from tests.support.checkpoints import DTYPES, WEIGHTS, make_checkpoint, make_patch, random, save_tensors, snapshot
 from tests.support.reports import Recorder
 

@@ -27,7 +27,8 @@ from kpatch.facts.fact import Fact, Neighbor
 from kpatch.facts.wordings import with_wordings
 from kpatch.models.address import resolve
 from kpatch.models.model import Model, load_model
-from kpatch.patch.format import read_patch, verify
+from kpatch.patch.check import verify
+from kpatch.patch.format import read_patch
 from tests.support.checkpoints import snapshot
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 

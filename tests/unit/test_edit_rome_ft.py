@@ -18,7 +18,8 @@ from kpatch.edit.make import MakeResult, make
 from kpatch.facts.fact import Fact
 from kpatch.models.address import resolve
 from kpatch.models.model import load_model
-from kpatch.patch.format import read_patch, verify
+from kpatch.patch.check import verify
+from kpatch.patch.format import read_patch
 from tests.support.checkpoints import snapshot
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 

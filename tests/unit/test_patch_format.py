@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save
 
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from kpatch.patch.build import describe
+from kpatch.patch.check import verify
 from kpatch.patch.delta import Dense, LowRank, smaller
-from kpatch.patch.format import pack, read_delta, read_patch, verify, write_patch
+from kpatch.patch.format import pack, read_delta, read_patch, write_patch
 from kpatch.patch.header import read_header
 from kpatch.patch.manifest import Manifest
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from kpatch.checkpoint.apply import apply
 from kpatch.errors import BadInput, KpatchError, Refused
+from kpatch.patch.check import verify
 from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.fingerprint import positions
-from kpatch.patch.format import pack, read_patch, verify, write_patch
+from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.stack import StackResult, add_up, stack
 from tests.support.checkpoints import COLS, ROWS, WEIGHTS, make_checkpoint, make_patch, random
 from tests.support.reports import Recorder

@@ -24,7 +24,8 @@ from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.store import Store
 from kpatch.errors import BadInput, CheckFailed, KpatchError, Refused
 from kpatch.patch.build import build_manifest
-from kpatch.patch.format import verify, write_patch
+from kpatch.patch.check import verify
+from kpatch.patch.format import write_patch
 from kpatch.patch.manifest import DeltaInfo, layer_in
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable

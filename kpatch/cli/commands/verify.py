@@ -29,7 +29,7 @@ def command(
     Exit 1 where it does not fit, 4 where it is damaged.
     """
     output = begin(json, quiet, verbose)
-    from kpatch.patch.format import verify
+    from kpatch.patch.check import verify
 
     info = verify(patch, output)
     count = len(info.manifest.tensors)
