@@ -11,7 +11,6 @@ from kpatch.cli.output import Cell, Output, percent
 from kpatch.cli.targets import check_patches, facts_and_model, open_model
 from kpatch.errors import BadInput
 from kpatch.evaluate.with_without import without_and_with
-from kpatch.facts.question_files import ANSWER_FORMS, SUFFIXES, load_questions
 from kpatch.text import counted
 
 if TYPE_CHECKING:
@@ -41,6 +40,8 @@ def probe_answers(
 
     `loading` is the device, the dtype and the modules' names. Raises as the steps do.
     """
+    from kpatch.facts.question_files import ANSWER_FORMS, SUFFIXES, load_questions
+
     started = time.monotonic()
     if asking.form not in (None, *ANSWER_FORMS):  # before a model is loaded
         raise BadInput(f"`form` {asking.form!r} is not known", details=[f"expected {' or '.join(ANSWER_FORMS)}"])

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -263,6 +263,8 @@ run()
 
 
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
+# Readers of fact files: a third of the time in which the command line starts, where no command needs them
+READERS = ("yaml", "kpatch.facts.check")
 
 
 @pytest.mark.parametrize("command", ["--help", "show", "verify", "status", "lint", "models", "recover"])
@@ -277,12 +279,18 @@ def test_light_commands_import_nothing_heavy(command: str, patch: Path, checkpoi
     assert heavy_modules(command, *given.get(command, [])) == []
 
 
-def heavy_modules(*arguments: str | Path) -> list[str]:
+@pytest.mark.parametrize("command", ["--help", "show", "log"])
+def test_the_command_line_starts_without_what_reads_fact_files(command: str, patch: Path, checkpoint: Path) -> None:
+    given = {"show": [patch], "log": [checkpoint]}.get(command, [])
+    assert heavy_modules(command, *given, among=READERS) == []
+
+
+def heavy_modules(*arguments: str | Path, among: Sequence[str] = HEAVY) -> list[str]:
     """What a command that ends well has imported of what is slow to import."""
     loaded = python(
         "import sys\nfrom kpatch.cli.app import main\n"
         f"code = main({[str(argument) for argument in arguments]!r})\n"
-        f"print(code, *[name for name in {HEAVY!r} if name in sys.modules])"
+        f"print(code, *[name for name in {among!r} if name in sys.modules])"
     )
     code, *names = loaded.splitlines()[-1].split()
     assert code == "0", loaded
