@@ -1,6 +1,8 @@
-"""How much memory a caller allows, in bytes."""
+"""How much memory a caller allows, and how much there is, in bytes."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 from kpatch.errors import BadInput
 
@@ -14,3 +16,13 @@ def bytes_given(given: object, default: int, name: str) -> int:
             f"`{name}={given}` is no number of bytes", details=["expected 1 or more, as in 2_000_000_000 for 2 GB"]
         )
     return int(given)
+
+
+def free_memory() -> int | None:
+    """Bytes of the machine's memory that programs can have without others being pushed out; None where unknown."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None

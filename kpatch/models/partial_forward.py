@@ -7,7 +7,7 @@ replaced by recorders, which costs an embedding look-up, and keep the arguments 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -263,8 +263,32 @@ def captured_inputs(model: Model, layers: Sequence[int]) -> Iterator[dict[int, T
 
 @torch.no_grad()
 def run_to(model: Model, layer: int, batch: Batch, capture: Sequence[int]) -> dict[int, Tensor]:
-    """Run layers 0..layer only and return the keys of the layers in `capture`, each [B, T, f]."""
+    """Run layers 0..layer only and return the keys of the layers in `capture`, each [B, T, f].
+
+    Where the last layer's keys are wanted, nothing behind them is run.
+    """
     calls = record(model, batch)
-    with captured_inputs(model, capture) as keys:
+    with captured_inputs(model, capture) as keys, suppress(_Enough), _ending_at(model, layer, capture):
         calls.run(calls.start, 0, layer + 1)
     return keys
+
+
+class _Enough(Exception):
+    """All keys that were asked for are there."""
+
+
+@contextmanager
+def _ending_at(model: Model, layer: int, capture: Sequence[int]) -> Iterator[None]:
+    """While open, the input of W^layer ends a run, if it is among those captured: the product itself is not needed."""
+    if layer not in capture:
+        yield
+        return
+
+    def end(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        raise _Enough
+
+    handle = model.down(layer).register_forward_pre_hook(end)  # behind the hook that keeps the input
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,6 +1,7 @@
 """Covariance of keys, E[k k^T], of any layers: the text, one pass over it, and the cached sums it goes on from.
 
-A pass that was interrupted is resumed, and finished sums grow to more tokens.
+A pass that was interrupted is resumed, and finished sums grow to more tokens. Sums of wide layers fill memory: where
+not all fit, a few layers have a pass at a time, and what is finished is read back from the cache when it is asked for.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kpatch import distributed
 from kpatch.errors import BadInput
+from kpatch.memory import free_memory
 from kpatch.models.model import Model
 from kpatch.models.module_names import require_places
 from kpatch.models.partial_forward import Batch, run_to
@@ -43,7 +45,7 @@ class Covariance:
     id: str
     corpus: str
     tokens: int
-    moments: dict[int, SecondMoment] = field(repr=False)
+    moments: Mapping[int, SecondMoment] = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """What a patch's manifest says of it."""
@@ -83,54 +85,100 @@ def collect(
         raise BadInput("The covariance needs tokens", details=[f"found `tokens={tokens}`"])
     text = open_text(model, corpus, tokens, seed=seed, row=row, report=report, use_cache=use_cache)
     with text.cache.locked():
-        found = _Pass(model, text, max(1, batch_tokens // text.row), report).run(wanted)
-        moments = {layer: found[layer].moment() for layer in wanted if layer in found}
-    for layer, moment in moments.items():
-        check(moment, f"layer {layer} of {model.name}")
+        moments = _Pass(model, text, max(1, batch_tokens // text.row), report).run(wanted)
     return Covariance(text.id, text.name, tokens, moments)
 
 
+class _Kept(Mapping[int, SecondMoment]):
+    """Moments of finished layers, each read when it is asked for and not held: a wide one takes a gigabyte."""
+
+    def __init__(self, layers: Sequence[int], read: Callable[[int], SecondMoment]) -> None:
+        self.layers, self.read = tuple(layers), read
+
+    def __getitem__(self, layer: int) -> SecondMoment:
+        if layer not in self.layers:
+            raise KeyError(layer)
+        return self.read(layer)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
 class _Pass:
-    """One run over the text for all layers whose sums are not in the cache, in batches of `batch_rows` rows."""
+    """Runs over the text for all layers whose sums are not in the cache, in batches of `batch_rows` rows."""
 
     def __init__(self, model: Model, text: Text, batch_rows: int, report: Reporter) -> None:
         self.model, self.text, self.batch_rows, self.cache, self.report = model, text, batch_rows, text.cache, report
         self.tokens, self.row = text.tokens, text.row
         self.whole = self.tokens // (self.row * batch_rows) * batch_rows  # rows in whole batches
 
-    def run(self, wanted: Sequence[int]) -> dict[int, LayerSums]:
-        """The sums of each layer; none on other ranks than 0 where some were missing."""
-        width = self.model.key_width
-        done = {layer: kept for layer in wanted if (kept := self.cache.finished(layer, self.tokens, width(layer)))}
+    def run(self, wanted: Sequence[int]) -> Mapping[int, SecondMoment]:
+        """The moment of each layer; none on other ranks than 0 where some were missing."""
+        done = [layer for layer in wanted if self._finished(layer) is not None]
         missing = distributed.main_does(lambda: [layer for layer in wanted if layer not in done])
         if not missing:
             self.report.note(
                 f"Covariance of {_layers(wanted)} from the cache: {self.text.name}, {self.tokens:,} tokens"
             )
-            return done
+            return _Kept(done, self._read)
         if not distributed.is_main():  # the order of a sum decides its last bits, so one rank adds up
             if self.text.source is None:
                 self.text.sample()
             return {}
-        sums = self._begin(missing)
+        full = self.tokens % (self.row * self.batch_rows) == 0
+        self.cache.require_space(max(map(self.model.key_width, missing)), len(missing) * (1 if full else 2))
+        self.ids = self.text.ids()
+        at_once = _layers_at_once(self.model, missing, self.cache.folder is not None)
+        made: dict[int, SecondMoment] = {}
+        for begin in range(0, len(missing), at_once):
+            self._run_for(missing[begin : begin + at_once], made)
+        if self.cache.folder is None:
+            return made
+        return _Kept(wanted, self._read)
+
+    def _finished(self, layer: int) -> SecondMoment | None:
+        """A layer's moment from the cache, if it is there."""
+        kept = self.cache.finished(layer, self.tokens, self.model.key_width(layer))
+        if kept is None:
+            return None
+        moment = kept.moment()
+        check(moment, f"layer {layer} of {self.model.name}")
+        return moment
+
+    def _read(self, layer: int) -> SecondMoment:
+        moment = self._finished(layer)
+        if moment is None:
+            raise BadInput(
+                f"The covariance of layer {layer} of {self.model.name} has gone from the cache since it was collected",
+                hint="run the command again",
+            )
+        return moment
+
+    def _run_for(self, layers: Sequence[int], made: dict[int, SecondMoment]) -> None:
+        """One run over the text for some layers, whose sums go to the cache one by one, or else into `made`."""
+        sums = self._begin(layers)
         try:
             self._add_up(sums)
-            for one in sums:
+            while sums:
+                one = sums[0]
                 one.sums.to("cpu")
-                check(one.moment(), f"layer {one.layer} of {self.model.name}")
+                moment = one.moment()
+                check(moment, f"layer {one.layer} of {self.model.name}")
                 self.cache.write(one, self.tokens)
-                done[one.layer] = one
+                if self.cache.folder is None:
+                    made[one.layer] = moment
+                sums.pop(0)  # and its memory with it
         except KeyboardInterrupt:
-            self.cache.save_progress([one for one in sums if one.rows and one.layer not in done])
+            self.cache.save_progress([one for one in sums if one.rows])
             raise
-        return done
 
     def _begin(self, layers: Sequence[int]) -> list[LayerSums]:
-        """The sums of `layers` as far as the cache has them. Raises BadInput where the disk has no room for more."""
+        """The sums of `layers` as far as the cache has them."""
         widths = {layer: self.model.key_width(layer) for layer in layers}
-        full = self.tokens % (self.row * self.batch_rows) == 0
-        self.cache.require_space(max(widths.values()), len(layers) * (1 if full else 2))
-        size = sum(width * (width + 1) // 2 * 8 for width in widths.values())
+        size = sum(map(_size, widths.values()))
         if size > _LARGE:
             self.report.note(
                 f"The covariance of {len(layers)} layers takes {format_size(size)} of memory and of the cache"
@@ -145,7 +193,6 @@ class _Pass:
 
     def _add_up(self, sums: list[LayerSums]) -> None:
         """Run over the text and add its keys to the sums."""
-        self.ids = self.text.ids()
         begun = min(one.rows for one in sums)
         if begun:
             self.report.note(f"Resuming after {begun * self.row:,} tokens kept in the cache")
@@ -197,6 +244,21 @@ class _Pass:
 def _require_finite(one: LayerSums, model: Model) -> None:
     if not bool(torch.isfinite(one.sums.diagonal).all()):
         check(one.sums, f"layer {one.layer} of {model.name}")
+
+
+def _size(width: int) -> int:
+    """Bytes of the sums of a layer that is `width` wide: float64, the upper triangle."""
+    return width * (width + 1) // 2 * 8
+
+
+def _layers_at_once(model: Model, layers: Sequence[int], streamed: bool) -> int:
+    """How many layers' sums a run over the text keeps: as many as half of the free memory holds, but at least two.
+
+    All, where they are not `streamed` to the cache but have to be in memory at the end anyway.
+    """
+    largest = max(_size(model.key_width(layer)) for layer in layers)
+    free = free_memory()
+    return len(layers) if free is None or not streamed else max(2, free // 2 // largest)
 
 
 def _sums_on(model: Model, size: int) -> torch.device:

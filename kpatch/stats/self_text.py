@@ -74,7 +74,7 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
         logits = model.net(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits[:, -1]
         if forbidden is None:
             forbidden = _forbidden(model, logits.shape[-1])
-        ids = _draw(logits.masked_fill(forbidden, -torch.inf), draws[:, done, None])
+        ids = _draw(logits.index_fill_(1, forbidden, -torch.inf), draws[:, done, None])
         out[:, done] = ids[:, 0]
         done += 1
         advance(size)
@@ -94,7 +94,9 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """
     wide = _wide(logits.device)
     p = logits.float().softmax(-1)  # (G, V)
-    p = torch.nn.functional.pad(p, (0, -p.shape[-1] % _BLOCK)).view(len(p), -1, _BLOCK)  # (G, blocks, 256)
+    if p.shape[-1] % _BLOCK:
+        p = torch.nn.functional.pad(p, (0, -p.shape[-1] % _BLOCK))
+    p = p.view(len(p), -1, _BLOCK)  # (G, blocks, 256)
     sums = p.sum(-1, dtype=wide)  # (G, blocks)
     ends = sums.cumsum(-1)
     block = _invert(ends, uniform * ends[:, -1:])  # (G, 1)
@@ -135,11 +137,9 @@ def opening_words(model: Model) -> Tensor:
 
 
 def _forbidden(model: Model, vocabulary: int) -> Tensor:
-    """True for special tokens, which end or frame texts, and for rows of the head that stand for no token: [V]."""
-    mask = torch.zeros(vocabulary, dtype=torch.bool)
-    mask[len(model.tokenizer) :] = True
-    mask[[index for index in _special(model.tokenizer) if index < vocabulary]] = True
-    return mask.to(model.device)
+    """Special tokens, which end or frame texts, and rows of the head that stand for no token, as indices below V."""
+    special = {index for index in _special(model.tokenizer) if index < vocabulary}
+    return torch.tensor(sorted({*special, *range(len(model.tokenizer), vocabulary)}), device=model.device).long()
 
 
 class _Preallocated(DynamicLayer):  # type: ignore[misc]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -298,6 +299,53 @@ def test_a_damaged_partial_costs_only_its_layer(model: Model, text: str, monkeyp
     assert same(run(model, [0, 2], text, TOKENS, report=report), whole)
     assert [capture for _, _, capture in calls.made] == [[2], [2], [0, 2], [0, 2], [0, 2]]
     assert len(report.warnings) == 1
+
+
+def test_sums_that_do_not_fit_memory_take_turns(model: Model, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = run(model, [0, 1, 2], text, TOKENS, use_cache=False)
+    monkeypatch.setattr(module, "free_memory", lambda: 0)
+    calls = Calls(monkeypatch)
+    held: list[int] = []
+    made = module.LayerSums
+
+    def counted(*given: Any) -> Any:
+        one = made(*given)
+        alive.add(one)
+        held.append(len(alive))
+        return one
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+    monkeypatch.setattr(made, "__hash__", object.__hash__)
+    monkeypatch.setattr(module, "LayerSums", counted)
+    assert same(run(model, [0, 1, 2], text, TOKENS), whole)
+    captured = [capture for _, _, capture in calls.made]
+    assert captured == [[0, 1]] * (len(captured) // 2) + [[2]] * (len(captured) // 2)
+    assert max(held) == 2
+
+
+def test_finished_moments_are_read_one_at_a_time(model: Model, text: str) -> None:
+    found = run(model, [0, 2], text, TOKENS)
+    one = weakref.ref(found.moments[2])
+    assert one() is None
+    for path in entries():
+        if path.name.startswith("layer-2-"):
+            path.unlink()
+    assert found.moments[0].count == TOKENS
+    with pytest.raises(BadInput, match="has gone from the cache"):
+        found.moments[2]
+    with pytest.raises(KeyError):
+        found.moments[1]
+
+
+def test_nothing_behind_the_last_key_runs(model: Model, text: str) -> None:
+    outputs: list[int] = []
+    handles = [
+        model.down(layer).register_forward_hook(lambda *_, layer=layer: outputs.append(layer)) for layer in (0, 1, 2)
+    ]
+    run(model, [0, 2], text, ROW, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    assert outputs == [0, 1]
 
 
 def test_a_full_disk_is_met_before_the_work(model: Model, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
