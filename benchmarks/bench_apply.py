@@ -1,10 +1,13 @@
 """How long apply and revert take on a checkpoint made for it, against copying its files and against transformers.
 
     python benchmarks/bench_apply.py [--gigabytes 2] [--shards 4] [--folder DIR] [--rank 30] [--runs 3]
+        [--against TREE]
 
 Apply in place copies every weight file it touches, keeps the original bytes of the patched weights and writes the new
 ones, all synced to the disk; the yardstick is `cp` of the same files, with an fsync of each. Every row is a process of
 its own: "engine" is what it says of itself (`seconds` in --json), "whole" includes the start of Python and torch.
+"processor" is what it took of all processors, the start included. With --against, the kpatch of another tree (a
+checkout of an earlier version) is measured in turn with this one.
 Times are the best of the runs, with the files in the page cache; memory is the most that a process held. There is a
 rest before each: a virtual machine may give idle memory back, and what takes it first then waits for it, cp as kpatch.
 """
@@ -20,7 +23,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 HEADS = 16
@@ -113,11 +118,20 @@ def make_patch(path: Path, model: Path, weights: Sequence[str], rank: int) -> No
     write_patch(path, manifest, pack(deltas, None, keys))
 
 
-def run(command: Sequence[str | Path]) -> tuple[float, int, str]:
-    """Seconds, most memory in bytes, and output of a process, begun after a rest."""
+class Run(NamedTuple):
+    """What a process took: seconds of the clock and of the processors, most memory in bytes; and its output."""
+
+    seconds: float
+    processor: float
+    memory: int
+    out: str
+
+
+def run(command: Sequence[str | Path], tree: Path = ROOT) -> Run:
+    """Run a process after a rest, with the kpatch of a tree."""
     time.sleep(REST)
     begin = time.perf_counter()
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(tree)}
     process = subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, env=environment, text=True)
     assert process.stdout is not None
     out = process.stdout.read()
@@ -125,7 +139,8 @@ def run(command: Sequence[str | Path]) -> tuple[float, int, str]:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{command[0]} failed with {process.returncode}")
-    return time.perf_counter() - begin, usage.ru_maxrss * 1024, out
+    seconds = time.perf_counter() - begin
+    return Run(seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024, out)
 
 
 def copy_files(sources: Sequence[Path], folder: Path, sync: bool) -> float:
@@ -156,6 +171,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where to work (default: the system's temporary folder)")
     parser.add_argument("--no-transformers", action="store_true")
+    parser.add_argument("--against", type=Path, metavar="TREE", help="another tree of kpatch, measured in turn")
     parser.add_argument("--make-in", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.make_in:
@@ -178,32 +194,39 @@ def bench(folder: Path, options: argparse.Namespace) -> None:
     os.environ["KPATCH_CACHE"] = str(folder / "cache")
     # In a process of its own: what this one holds would count as the memory of those it starts.
     sizes = [f"--{name}={getattr(options, name)}" for name in ("gigabytes", "shards", "rank")]
-    weights = run([sys.executable, __file__, "--make-in", folder, *sizes])[2].split()
+    weights = run([sys.executable, __file__, "--make-in", folder, *sizes]).out.split()
     files = sorted(model.glob("*.safetensors"))
     total = sum(path.stat().st_size for path in files)
     print(f"{total / 1e9:.2f} GB in {len(files)} files, {len(weights)} weights patched, rank {options.rank}")
-    print(f"{'':<28}{'engine, s':>10}{'whole, s':>10}{'of cp':>8}{'memory, MB':>12}")
+    columns = f"{'engine, s':>10}{'of cp':>8}{'whole, s':>10}{'of cp':>8}{'processor, s':>14}{'memory, MB':>12}"
+    print(f"{'':<34}{columns}")
     plain = best(options.runs, lambda: copy_files(files, folder / "cp", False))
     synced = best(options.runs, lambda: copy_files(files, folder / "cp", True))
-    print(f"{'cp':<28}{plain:10.2f}")
-    print(f"{'cp, then fsync':<28}{synced:10.2f}{'':>10}{1:8.2f}")
+    print(f"{'cp':<34}{plain:10.2f}")
+    print(f"{'cp, then fsync':<34}{synced:10.2f}{1:8.2f}")
     kpatch = [sys.executable, "-m", "kpatch"]
-    rows: dict[str, list[tuple[float, float, int]]] = {}
-    for _ in range(options.runs):
+    rows: dict[str, list[tuple[float, ...]]] = {}
+    trees = {"": ROOT, **({f" ({options.against.name})": options.against.resolve()} if options.against else {})}
+    for _, (tree, path) in product(range(options.runs), trees.items()):
         for name, arguments in (
             ("kpatch apply", ["apply", patch, model]),
             ("kpatch revert", ["revert", model]),
             ("kpatch apply -o", ["apply", patch, model, "-o", folder / "copy"]),
         ):
-            whole, memory, out = run([*kpatch, *arguments, "--json", "-q"])
-            rows.setdefault(name, []).append((json.loads(out)["seconds"], whole, memory))
+            took = run([*kpatch, *arguments, "--json", "-q"], path)
+            found = (json.loads(took.out)["seconds"], took.seconds, took.processor, took.memory)
+            rows.setdefault(name + tree, []).append(found)
         shutil.rmtree(folder / "copy")
     for name, measured in rows.items():
-        engine, whole, memory = (min(row[place] for row in measured) for place in range(3))
-        print(f"{name:<28}{engine:10.2f}{whole:10.2f}{engine / synced:8.2f}{memory / 1e6:12.0f}", flush=True)
+        engine, *rest = (min(column) for column in zip(*measured, strict=True))
+        print(f"{name:<34}{engine:10.2f}{engine / synced:8.2f}{_whole(*rest, synced)}", flush=True)
     if not options.no_transformers:
-        whole, memory, _ = run([sys.executable, "-c", TRANSFORMERS, model, folder / "saved"])
-        print(f"{'transformers: read and save':<28}{'':>10}{whole:10.2f}{whole / synced:8.2f}{memory / 1e6:12.0f}")
+        took = run([sys.executable, "-c", TRANSFORMERS, model, folder / "saved"])
+        print(f"{'transformers: read and save':<34}{'':>18}{_whole(*took[:3], synced)}")
+
+
+def _whole(seconds: float, processor: float, memory: float, synced: float) -> str:
+    return f"{seconds:10.2f}{seconds / synced:8.2f}{processor:14.2f}{memory / 1e6:12.0f}"
 
 
 if __name__ == "__main__":
