@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
 from kpatch.models.model import Model
@@ -150,6 +151,6 @@ def read(model: Model, hidden: Tensor, answers: Tensor) -> Tensor:
     step = max(1, _LOGITS // int(model.net.get_output_embeddings().weight.shape[0]))
     for begin in range(0, len(hidden), step):
         logits = model.logits(hidden[begin : begin + step]).float()  # [n, V]
-        chosen = logits.gather(1, answers[begin : begin + step, None])[:, 0]
-        found.append((chosen - logits.logsumexp(-1)).cpu().double().exp())
+        surprise = cross_entropy(logits, answers[begin : begin + step], reduction="none")  # one pass, unlike logsumexp
+        found.append((-surprise).cpu().double().exp())
     return torch.cat(found)

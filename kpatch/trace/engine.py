@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kpatch.models.fast_forward import packed_mlps
+from kpatch.models.fast_forward import few_columns_attention, packed_mlps
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls
 from kpatch.reporter import SILENT, Advance, Reporter
@@ -59,13 +59,14 @@ def trace_cells(
                 advance(1)  # nothing that the noise has reached is changed
             else:
                 waiting[job.columns].append(job)
-    for columns, jobs in sorted(waiting.items()):
-        run = partial(_run, runs, runs.suffix(columns))
-        jobs.sort(key=lambda job: (job.birth, job.fact, job.place))
-        for batch, result in memory.batches(jobs, runs, columns, run, report):
-            for job, values in zip(batch, result, strict=True):
-                found[job.fact][job.place] = values
-            advance(len(batch))
+    with few_columns_attention(runs.model):
+        for columns, jobs in sorted(waiting.items()):
+            run = partial(_run, runs, runs.suffix(columns))
+            jobs.sort(key=lambda job: (job.birth, job.fact, job.place))
+            for batch, result in memory.batches(jobs, runs, columns, run, report):
+                for job, values in zip(batch, result, strict=True):
+                    found[job.fact][job.place] = values
+                advance(len(batch))
     return found
 
 
