@@ -85,7 +85,7 @@ def packed_mlps(model: Model, first: int, last: int, real: Tensor, read: Tensor)
     real, read: flat indices into [B * T]. Every other token's MLP output is 0. A family whose layer has no
     module around its MLP (OPT), or whose layers see whole rows, runs as it is; so do routed experts.
     """
-    if not model.family.attention_only or not all("." in down for down in choices(model.family.down)):
+    if not can_pack_mlps(model):
         yield
         return
     places = [index for index in range(first, last) if index in model.editable]
@@ -101,6 +101,11 @@ def packed_mlps(model: Model, first: int, last: int, real: Tensor, read: Tensor)
                 mlp.__dict__.pop("forward", None)
             else:
                 mlp.forward = original
+
+
+def can_pack_mlps(model: Model) -> bool:
+    """True where `packed_mlps` leaves tokens out."""
+    return model.family.attention_only and all("." in down for down in choices(model.family.down))
 
 
 def _on(mlp: nn.Module, tokens: Tensor) -> Callable[..., Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache
 
+from kpatch.models.fast_forward import can_pack_mlps
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Batch, Calls, align, record, record_after
 from kpatch.trace.cells import Site, Traced
@@ -26,7 +27,7 @@ class Runs:
     """Rows 0..F-1 are clean, then come S corrupted rows a fact. Prompts end in one column, padded in front.
 
     values[site][l] [R, T, d]; entering[l] [R, T, d] enters layer l, the last leaves the stack; pairs[l]: keys and
-    values [R, ·, T, ·].
+    values [R, ·, T, ·]. bare_mlps[l]: whether what the module around W^l puts out is m^l, no norm or sum of it.
     """
 
     model: Model
@@ -36,6 +37,7 @@ class Runs:
     entering: list[Tensor]
     values: dict[Site, list[Tensor]]
     pairs: dict[int, tuple[Tensor, Tensor]]
+    bare_mlps: list[bool]
 
     @property
     def width(self) -> int:
@@ -92,12 +94,13 @@ def run_clean_and_corrupted(model: Model, items: Sequence[Traced], noise: Sequen
         calls = record(model, batch, cache)
     entering = [calls.start]
     values: dict[Site, list[Tensor]] = {"attn": [], "mlp": []}
-    with _kept_outputs(model, batch.ids.shape, values):
+    bare = [False] * model.n_layers
+    with _kept_outputs(model, batch.ids.shape, values), _compared_mlps(model, values["mlp"], bare):
         for layer in range(model.n_layers):
             entering.append(calls.run(entering[-1], layer, layer + 1))
     values["state"] = entering[1:]
     pairs = {i: (layer.keys, layer.values) for i, layer in enumerate(cache.layers if cache is not None else [])}
-    return Runs(model, items, samples, batch, entering, values, pairs)
+    return Runs(model, items, samples, batch, entering, values, pairs, bare)
 
 
 @contextmanager
@@ -135,6 +138,24 @@ def _kept_outputs(model: Model, shape: Sequence[int], into: dict[Site, list[Tens
     for layer in range(model.n_layers):
         handles.append(model.attn_out(layer).register_forward_hook(keep(into["attn"])))
         handles.append(model.mlp_out(layer).register_forward_hook(keep(into["mlp"])))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _compared_mlps(model: Model, kept: list[Tensor], bare: list[bool]) -> Iterator[None]:
+    """While open, bare[l] becomes true where the module around W^l puts out the m^l that is in `kept`."""
+    handles = []
+    for layer in model.editable if can_pack_mlps(model) else ():
+
+        def hook(module: nn.Module, inputs: Any, out: Any, layer: int = layer) -> None:
+            known = isinstance(out, Tensor) and len(kept) > layer  # a norm behind the MLP has not run yet
+            bare[layer] = known and torch.equal(out.reshape(kept[layer].shape), kept[layer])
+
+        handles.append(model.mlp(layer).register_forward_hook(hook))
     try:
         yield
     finally:

@@ -2,6 +2,8 @@
 
 A cell leaves everything before its first restored token and below its first restored layer as the corrupted run had
 it, so only the layers above and the columns from there on are run, on the kept keys and values of what comes before.
+Where the subject's first token is restored, its column stays as in the clean run: then the columns behind it are run,
+on the clean run's keys and values. MLP outputs that are set, or that nobody reads, are not computed.
 Cells with equally many columns share a batch; a cell joins at its layer.
 """
 
@@ -9,8 +11,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.models.fast_forward import few_columns_attention, packed_mlps
-from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.trace.cells import Cell, Point, Site
@@ -34,6 +35,7 @@ class _Job:
     place: int  # in the caller's list
     columns: int
     birth: int  # the first layer that is run
+    behind_clean: bool = False  # what comes before its columns is the clean run's, not the corrupted one's
     edits: dict[tuple[Site, int], list[tuple[int, bool]]] = field(default_factory=dict)  # (column, clean?)
 
 
@@ -57,6 +59,9 @@ def trace_cells(
             job = _reduce(runs, fact, place, cell)
             if job is None:
                 advance(1)  # nothing that the noise has reached is changed
+            elif job.columns == 0:
+                found[fact][place] = runs.probabilities[fact]
+                advance(1)
             else:
                 waiting[job.columns].append(job)
     with few_columns_attention(runs.model):
@@ -88,7 +93,22 @@ def _reduce(runs: Runs, fact: int, place: int, cell: Cell) -> _Job | None:
         for point in sorted(points, key=lambda point: (point.layer, point.token)):
             if _entering(point) >= job.birth:
                 job.edits.setdefault((point.site, point.layer), []).append((point.token - token, clean))
-    return job
+    return _behind_clean(job) if token == item.first else job
+
+
+def _behind_clean(job: _Job) -> _Job:
+    """A job of the subject's first token without that column, where nothing but its state is restored there.
+
+    No token before it has noise, so its column stays clean above the restored layer.
+    """
+    restored: tuple[Site, int] = ("state", job.birth - 1)
+    if [(key, clean) for key, several in job.edits.items() for column, clean in several if column == 0] != [
+        (restored, True)
+    ]:
+        return job
+    rest = {key: [(column - 1, clean) for column, clean in several if column] for key, several in job.edits.items()}
+    edits = {key: several for key, several in rest.items() if several}
+    return replace(job, columns=job.columns - 1, behind_clean=True, edits=edits)
 
 
 def _entering(point: Point) -> int:
@@ -113,6 +133,9 @@ def _run(runs: Runs, calls: Calls, jobs: Sequence[_Job]) -> Tensor:
     """P[answer] of jobs in order of birth, all with equally many columns: [jobs, samples]."""
     model, samples, columns = runs.model, runs.samples, jobs[0].columns
     rows = torch.tensor([row for job in jobs for row in runs.corrupted(job.fact)], device=model.device)
+    # Where the keys and values before the columns come from; clean rows come first, one a fact
+    sources = [[job.fact] * samples if job.behind_clean else runs.corrupted(job.fact) for job in jobs]
+    before = torch.tensor([row for source in sources for row in source], device=model.device)
     spots = _spots(jobs)
     hidden = runs.entering[0].new_empty(0, columns, model.width)
     alive = 0
@@ -131,8 +154,8 @@ def _run(runs: Runs, calls: Calls, jobs: Sequence[_Job]) -> Tensor:
             break
         attn = _edits(runs, jobs, spots, rows, alive, "attn", layer)
         mlp = _edits(runs, jobs, spots, rows, alive, "mlp", layer)
-        with _outputs_set(model, layer, hidden.shape, attn, mlp), _last_column(model, layer, hidden, mlp):
-            hidden = calls.run_rows(hidden, layer, rows[: alive * samples])
+        with _outputs_set(runs, layer, hidden.shape, attn, mlp):
+            hidden = calls.run_rows(hidden, layer, before[: alive * samples])
     return read(model, hidden[:, -1], runs.answers[rows]).view(len(jobs), samples)
 
 
@@ -167,11 +190,25 @@ def _edits(
 
 @contextmanager
 def _outputs_set(
-    model: Model, layer: int, shape: Sequence[int], attn: _Edits | None, mlp: _Edits | None
+    runs: Runs, layer: int, shape: Sequence[int], attn: _Edits | None, mlp: _Edits | None
 ) -> Iterator[None]:
-    """While open, a^l and m^l of one layer have the given values where they join the residual stream."""
+    """While open, a^l and m^l of one layer have the given values where they join the residual stream.
+
+    The MLP runs on no token whose output is set, and in the last layer on the last column alone, the only one read.
+    """
+    model = runs.model
+    mlp_out = model.mlp_out(layer)
     with ExitStack() as stack:
-        for module, edits in ((model.attn_out(layer), attn), (model.mlp_out(layer), mlp)):
+        wanted = torch.ones(*shape[:2], dtype=torch.bool, device=runs.entering[0].device)
+        if layer == model.n_layers - 1:
+            wanted[:, :-1] = False
+        if mlp is not None and runs.bare_mlps[layer]:
+            wanted[mlp.rows, mlp.columns] = False
+            mlp_out = model.mlp(layer)  # the whole of it: within, there are the chosen tokens only
+        if not wanted.all() and (mlp is None or runs.bare_mlps[layer]):
+            tokens = wanted.flatten().nonzero().flatten()
+            stack.enter_context(packed_mlps(model, layer, layer + 1, tokens, tokens))
+        for module, edits in ((model.attn_out(layer), attn), (mlp_out, mlp)):
             if edits is None:
                 continue
 
@@ -181,12 +218,3 @@ def _outputs_set(
 
             stack.callback(module.register_forward_hook(hook).remove)
         yield
-
-
-def _last_column(model: Model, layer: int, hidden: Tensor, mlp: _Edits | None) -> Any:
-    """In the last layer only the last column is read, so only there its MLP is run."""
-    count, columns = hidden.shape[:2]
-    if layer < model.n_layers - 1 or columns == 1 or mlp is not None:
-        return nullcontext()
-    tokens = torch.arange(columns - 1, count * columns, columns, device=hidden.device)
-    return packed_mlps(model, layer, layer + 1, tokens, tokens)
