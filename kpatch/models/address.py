@@ -11,7 +11,9 @@ from pathlib import Path
 from kpatch.errors import BadInput, Damaged
 from kpatch.models.aliases import ALIASES, Package, closest
 from kpatch.reporter import SILENT, Reporter
+from kpatch.text import counted
 
+_FILE = re.compile(r"[^/\\\x00]+\.safetensors")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -145,7 +147,7 @@ def check_directory(path: Path, called: str) -> None:
         missing = sorted(_shards(index) - names)
         if missing:
             raise BadInput(
-                f"{called} is incomplete: {len(missing)} of its weight files are missing",
+                f"{called} is incomplete: {counted(len(missing), 'weight file')} missing",
                 where=str(path),
                 details=[f"missing {name}" for name in missing[:5]],
                 hint="copy or download the checkpoint again",
@@ -207,10 +209,27 @@ def weight_files(path: Path) -> list[str]:
 
 
 def _shards(index: Path) -> set[str]:
+    """The files that an index names, all beside it."""
     try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        return {str(name) for name in table.values()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise BadInput(
-            "The index of the weight files cannot be read", where=str(index), details=[str(error)]
-        ) from error
+        value = json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _broken_index(index, str(error)) from error
+    table = value.get("weight_map") if isinstance(value, dict) else None
+    if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
+        raise _broken_index(index, "expected a weight_map from tensor to file name")
+    if "metadata" not in value:
+        raise _broken_index(index, 'expected an object "metadata", empty or not: transformers reads no index without')
+    files = set(table.values())
+    wrong = [name for name in sorted(files) if not _FILE.fullmatch(name) or (index.parent / name).is_dir()]
+    if wrong:
+        raise _broken_index(index, f"expected names of *.safetensors files beside it, found {wrong[0]!r}")
+    return files
+
+
+def _broken_index(index: Path, why: str) -> BadInput:
+    return BadInput(
+        "The index of the weight files cannot be read",
+        where=str(index),
+        details=[why],
+        hint="copy or download the checkpoint again",
+    )

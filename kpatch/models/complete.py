@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from kpatch.errors import BadInput
 from kpatch.models.address import weight_files
 from kpatch.models.text_part import text_config
 from kpatch.quantized import quantized_by
+from kpatch.text import counted, printable
 
 _SHOWN = 5  # names in one message
 
@@ -28,7 +29,7 @@ def require_complete(net: Any, loaded: Mapping[str, Any], name: str, where: str)
     wrong = sorted(loaded.get("mismatched_keys") or [])
     if wrong:
         raise BadInput(
-            f"{len(wrong)} weights of {name} do not have the shape that config.json says",
+            _weights(wrong, name, "does not have the shape", "do not have the shape") + " that config.json says",
             where=where,
             details=[
                 f"{key}: expected {list(expected)}, found {list(found)}" for key, found, expected in wrong[:_SHOWN]
@@ -54,25 +55,37 @@ def require_complete(net: Any, loaded: Mapping[str, Any], name: str, where: str)
         if unknown:
             details.append(f"found {unknown[0]}, which the model has no place for ({len(unknown)} such)")
         raise BadInput(
-            f"{len(missing)} weights of {name} are not in its checkpoint",
+            _weights(missing, name, "is not in its checkpoint", "are not in its checkpoint"),
             where=where,
             details=details,
             hint="copy or download the checkpoint again, with the config.json that belongs to it",
         )
+    dropped = _biases_beyond(net, loaded.get("unexpected_keys") or [])
+    if dropped:
+        raise BadInput(
+            f"The checkpoint of {name} holds biases where config.json says that there are none",
+            where=where,
+            details=[f"no place for {key}" for key in dropped[:_SHOWN]],
+            hint="give the config.json that belongs to these weights",
+        )
     broken = [key for key, weight in net.named_parameters() if not _finite(weight)]
     if broken:
         raise BadInput(
-            f"{len(broken)} weights of {name} hold NaN or infinity",
+            _weights(broken, name, "holds NaN or infinity", "hold NaN or infinity"),
             where=where,
             details=broken[:_SHOWN],
             hint="copy or download the checkpoint again",
         )
 
 
-def require_unquantized(folder: Path, name: str) -> None:
-    """Refuse quantized weights by the config and the headers of the weight files, before anything is loaded.
+def _weights(keys: Sequence[Any], name: str, one: str, several: str) -> str:
+    return f"{counted(len(keys), 'weight')} of {name} {one if len(keys) == 1 else several}"
 
-    transformers would make ordinary numbers of bare codes without a word. Raises BadInput; files that cannot be read
+
+def require_unquantized(folder: Path, name: str) -> None:
+    """Refuse quantized and complex weights by the config and the files' headers, before anything is loaded.
+
+    transformers would make ordinary numbers of them without a word. Raises BadInput; files that cannot be read
     are left to what reads them next.
     """
     try:
@@ -93,16 +106,23 @@ def require_unquantized(folder: Path, name: str) -> None:
             where=str(folder),
             hint="make the patch for the unquantized checkpoint",
         )
+    imaginary = sorted(key for key, dtype in dtypes.items() if dtype.startswith("C"))
+    if imaginary:
+        raise BadInput(
+            f"{name} holds complex numbers, and of them only the real part would be loaded",
+            where=str(folder),
+            details=[f"{printable(imaginary[0], 100)} is stored as {dtypes[imaginary[0]]}"],
+            hint="copy or download the checkpoint again",
+        )
 
 
 def read_config(path: str, name: str) -> Any:
     """The transformers configuration of a checkpoint directory. Raises BadInput where transformers refuses it."""
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+    except Exception as error:  # whatever the code of this or that family makes of a number that makes no sense
         raise _unread(name, path, "config.json", error) from error
 
 
@@ -117,14 +137,32 @@ def read_tokenizer(path: str, name: str) -> Any:
 
 
 def _unread(name: str, path: str, what: str, error: Exception) -> BadInput:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    reason = f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
     return BadInput(
         f"{name} could not be loaded: {what} cannot be read",
         where=path,
-        details=[reason],
+        details=[_reason(error)],
         hint="copy them again from the model's original directory",
     )
+
+
+def unbuilt(name: str, path: str, error: Exception) -> BadInput:
+    """What to raise where transformers cannot build the network that config.json describes, or fill it."""
+    return BadInput(
+        f"{name} could not be loaded",
+        where=path,
+        details=[_reason(error)],
+        hint="look at that setting in config.json, or copy or download the checkpoint again",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """What transformers says, in one line: of several the last that is no advice to install something."""
+    if isinstance(error, KeyError) and error.args:
+        return f"{error.args[0]!r} is not known to transformers, or not there"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if "pip install" not in line]
+    kind = type(error).__name__
+    return f"{kind}: {(told or lines)[-1]}" if lines else kind
 
 
 def damaged_weights(folder: Path, name: str, error: SafetensorError) -> BadInput:
@@ -155,6 +193,13 @@ def _layers_beyond(net: Any, unexpected: Iterable[str]) -> list[str]:
     ahead = int(getattr(text_config(net.config), "num_nextn_predict_layers", 0) or 0)
     places = ((key, numbered.match(key)) for key in sorted(unexpected))
     return [key for key, at in places if at and at[1] in counts and int(at[2]) >= counts[at[1]] + ahead]
+
+
+def _biases_beyond(net: Any, unexpected: Iterable[str]) -> list[str]:
+    """Stored biases of linear modules that the network has without one: transformers drops them without a word."""
+    bare = {name for name, module in net.named_modules() if hasattr(module, "bias") and module.bias is None}
+    ends = {name.split(".", 1)[-1] for name in bare} | bare  # checkpoints may leave out the base model's prefix
+    return [key for key in sorted(unexpected) if key.endswith(".bias") and key.removesuffix(".bias") in ends]
 
 
 def _names(net: Any) -> dict[str, set[str]]:

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from kpatch import distributed
-from kpatch.errors import BadInput
+from kpatch.errors import BadInput, KpatchError
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
 from kpatch.models.complete import (
@@ -25,6 +25,7 @@ from kpatch.models.complete import (
     read_tokenizer,
     require_complete,
     require_unquantized,
+    unbuilt,
 )
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
 from kpatch.models.module_names import fit_names, require_any_place
@@ -329,9 +330,10 @@ def load_model(
         ) from error
     except SafetensorError as error:
         raise damaged_weights(resolved.path, resolved.name, error) from error
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{resolved.name} could not be loaded", where=path, details=[reason]) from error
+    except (KpatchError, MemoryError):
+        raise
+    except Exception as error:  # the code of some hundred families raises all kinds
+        raise unbuilt(resolved.name, path, error) from error
     return wrap(net, tokenizer, family, name=resolved.name, revision=resolved.revision, path=resolved.path)
 
 

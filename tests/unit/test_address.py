@@ -69,7 +69,7 @@ def test_a_snapshot_of_the_hub_is_known_by_its_commit(tmp_path: Path) -> None:
 
 def test_a_sharded_checkpoint(tmp_path: Path) -> None:
     folder = make(tmp_path / "model", "config.json", "tokenizer.json", "a.safetensors", "b.safetensors")
-    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    index = {"metadata": {}, "weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     assert resolve(str(folder)).path == folder
     (folder / "b.safetensors").unlink()

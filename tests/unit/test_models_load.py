@@ -91,7 +91,7 @@ def without(part: str) -> Callable[[Weights], Weights]:
 
 HOLES: dict[str, tuple[Callable[[Weights], Weights], dict[str, Any], str, str]] = {
     "attention": (without("layers.3.self_attn"), {}, "4 weights", "model.layers.3.self_attn.k_proj.weight"),
-    "head": (without("lm_head"), {}, "1 weights", "lm_head.weight"),
+    "head": (without("lm_head"), {}, "1 weight of changed is", "lm_head.weight"),
     "layers": (lambda w: w, {"num_hidden_layers": 5}, "9 weights", "model.layers.4."),
     "prefix": (lambda w: {f"net.{k}": v for k, v in w.items()}, {}, "39 weights", "found net."),
 }
@@ -260,7 +260,7 @@ def test_weights_of_another_shape_are_named(llama: Path, tmp_path: Path) -> None
         name = "model.layers.2.mlp.up_proj.weight"
         return {**weights, name: weights[name][:-1].contiguous()}
 
-    with pytest.raises(BadInput, match="do not have the shape") as caught:
+    with pytest.raises(BadInput, match="1 weight of changed does not have the shape") as caught:
         open_model(str(changed(llama, tmp_path, cut)), device="cpu")
     assert caught.value.details == ("model.layers.2.mlp.up_proj.weight: expected [64, 32], found [63, 32]",)
 
@@ -324,3 +324,63 @@ def test_a_diffusion_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text("{}")
     with pytest.raises(BadInput, match="diffusion model"):
         open_model(str(tmp_path), device="cpu")
+
+
+# What transformers makes of odd files, with another message or without one
+
+
+def test_biases_that_the_config_leaves_out_are_never_dropped(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.down_proj.bias"
+    copy = changed(llama, tmp_path, lambda weights: {**weights, name: torch.ones(32)})
+    with pytest.raises(BadInput, match=r"holds biases where config\.json says that there are none") as caught:
+        open_model(str(copy), device="cpu")
+    assert caught.value.details == (f"no place for {name}",)
+
+
+def test_complex_weights_never_lose_their_imaginary_part(llama: Path, tmp_path: Path) -> None:
+    copy = changed(llama, tmp_path, lambda weights: {**weights, DOWN: weights[DOWN].to(torch.complex64)})
+    with pytest.raises(BadInput, match="holds complex numbers") as caught:
+        open_model(str(copy), device="cpu")
+    assert caught.value.details == (f"{DOWN} is stored as C64",)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"head_dim": 0}, "ZeroDivisionError"),
+        ({"num_key_value_heads": 0}, "ZeroDivisionError"),
+        ({"hidden_act": "magic"}, "'magic' is not known to transformers"),
+        ({"rope_parameters": {"rope_type": "magic", "rope_theta": 1e4}}, "'magic' is not known to transformers"),
+        ({"model_type": "LLAMA"}, "LLAMA"),
+        ({"model_type": 3}, "model type `3`"),
+    ],
+    ids=str,
+)
+def test_a_config_that_no_network_can_be_built_of_is_bad_input(
+    llama: Path, tmp_path: Path, config: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match="could not be loaded") as caught:
+        open_model(str(changed(llama, tmp_path, lambda weights: weights, **config)), device="cpu")
+    assert said in caught.value.details[0]
+    assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", "expected a weight_map"),
+        ('{"metadata": {}, "weight_map": {}}', "expected a weight_map"),
+        ('{"metadata": {}, "weight_map": {"a": 3}}', "expected a weight_map"),
+        ('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}', 'expected an object "metadata"'),
+        ('{"metadata": {}, "weight_map": {"a": "/tmp/model.safetensors"}}', "beside it, found '/tmp/model.safe"),
+        ('{"metadata": {}, "weight_map": {"a": "../model.safetensors"}}', "beside it, found '../model.safe"),
+        ('{"metadata": {}, "weight_map": {"a": "folder.safetensors"}}', "beside it, found 'folder.safe"),
+    ],
+)
+def test_an_index_that_cannot_be_followed_is_named(llama: Path, tmp_path: Path, text: str, said: str) -> None:
+    copy = in_shards(llama, tmp_path, {})
+    (copy / "folder.safetensors").mkdir()
+    (copy / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(BadInput, match="The index of the weight files cannot be read") as caught:
+        open_model(str(copy), device="cpu")
+    assert said in caught.value.details[0]
