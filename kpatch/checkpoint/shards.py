@@ -57,7 +57,8 @@ class Checkpoint:
         """
         if name in self.tensors:
             return name
-        near = self._by_core.get(_core(name), ())
+        prefix, core = _split(name)
+        near = [stored for stored, other in self._by_core.get(core, ()) if _same_place(prefix, other)]
         return near[0] if len(near) == 1 else None
 
     def why_not(self, name: str) -> str | None:
@@ -67,30 +68,44 @@ class Checkpoint:
             return "it stands in two files: the index names one of them, but transformers reads the other"
         if stored is not None:
             return None
-        near = sorted(other for other in self.tensors if other.endswith("." + _core(name)))
+        near = sorted(other for other in self.tensors if other.endswith("." + _split(name)[1]))
         if near:
             listed = ", ".join(printable(other, 120) for other in near[:3])
             return f"no tensor has that name or one with a prefix that loaders know; found {listed}"
         return "the checkpoint has no tensor of that name"
 
     @cached_property
-    def _by_core(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+    def _by_core(self) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+        found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
         for stored in self.tensors:
-            found.setdefault(_core(stored), []).append(stored)
+            prefix, core = _split(stored)
+            found.setdefault(core, []).append((stored, prefix))
         return found
 
 
 # What models put before the names of their text part's modules: the base model's name and that of a wrapper's part.
-_PREFIXES = frozenset({"model", "transformer", "gpt_neox", "language_model", "text_model"})
+_BASES = frozenset({"model", "transformer", "gpt_neox"})
+_PARTS = frozenset({"language_model", "text_model"})
 
 
-def _core(name: str) -> str:
-    """A weight's name without the prefixes that differ between the forms in which one model is saved."""
+def _split(name: str) -> tuple[tuple[str, ...], str]:
+    """A weight's name as the prefixes that differ between the forms in which one model is saved, and the rest."""
     parts = name.split(".")
-    while len(parts) > 1 and parts[0] in _PREFIXES:
-        del parts[0]
-    return ".".join(parts)
+    end = 0
+    while end < len(parts) - 1 and parts[end] in _BASES | _PARTS:
+        end += 1
+    return tuple(parts[:end]), ".".join(parts[end:])
+
+
+def _same_place(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    """True where a loader takes names under both prefixes for the same weight: none and the base model's, the text
+    model's and a wrapper's. No loader knows a base inside a base, "transformer.model.layers…".
+    """
+    bases = [[part for part in prefix if part in _BASES] for prefix in (one, other)]
+    if any(len(found) > 1 or len(prefix) - len(found) > 1 for prefix, found in zip((one, other), bases, strict=True)):
+        return one == other
+    inside = any(part in _PARTS for part in (*one, *other))
+    return inside or not (bases[0] and bases[1]) or bases[0] == bases[1]
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:

@@ -250,9 +250,18 @@ def test_a_prefix_that_no_loader_knows_is_refused(tmp_path: Path, check: bool) -
     make_patch(tmp_path / "own.patch", odd, weights=names)
     apply([tmp_path / "own.patch"], odd, check=check)
     tensors = load_file(model / "model.safetensors")
-    doubled = {f"{which}.{name}": t.clone() for name, t in tensors.items() for which in ("model", "language_model")}
+    cores = {name.removeprefix("model."): t for name, t in tensors.items()}
+    doubled = {f"{form}{core}": t.clone() for core, t in cores.items() for form in FORMS[1:3]}
     save_file(doubled, model / "model.safetensors")
     refused(lambda: apply([tmp_path / "a.patch"], model, check=check), Refused, "is not there", model)
+
+
+@pytest.mark.parametrize("prefix", ["transformer.model.", "model.model.", "transformer.", "model.transformer."])
+def test_a_base_under_another_base_is_no_prefix_that_loaders_know(tmp_path: Path, prefix: str) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    make_patch(tmp_path / "a.patch", model)
+    odd = under(prefix, model, tmp_path / "odd")
+    refused(lambda: apply([tmp_path / "a.patch"], odd, check=True), Refused, "is not there", odd)
 
 
 def test_an_adapter_beside_the_weights_is_noted(tmp_path: Path) -> None:
