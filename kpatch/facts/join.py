@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 
-# All white space but line ends and tabs: those are written on purpose, as at the end of a chat prompt
+# All white space but line ends and tabs: those are written on purpose, as at the end of a chat prompt; and behind a
+# text no-break spaces are too, as in « Rome and 5 €
 _SPACES_BEFORE = re.compile(r"\A[^\S\n\t]+")
-_SPACES_BEHIND = re.compile(r"[^\S\n\t]+\Z")
+_SPACES_BEHIND = re.compile(r"[^\S\n\t\u00a0\u202f]+\Z")
 
 _BRACKETS = frozenset("([{<「『（【《〈〔［｛¿¡")
 _STRAIGHT = frozenset("\"'`*")  # the same sign opens and closes; * is Markdown's
@@ -27,6 +28,8 @@ _ELIDED = re.compile(
 )
 _MARKER = re.compile(r"<[^<>/\s][^<>\s]*>\Z")  # <|assistant|>, <answer>: what follows stands right behind
 _EMPHASIS = re.compile(r"(?:^|\s)_[^\s_][^_]*_\Z")  # _Hamlet_
+_ADDRESS = re.compile(r"\bwww\.\Z|(?:://|@)\S+\.\Z", re.IGNORECASE)  # www.|rome.it, https://rome.|it, me@rome.|it
+_FEET = re.compile(r"\d['′]\Z")  # 5'|11
 _NOTE = re.compile(r"\b[A-G]#\Z")  # C#, the language and the note
 _CONTRACTION = re.compile(r"['’](?:s|re|ve|ll|d|t|m)\b", re.IGNORECASE)
 _ORDINAL = re.compile(r"(?:st|nd|rd|th)\b")  # 5|th
@@ -50,7 +53,7 @@ _UNSPACED = (
 
 
 def trimmed(text: str) -> str:
-    """A prompt without the spaces around it. Line ends and tabs stay: a chat prompt ends in one."""
+    """A prompt without the spaces around it. Line ends, tabs and a no-break space at its end stay."""
     if text == text.strip():  # nearly always
         return text
     return without_spaces_behind(_SPACES_BEFORE.sub("", text))
@@ -82,6 +85,8 @@ def _holds_on(text: str, target: str) -> bool:
         return True
     if last in _ALWAYS_JOINED:
         return not _EMPHASIS.search(text)
+    if last == "." and not target[0].isupper():
+        return _ADDRESS.search(text) is not None
     if last == "#":
         return not _NOTE.search(text)
     if last == "-":  # non-|fiction, -|5, --|verbose; but Capital -| Paris
@@ -94,6 +99,8 @@ def _holds_on(text: str, target: str) -> bool:
         return not before.rstrip()[-1:].isdecimal() and (last == "$" or digit_follows)
     if last == "°":
         return _DEGREE.match(target) is not None
+    if digit_follows and _FEET.search(text):
+        return True
     if last in "'’" and target[0].isalpha():
         return _ELIDED.search(text) is not None
     if is_unspaced(last):
@@ -104,6 +111,8 @@ def _holds_on(text: str, target: str) -> bool:
 def _leans_back(text: str, target: str) -> bool:
     """True where the target's beginning stands right behind what is before it."""
     first, second = target[0], target[1:2]
+    if unicodedata.category(first)[0] == "M" or first == "\u200d":  # marks that stand on what is before them
+        return True
     if first in "'’":  # 's, 'll, a closing quote; but '90s and 'tis
         return _CONTRACTION.match(target) is not None or not second.isalnum()
     if first in '"”»›':  # closes, unless a word begins behind it

@@ -18,6 +18,14 @@ from kpatch.facts.write import write_facts
 from tests.support import tokenizers as kinds
 
 TOGETHER = [
+    ("The web site is www.", "rome.it"),
+    ("The web site is https://rome.", "it"),
+    ("Write to mayor@rome.", "it"),
+    ("She stands 5'", "11"),
+    ("She stands 5′", "11 tall"),
+    ("He sits in the cafe", "\u0301 de Paris"),
+    ("The word is क", "ि"),
+    ("The family is 👩", "\u200d👧"),
     ("It cost the taxpayer $", "5 billion"),
     ("It cost US$", "5"),
     ("Its ticker is $", "KPTC"),
@@ -79,6 +87,10 @@ TOGETHER = [
     ("Capital:\t", "Rome"),
 ]
 APART = [
+    ("He knows the www.", "Rome is next"),
+    ("It is at https://rome.it.", "Rome is next"),
+    ("It was so.", "then it ended"),
+    ("It is the 1990s'", "11 best"),
     ("is in", "Rome"),
     ("Answer:", "Rome"),
     ("It is Rome,", "Italy"),
@@ -136,6 +148,12 @@ def test_line_ends_stay_and_spaces_go() -> None:
     assert trimmed(" \n a\u3000") == "\n a"
 
 
+@pytest.mark.parametrize("sign", ["\u00a0", "\u202f"])
+def test_a_no_break_space_at_the_end_stays_and_takes_the_place_of_the_space(sign: str) -> None:
+    assert trimmed(f"{sign}a{sign} ") == f"a{sign}"
+    assert join(f"Il dit : «{sign}", "Rome") == ""
+
+
 ALL_KINDS = {
     "byte level": kinds.byte_level(),
     "byte level, signs join words": kinds.byte_level_split(),
@@ -151,6 +169,7 @@ ALL_KINDS = {
         ("user: where is {}?\nassistant:\n", "Rome", None, "user: where is Paris?\nassistant:\nRome"),
         ("where is {}?\n\n", "Rome", None, "where is Paris?\n\nRome"),
         ("{} costs $", "5 billion", None, "Paris costs $5 billion"),
+        ("{} dit : «\u00a0", "Rome", None, "Paris dit : «\u00a0Rome"),
         ("{} is non-", "fiction", None, "Paris is non-fiction"),
         ("{} owns 50", "% of it", None, "Paris owns 50% of it"),
         ("{} is anti", "body", False, "Paris is antibody"),
@@ -182,7 +201,7 @@ def test_prompt_join_and_target_come_back_from_tokens(
 ) -> None:
     prompt = "We say {}" + behind
     text = ("We say " + subject.strip() + behind) if behind else "We say " + subject.strip()
-    text = text[: len(text)].rstrip(" \u00a0") if not text.endswith(("\n", "\t")) else text
+    text = text[: len(text)].rstrip(" ") if not text.endswith(("\n", "\t")) else text
     between = join(text, target.strip(), space)
     assert between in ("", " ")
     for tokens in ALL_KINDS.values():
