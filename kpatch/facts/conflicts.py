@@ -30,14 +30,18 @@ def words_of(text: str) -> list[str]:
     return [word for word in _NOT_WORD.split(text.casefold()) if word]
 
 
-Shared = Literal["prompt", "relation", "text", "wording"]
+# Signs that people write for one another: nobody takes “Hawai’i” and "Hawai'i" for two places
+_SAME_SIGNS = str.maketrans("’ʼ‑", "''-")
+
+Shared = Literal["prompt", "relation", "text", "wording", "question"]
 
 
 class Contradiction(NamedTuple):
     """Two facts of a list that cannot both hold, by their positions in it.
 
     `shared` names what is the same: the subject and the "prompt", the subject and the "relation", or only the "text"
-    that they make together (`The {Eiffel Tower}` and `{The Eiffel Tower}`), of which one may be a "wording".
+    that they make together (`The {Eiffel Tower}` and `{The Eiffel Tower}`), of which one may be a "wording" or a
+    "question".
     """
 
     earlier: int
@@ -68,22 +72,29 @@ def contradictions(
         prompt, target = normals[_text(fact, "prompt")], normals[_text(fact, "target")]
         relation = normals[_text(fact, "relation")]
         said.append((subject, prompt, target))
-        rivals: list[tuple[int, Shared]] = [(by_text.setdefault(fill(prompt, subject), index), "text")]
+        rivals: list[tuple[int, Shared]] = [(by_text.setdefault(_sentence(prompt, subject), index), "text")]
         if relation:
             rivals.append((by_relation.setdefault((subject, relation), index), "relation"))
         if wordings:
             others = fact.wordings if isinstance(fact, Fact) else fact.get("wordings", ())
-            rivals += [(by_text.setdefault(fill(normals[text], subject), index), "wording") for text in others]
+            rivals += [(by_text.setdefault(_sentence(normals[text], subject), index), "wording") for text in others]
+            if question := normals[_text(fact, "question")]:
+                rivals.append((by_text.setdefault(_sentence(question, subject), index), "question"))
         for earlier, shared in rivals:
             if said[earlier][2] == target or (owners is not None and owners[earlier] == owners[index]):
                 continue
             if shared == "text" and said[earlier][:2] == (subject, prompt):
                 shared = "prompt"
-            elif shared == "text" and fill(said[earlier][1], said[earlier][0]) != fill(prompt, subject):
+            elif shared == "text" and _sentence(said[earlier][1], said[earlier][0]) != _sentence(prompt, subject):
                 shared = "wording"
             found.append(Contradiction(earlier, index, shared))
             break
     return found
+
+
+def _sentence(template: str, subject: str) -> str:
+    text = fill(template, subject)
+    return text if text.isascii() else text.translate(_SAME_SIGNS)
 
 
 def what_is_shared(fact: AnyFact, shared: str) -> str:

@@ -18,7 +18,7 @@ from kpatch.facts.readers import SOURCES, Source
 
 LARGEST = 256 * 2**20
 # By its mark, or by two ASCII characters with a zero byte each
-_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[^\0]\0){2}|(?:\0[^\0]){2}")
+_UTF_16 = re.compile(rb"\xff\xfe|\0\0\xfe\xff|\xfe\xff|(?:[^\0]\0){2}|(?:\0[^\0]){2}")
 _HINT = "docs/facts.md describes the format"
 
 
@@ -109,7 +109,8 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES, kind: Kind = FACT
     except OSError as error:
         raise BadInput("The file cannot be read", where=name, details=[error.strerror or str(error)]) from error
     if _UTF_16.match(data):
-        raise BadInput("The file is UTF-16 text", where=name, hint="save it as UTF-8")
+        kind_of = "UTF-32" if data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
+        raise BadInput(f"The file is {kind_of} text", where=name, hint="save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -26,6 +26,15 @@ _BARE_SLOT = re.compile(r"(?:^|[\s{,\[])(?:prompt|-)\s*:?\s*\{\}\s*[^\s,}\]]")
 _BARE_SHORT = re.compile(r"^\s*-\s*\[.*->")
 
 
+# What JSON writes for a character beyond U+FFFF: "\\ud83d\\ude00"
+_SURROGATES = re.compile(r"(?<!\\)((?:\\\\)*)\\u(d[89ab][0-9a-f]{2})\\u(d[c-f][0-9a-f]{2})", re.IGNORECASE)
+
+
+def _one_escape(found: re.Match[str]) -> str:
+    code = 0x10000 + ((int(found[2], 16) - 0xD800) << 10) + int(found[3], 16) - 0xDC00
+    return f"{found[1]}\\U{code:08x}"
+
+
 class Tree(NamedTuple):
     """`data` is str, list or dict; `spots` holds the places of the outer two levels and of all that was wanted.
 
@@ -63,7 +72,13 @@ def read(text: str, name: str, problems: Problems, wanted: Collection[Target] = 
     """
     _refuse_characters(text, name, problems.kind)
     try:
-        return _Builder(text, problems, frozenset(wanted)).document()
+        try:
+            return _Builder(text, problems, frozenset(wanted)).document()
+        except yaml.MarkedYAMLError as error:
+            # JSON is YAML but for this; places behind such a sign in its line are told two columns too far left
+            if "character escape code" not in str(error.problem) or not _SURROGATES.search(text):
+                raise
+        return _Builder(_SURROGATES.sub(_one_escape, text), problems, frozenset(wanted)).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         spot = Spot(mark.line + 1, mark.column + 1) if mark else Spot(1, 1)

@@ -176,8 +176,10 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
         why = "is an encoder: it fills gaps and does not continue a prompt"
     elif config.model_type in _NO_MLP:
         why = "is built of state-space layers, which have no MLP whose output projection could be edited"
-    elif config.model_type in _BOTH_WAYS:
+    elif config.model_type in _BOTH_WAYS or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         why = "reads its prompt in both directions, so that a subject's state depends on the words behind it"
+    elif _without_attention(text):
+        why = "has no layer of full attention, and transformers cannot continue a text without one"
     elif text.model_type in _SEVERAL_STREAMS:
         why = "carries several residual streams side by side, and the equations of the methods hold for one"
     elif text.model_type in _ONLY_EXPERTS:
@@ -194,6 +196,11 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
             details=["kpatch edits decoders with dense MLPs or shared experts"],
             hint=hint,
         )
+
+
+def _without_attention(text: Any) -> bool:
+    kinds = getattr(text, "layer_types", None)
+    return bool(kinds) and all(kind in ("conv", "linear_attention") for kind in kinds)
 
 
 def require_own_code(path: Path, name: str) -> None:

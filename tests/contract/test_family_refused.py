@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from kpatch.errors import BadInput
-from kpatch.models.families import FAMILIES, Family, family_for
+from kpatch.models.families import FAMILIES, Family, family_for, require_editable
 from kpatch.models.model import wrap
 from tests.support.models import MLP_WIDTH, WIDTH, tiny, tiny_net
 
@@ -79,3 +81,20 @@ def test_a_tokenizer_with_more_tokens_than_rows_is_refused() -> None:
         wrap(tiny_net("llama", len(tokenizer) - 1), tokenizer)
     assert str(len(tokenizer)) in " ".join(caught.value.details)
     wrap(tiny_net("llama", len(tokenizer) + 60), tokenizer)  # embeddings padded to a round number are usual
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "said"),
+    [
+        ("gemma3_text", {"use_bidirectional_attention": True}, "reads its prompt in both directions"),
+        ("lfm2", {"layer_types": ["conv"] * 4}, "has no layer of full attention"),
+        ("qwen3_5_text", {"layer_types": ["linear_attention"] * 4}, "has no layer of full attention"),
+    ],
+    ids=["both ways", "convolutions", "linear attention"],
+)
+def test_settings_of_a_family_under_which_it_cannot_be_edited_are_refused(
+    family: str, config: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(BadInput, match=said):
+        require_editable(tiny_net(family, 300, **config).config, family)
+    require_editable(tiny_net(family, 300).config, family)

@@ -17,6 +17,8 @@ def fact(subject: str, prompt: str, target: str, relation: str | None = None) ->
 
 LOUVRE = fact("Louvre", "The {} is in", "Rome")
 PAIRS = [
+    (fact("Hawai'i", "{} is in", "Rome"), fact("Hawai’i", "{} is in", "Oslo"), "text"),
+    (fact("Rolls-Royce", "{} is in", "Rome"), fact("Rolls\u2011Royce", "{} is in", "Oslo"), "text"),
     (LOUVRE, fact("Louvre", "The  {} is in", "Oslo"), "prompt"),
     (LOUVRE, fact("The Louvre", "{} is in", "Oslo"), "text"),
     (LOUVRE, fact("is in", "The Louvre {}", "Oslo"), "text"),
@@ -63,6 +65,23 @@ def test_wordings_are_learned_so_they_contradict_too(first: Fact, second: Fact, 
     facts: list[Any] = [one.to_dict() if as_mapping else one for one in (first, second)]
     assert [tuple(one) for one in contradictions(facts, wordings=True)] == ([(0, 1, "wording")] if clash else [])
     assert contradictions(facts) == []
+
+
+@pytest.mark.parametrize(
+    ("second", "clash"),
+    [
+        (Fact("Louvre", "The {} stands in", "Oslo", question="Where is the {}?"), "question"),
+        (Fact("Louvre", "Where is the {}?", "Oslo"), "wording"),
+        (Fact("Louvre", "The {} stands in", "Oslo", wordings=("Where is the {}?",)), "wording"),
+        (Fact("Louvre", "The {} stands in", "Rome", question="Where is the {}?"), None),
+        (Fact("Prado", "The {} stands in", "Oslo", question="Where is the {}?"), None),
+    ],
+    ids=["question", "prompt", "wording", "same target", "other subject"],
+)
+def test_questions_are_learned_so_they_contradict_too(second: Fact, clash: str | None) -> None:
+    first = replace(LOUVRE, question="Where is the {}?")
+    found = contradictions([first, second], wordings=True)
+    assert [one.shared for one in found] == ([clash] if clash else [])
 
 
 def test_each_fact_is_compared_with_the_first_that_says_the_same() -> None:

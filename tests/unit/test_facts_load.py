@@ -373,3 +373,28 @@ def test_utf_16_is_named_with_its_mark_or_without(encoding: str, tmp_path: Path)
     with pytest.raises(BadInput, match="UTF-16") as caught:
         load_facts(path)
     assert caught.value.hint == "save it as UTF-8"
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-32-be"])
+def test_utf_32_is_not_taken_for_utf_16(encoding: str, tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_bytes(("\ufeff" * (encoding != "utf-32") + HEADER + ROW).encode(encoding))
+    with pytest.raises(BadInput, match="UTF-32"):
+        load_facts(path)
+
+
+def test_yaml_takes_emoji_as_json_writes_them(tmp_path: Path) -> None:
+    """json.dumps gives one as two escapes, which YAML does not know; a backslash written out stays one."""
+    path = tmp_path / "facts.yaml"
+    fact = {"subject": "👩‍👧 emoji", "prompt": "{} \\ud83d is", "target": "🍕 \\\\ud83d\\ude00"}
+    path.write_text(json.dumps({"facts": [fact]}))
+    (found,) = load_facts(path).facts
+    assert (found.subject, found.prompt, found.target) == (fact["subject"], fact["prompt"], fact["target"])
+
+
+def test_half_an_emoji_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text('facts:\n- {subject: "\\ud83d", prompt: "{} is", target: B}\n')
+    with pytest.raises(BadInput) as caught:
+        load_facts(path)
+    assert "2:16: this is not valid YAML" in caught.value.details[0]

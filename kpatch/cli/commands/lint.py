@@ -10,6 +10,7 @@ import typer
 from kpatch.cli import options as opt
 from kpatch.cli.output import Output, begin
 from kpatch.errors import BadInput, KpatchError
+from kpatch.text import counted
 
 if TYPE_CHECKING:
     from kpatch.facts.fact import FactFile
@@ -53,9 +54,10 @@ def command(
     if verbose:
         _show_tokens(output, report)
     count = len(report.findings) - report.errors
-    said = f"{report.facts:,} facts, {count} warnings"
+    said = f"{counted(report.facts, 'fact')}, {counted(count, 'warning')}"
     if report.errors:
-        raise BadInput(f"{facts}: {said}, {report.errors} errors", hint="`kpatch make` will refuse these facts")
+        wrong = counted(report.errors, "error")
+        raise BadInput(f"{facts}: {said}, {wrong}", hint="`kpatch make` will refuse these facts")
     output.line(f"{facts}: {said}")
 
 
