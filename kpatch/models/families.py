@@ -199,7 +199,7 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
 
 
 def _without_attention(text: Any) -> bool:
-    kinds = getattr(text, "layer_types", None)
+    kinds = getattr(text, "layer_types", None) or ()
     return bool(kinds) and all(kind in ("conv", "linear_attention") for kind in kinds)
 
 

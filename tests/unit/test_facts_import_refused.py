@@ -160,3 +160,60 @@ def test_records_in_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text(f"{json.dumps(EASYEDIT)}\n\n{json.dumps(EASYEDIT)}\n", encoding="utf-8")
     assert (import_facts(path).records, len(import_facts(path).facts)) == (2, 1)
+
+
+def test_a_version_beside_the_records_and_an_object_around_them_are_no_obstacle(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    for data in ({"version": 1, "records": [EASYEDIT]}, {"data": {"train": [EASYEDIT]}}):
+        path.write_text(json.dumps(data), encoding="utf-8")
+        assert len(import_facts(path).facts) == 1
+
+
+def test_of_several_lists_of_records_none_is_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"train": [EASYEDIT], "test": [EASYEDIT]}), encoding="utf-8")
+    with pytest.raises(BadInput, match="holds several lists of records: test, train"):
+        import_facts(path)
+
+
+def test_lines_under_the_name_of_json_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(f"{json.dumps(EASYEDIT)}\n{json.dumps(EASYEDIT)}\n", encoding="utf-8")
+    with pytest.raises(BadInput) as caught:
+        import_facts(path)
+    assert caught.value.hint == "where each line is a record of its own, call the file .jsonl"
+
+
+def test_a_data_set_that_is_no_text_is_not_called_a_fact_file(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_bytes(b"\x1f\x8b\x08")
+    with pytest.raises(BadInput, match="The data set has 1 error") as caught:
+        import_facts(path)
+    assert caught.value.hint == "docs/import.md describes the format"
+
+
+@pytest.mark.parametrize("edits", [[], None])
+def test_a_record_without_an_edit_is_named(tmp_path: Path, edits: object) -> None:
+    found = imported(tmp_path, {"requested_rewrite": [COUNTERFACT["requested_rewrite"]]}, {"requested_rewrite": edits})
+    assert found.rejected == ("record 2: holds no edit",)
+
+
+UNIEDIT: dict[str, Any] = {"edit": {"prompt": "The inventor of G is", "target": "L", "subject": "G"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        ({"locality": "x"}, "locality (text without a prompt and an answer)"),
+        ({"generality": ["x", {"prompt": "Who made G?", "target": "L"}]}, "generality (text without a prompt and"),
+        (
+            {"generality": {"0": {"prompt": "Where lives G's inventor?", "target": "M"}}},
+            "generality.* (another answer)",
+        ),
+        ({"generality": {"0": {"prompt": "Where lives G's inventor?"}}}, "generality.* (no answer)"),
+    ],
+)
+def test_tests_that_are_passed_over_are_named(tmp_path: Path, more: dict[str, Any], named: str) -> None:
+    found = imported(tmp_path, {**UNIEDIT, **more})
+    (key,) = found.left_out
+    assert key.startswith(named)

@@ -20,6 +20,7 @@ from kpatch.facts.importers.record import (
     neighbor,
     neighbors,
     object_of,
+    pass_over,
     shared_text,
     text_of,
     texts_of,
@@ -125,7 +126,7 @@ def _subject_of(record: _Record, edit: _Record, prompt: str) -> str:
 
 
 def uniedit(record: _Record, _: str) -> list[Draft]:
-    """Generality tests over several hops have another answer and are left out."""
+    """Generality tests over several hops have another answer; they are left out and named."""
     edit = object_of(record["edit"], "edit")
     target = answer_of(edit.get("target"))
     return [
@@ -133,8 +134,8 @@ def uniedit(record: _Record, _: str) -> list[Draft]:
             edit.get("subject"),
             edit.get("prompt"),
             target,
-            paraphrases=_alike({"generality": record.get("generality")}, target, ("generality",)),
-            neighbors=_others({"locality": record.get("locality")}, ("locality",)),
+            paraphrases=_alike(record, target, ("generality",)),
+            neighbors=_others(record, ("locality",)),
         )
     ]
 
@@ -154,7 +155,7 @@ def cknowedit(record: _Record, _: str) -> list[Draft]:
             record.get("target_old", ""),
             paraphrases=rephrased,
             neighbors=[
-                *_others({"locality": record.get("locality")}, ("locality",)),
+                *_others(record, ("locality",)),
                 *neighbors(record.get("locality_prompt"), record.get("locality_answer", "")),
             ],
         )
@@ -163,21 +164,30 @@ def cknowedit(record: _Record, _: str) -> list[Draft]:
 
 def _alike(groups: _Record, target: str, names: Iterable[str] = _ALIASES) -> list[str]:
     """Prompts that ask for the edit's own answer in other words."""
-    return [prompt for prompt, answers in _asked(groups, names) if target in answers]
+    found = []
+    for query, prompt, answers in _asked(groups, names):
+        if target in answers:
+            found.append(prompt)
+        else:
+            pass_over(query, "", "another answer" if answers else "no answer")
+    return found
 
 
 def _others(groups: _Record, names: Iterable[str]) -> list[Draft]:
-    return [neighbor(prompt, answers[0] if answers else "") for prompt, answers in _asked(groups, names)]
+    return [neighbor(prompt, answers[0] if answers else "") for _, prompt, answers in _asked(groups, names)]
 
 
-def _asked(groups: _Record, names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """The prompts of some groups with their answers."""
+def _asked(groups: _Record, names: Iterable[str]) -> Iterator[tuple[_Record, str, list[str]]]:
+    """The tests of some groups, each with a prompt and its answers. What is no test of such a group is noted."""
     for name in names:
-        for query in _queries(groups.get(name) or []):
+        items = groups.get(name) or []
+        if any(not isinstance(item, Mapping) for item in flat(items)):
+            pass_over(groups, name, "text without a prompt and an answer")
+        for query in _queries(items):
             key = next((key for key in _ANSWERS if key in query), "")
             answers = answers_of(query[key]) if key else []
             for prompt in texts_of(query.get("prompt")):
-                yield prompt, answers
+                yield query, prompt, answers
 
 
 def _queries(items: Any) -> Iterator[_Record]:

@@ -19,11 +19,12 @@ from kpatch.facts.importers.formats import FORMATS, Format
 from kpatch.facts.importers.questions import ALT, ANSWERS
 from kpatch.facts.importers.record import Record, RecordError
 from kpatch.facts.load import load_facts, read_text
-from kpatch.facts.problems import Problems
+from kpatch.facts.problems import Kind, Problems
 from kpatch.facts.tables import as_written
 
 _JSON, _LINES, _TABLE = (".json",), (".jsonl", ".ndjson"), (".csv",)
 _YAML = (".yaml", ".yml")
+_DATA_SET = Kind("data set", "docs/import.md")
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _facts_file(path: Path, format: str | None, limit: int | None, drop_conflict
 
 def read_records(path: Path) -> list[Any]:
     """The records of a JSON, JSON Lines or CSV file, with scalars as text. Raises BadInput for one that has none."""
-    text = read_text(path, (*_JSON, *_LINES, *_TABLE, *_YAML))
+    text = read_text(path, (*_JSON, *_LINES, *_TABLE, *_YAML), _DATA_SET)
     if path.suffix.lower() in _TABLE:
         return _rows(path, text)
     decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).decode
@@ -133,21 +134,37 @@ def read_records(path: Path) -> list[Any]:
         data = as_written(decode(text))
     except json.JSONDecodeError as error:
         where = f"{path}:{before + error.lineno}:{error.colno}"
-        raise BadInput("The file is not valid JSON", where=where, details=[error.msg]) from error
+        hint = "where each line is a record of its own, call the file .jsonl" if error.msg == "Extra data" else None
+        raise BadInput("The file is not valid JSON", where=where, details=[error.msg], hint=hint) from error
     except RecursionError as error:
         raise BadInput("The file is nested too deeply", where=str(path)) from error
     if isinstance(data, Mapping):
-        data = _from_object(data)
+        data = _from_object(data, path)
     if not isinstance(data, list):
         raise BadInput("The file has no records", where=str(path), details=["expected a JSON list of objects"])
     return data
 
 
-def _from_object(data: Mapping[str, Any]) -> list[Any]:
-    """The records of {"data": […]} and of {"0": {…}, "1": {…}}; else the object is one record by itself."""
+def _from_object(data: Mapping[str, Any], path: Path) -> list[Any]:
+    """The records of {"data": […]}, also beside a version or so, and of {"0": {…}, "1": {…}}; else the object is one
+    record by itself.
+
+    Raises BadInput for {"train": […], "test": […]}, of which nothing says which one is meant.
+    """
     values = list(data.values())
-    if len(values) == 1 and isinstance(values[0], list) and all(isinstance(item, dict) for item in values[0]):
-        return values[0]
+    if not any(row.fits(data) for row in FORMATS.values()):
+        lists = {key: value for key, value in data.items() if isinstance(value, list) and value}
+        lists = {key: value for key, value in lists.items() if all(isinstance(item, dict) for item in value)}
+        if len(lists) == 1:
+            return next(iter(lists.values()))
+        if lists:
+            raise BadInput(
+                f"{path.name} holds several lists of records: {', '.join(sorted(lists))}",
+                where=str(path),
+                hint="write the one that is meant to a file of its own",
+            )
+        if len(values) == 1 and isinstance(values[0], dict) and not next(iter(data)).isdecimal():
+            return _from_object(values[0], path)
     return values if values and all(key.isdecimal() for key in data) else [data]
 
 
@@ -164,7 +181,7 @@ def is_fact_table(path: Path, format: str | None) -> bool:
     """True for a CSV file with the columns of a fact file."""
     if format is not None:
         return format == "facts"
-    header = next(csv.reader(io.StringIO(read_text(path, _TABLE))), [])
+    header = next(csv.reader(io.StringIO(read_text(path, _TABLE, _DATA_SET))), [])
     if len(header) == 1 and ";" in header[0]:  # the reader of fact tables says what is wrong with it
         return True
     return {column.strip() for column in header} <= set(FACT_KEYS)
@@ -201,6 +218,8 @@ def _convert(record: Any, row: Format, target: str, where: str) -> tuple[list[Fa
         return [], [f"{where}: is not of the form {row.name} ({type(error).__name__}: {error})"], set()
     problems = Problems()
     checker = Checker(problems)
+    if not drafts:
+        return [], [f"{where}: holds no edit"], set()
     facts = [checker.fact(draft, (), where) for draft in drafts]
     if len(problems):
         return [], [f"{where}: {'; '.join(problems.messages)}"], set()

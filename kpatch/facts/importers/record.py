@@ -22,9 +22,16 @@ class Record(Mapping[str, Any]):
     Keys inside are named from the top, "locality.Forgetfulness"; items of lists and numbered keys share one name.
     """
 
-    def __init__(self, data: Mapping[str, Any], path: str = "", used: set[str] | None = None) -> None:
+    def __init__(
+        self,
+        data: Mapping[str, Any],
+        path: str = "",
+        used: set[str] | None = None,
+        passed_over: set[str] | None = None,
+    ) -> None:
         self.data, self.path = data, path
         self.used: set[str] = set() if used is None else used
+        self.passed_over: set[str] = set() if passed_over is None else passed_over
 
     def __getitem__(self, key: str) -> Any:
         value = self.data[key]
@@ -43,14 +50,21 @@ class Record(Mapping[str, Any]):
 
     def _wrapped(self, value: Any, path: str) -> Any:
         if isinstance(value, Mapping):
-            return Record(value, path, self.used)
+            return Record(value, path, self.used, self.passed_over)
         if isinstance(value, list):
             return [self._wrapped(item, path) for item in value]
         return value
 
     def left_out(self) -> set[str]:
-        """The keys that hold something and were not read."""
-        return set(_unread(self.data, self.path, self.used))
+        """The keys that hold something and were not read, and what was read and passed over."""
+        return {*_unread(self.data, self.path, self.used), *self.passed_over}
+
+
+def pass_over(record: Mapping[str, Any], key: str, why: str) -> None:
+    """Note that what stands under `key`, or in the record itself where that is "", is no part of a fact."""
+    if isinstance(record, Record):
+        name = _name(record.path, key) if key else record.path.rstrip(".")
+        record.passed_over.add(f"{name} ({why})")
 
 
 def _name(path: str, key: str) -> str:
