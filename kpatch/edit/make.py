@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from kpatch import distributed
+from kpatch import arguments, distributed
 from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
@@ -109,6 +109,12 @@ def make(
         raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
     if layers is not None and not all(type(layer) is int for layer in _listed(layers)):
         raise BadInput(f"`layers` is {layers!r}", details=["expected a list of whole numbers, as in [3, 4, 5]"])
+    if settings is not None and not isinstance(settings, Mapping):
+        raise BadInput(f"`settings` is a {type(settings).__name__}", details=['expected {"steps": "10"} and the like'])
+    arguments.whole_number(tokens, "tokens")
+    arguments.whole_number(seed, "seed")
+    arguments.path(corpus, "corpus")
+    arguments.path(out, "out")
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
     chosen_method = method_named(_method(method, file)).with_editor(editor)
@@ -121,7 +127,7 @@ def make(
     hyper = hyper_for(chosen_method, edited, layers, settings or {}, report, file)
     carried, gone = _carried(edited) if on is not None else ((), {})
     protect = facts.protect if isinstance(facts, FactFile) else ()
-    inputs = Inputs(corpus, tokens, seed, budget, resume, carried, gone, protect, report=report)
+    inputs = Inputs(str(corpus), tokens, seed, budget, resume, carried, gone, protect, report=report)
     return write_edit(edited, chosen, chosen_method, hyper, inputs, out=out, force=force, started=started)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch import distributed
+from kpatch import arguments, distributed
 from kpatch.errors import BadInput
 from kpatch.evaluate.continuations import logits_after
 from kpatch.evaluate.forward import batches, logits_at, vocabulary, window
@@ -73,9 +73,8 @@ def ask(
     model, and as `chat_rows` does.
     """
     require_loaded(model)
-    for name, number in (("top", top), ("max_tokens", max_tokens)):
-        if number is not None and number < 0:
-            raise BadInput(f"`{name}={number}` is less than nothing", details=["expected 0 or more"])
+    arguments.whole_number(top, "top", least=0)
+    arguments.whole_number(max_tokens, "max_tokens", least=0)
     given: Any = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(given, Sequence) or not all(isinstance(prompt, str) for prompt in given):
         raise BadInput("`prompts` is no text and no list of texts")

@@ -16,7 +16,7 @@ from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.wrapped import active_adapter, network, parameter
 from kpatch.models.model import Model, tokenizer_hash
 from kpatch.patch.combine import counted_twice
-from kpatch.patch.delta import Delta, patched_weight
+from kpatch.patch.delta import Delta, Dense, LowRank, patched_weight
 from kpatch.patch.fingerprint import NAMES, sha256_of
 from kpatch.patch.format import Patch, read_patch
 from kpatch.patch.manifest import BaseWeight, matrix_shape
@@ -188,7 +188,17 @@ def check_fit(model: Model, patch: Patch) -> None:
 
 
 def _read(patch: PatchSource | Deltas) -> Patch | Deltas:
-    if isinstance(patch, Patch | Mapping):
+    if isinstance(patch, Patch):
+        return patch
+    if isinstance(patch, Mapping):
+        given: Mapping[Any, Any] = patch
+        wrong = next((name for name, delta in given.items() if not isinstance(delta, LowRank | Dense)), None)
+        if wrong is not None:
+            raise BadInput(
+                f"The change of {printable(str(wrong), 120)} is a {type(given[wrong]).__name__}",
+                details=["expected a LowRank or a Dense of kpatch.patch.delta"],
+                hint="Dense(matrix) holds a tensor as it is",
+            )
         return patch
     if isinstance(patch, Sequence) and not isinstance(patch, str):
         raise BadInput("Expected one patch, found several", hint="nest them: one `with` for each, or stack them")

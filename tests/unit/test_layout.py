@@ -36,6 +36,7 @@ EVERYWHERE = {
     "text",
     "cache",
     "distributed",
+    "arguments",
     "memory",
     "outputs",
     "pictures",

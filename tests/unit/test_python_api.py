@@ -116,7 +116,7 @@ def test_an_address_is_no_loaded_model(call: Any) -> None:
 def test_numbers_and_lists_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     model, patch = tiny("llama"), tmp_path / "a.patch"
     checkpoints.make_patch(patch, checkpoints.make_checkpoint(tmp_path / "model"))
-    with pytest.raises(BadInput, match="`top=-1` is less than nothing"):
+    with pytest.raises(BadInput, match="`top=-1` is less than 0"):
         kpatch.ask(model, "The sea", top=-1)
     with pytest.raises(BadInput, match="`scales` holds '1', which is no number"):
         kpatch.stack(patch, scales=["1"])
@@ -178,3 +178,34 @@ def test_one_patch_is_a_list_of_one(form: str, tmp_path: Path) -> None:
     assert kpatch.stack(patch).patches[0].id == read_header(file).id
     assert [one["name"] for one in kpatch.apply(patch, model).patches] == ["a"]
     assert [one["name"] for one in kpatch.revert(model, patch).patches] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"settings": ["steps=2"]}, "`settings` is a list"),
+        ({"tokens": "200"}, "`tokens` is '200', a str"),
+        ({"seed": "x"}, "`seed` is 'x', a str"),
+        ({"seed": True}, "`seed` is True, a bool"),
+        ({"corpus": 5}, "`corpus` is a int, not a path"),
+        ({"out": None}, "`out` is a NoneType, not a path"),
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused_before_any_work(given: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=re.escape(said)):
+        kpatch.make([Fact("A", "{} is", "B")], **{"out": tmp_path / "a.patch", "model": "no/model", **given})
+
+
+@pytest.mark.parametrize("name", ["top", "max_tokens"])
+def test_how_many_tokens_is_a_number(name: str) -> None:
+    with pytest.raises(BadInput, match=f"`{name}` is '3', a str"):
+        kpatch.ask(tiny("llama"), "A", **{name: "3"})  # type: ignore[arg-type]
+
+
+def test_a_bare_tensor_is_no_change_of_a_weight() -> None:
+    model = tiny("llama")
+    name, before = model.weight_name(1), model.weight(1).clone()
+    with pytest.raises(BadInput, match=f"The change of {name} is a Tensor"), kpatch.patched(model, {name: before}):
+        pass
+    assert model.weight(1).equal(before)
