@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -75,6 +76,24 @@ class StoredWeights:
         step = BLOCK * ITEM_SIZE[ref.dtype]
         for begin in range(0, ref.end - ref.begin, step):
             yield tensor_from(self._read(name, ref, begin, min(step, ref.end - ref.begin - begin)), ref.dtype, (-1,))
+
+    def file_hash(self, file: str, advance: files.Advance = files.nothing) -> str:
+        """SHA-256 of a weight file as it is without patches. Raises Damaged when kept bytes are gone or cut short."""
+        refs = self.checkpoint.tensors
+        changed = sorted(
+            (name for name in self.applied.weights if refs[name].file == file), key=lambda n: refs[n].begin
+        )
+        digest, at = hashlib.sha256(), 0
+        with files.open_read(self.checkpoint.path / file) as handle:
+            for name in changed:
+                begin, end, sha256 = refs[name].begin, refs[name].end, self.applied.weights[name].base
+                files.hash_into(digest, handle, at, begin, advance)
+                require_base(self.store, sha256, end - begin)
+                with files.open_read(self.store.base(sha256)) as kept:
+                    files.hash_into(digest, kept, 0, end - begin, advance)
+                at = end
+            files.hash_into(digest, handle, at, os.fstat(handle.fileno()).st_size, advance)
+        return digest.hexdigest()
 
     def after(self, name: str) -> str | None:
         return self.applied.weights[name].after if name in self.applied.weights else None

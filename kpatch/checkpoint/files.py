@@ -148,13 +148,19 @@ def copy_range(
 
 def hash_range(handle: FileIO, begin: int, end: int, advance: Advance = nothing) -> str:
     """SHA-256 of bytes [begin, end) as 64 hex digits."""
-    digest, buffer = hashlib.sha256(), bytearray(min(_HASHED, max(0, end - begin)))
+    digest = hashlib.sha256()
+    hash_into(digest, handle, begin, end, advance)
+    return digest.hexdigest()
+
+
+def hash_into(digest: hashlib._Hash, handle: FileIO, begin: int, end: int, advance: Advance = nothing) -> None:
+    """Add bytes [begin, end) to a hash."""
+    buffer = bytearray(min(_HASHED, max(0, end - begin)))
     while begin < end:
         length = min(len(buffer), end - begin)
         digest.update(read_into(handle, begin, buffer, length))
         begin += length
         advance(length)
-    return digest.hexdigest()
 
 
 def keep_attributes(handle: FileIO, old: os.stat_result, *, owner: bool = True) -> None:

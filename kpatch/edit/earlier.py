@@ -1,4 +1,4 @@
-"""Patches that the checkpoint carries already: their facts and keys, which a patch made on top of them must keep.
+"""Patches that the checkpoint carries already: which of their facts a patch made on top of them holds or learns again.
 
 An earlier fact about a subject that is edited again cannot be kept by its key: both facts have the same key, and the
 update has to move what that key means. Such facts are learned again with the new ones, in one value.
@@ -8,12 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-import torch
-from torch import Tensor
-
 from kpatch.facts.conflicts import contradictions, normal
-from kpatch.facts.fact import Fact
-from kpatch.patch.combine import rows_of
+from kpatch.facts.fact import Fact, Protected
+from kpatch.patch.combine import protected_by
 from kpatch.patch.format import Patch
 from kpatch.reporter import SILENT, Reporter
 
@@ -51,26 +48,17 @@ def facts_to_learn_again(
     return again
 
 
-def keys_to_keep(
-    patches: Sequence[Patch], facts: Sequence[Fact], layers: Sequence[int], gone: Gone = _NONE
-) -> dict[int, Tensor]:
-    """Keys [f, p] by layer whose meaning must stay: those of earlier facts about other subjects than `facts`."""
+def facts_to_hold(patches: Sequence[Patch], facts: Sequence[Fact], gone: Gone = _NONE) -> list[tuple[Fact, ...]]:
+    """The facts of each patch about other subjects than `facts`: what is learned beside them must stay."""
     subjects = {normal(fact.subject) for fact in facts}
-    kept: dict[int, list[Tensor]] = {}
-    for patch in patches:
-        about = [normal(str(fact["subject"])) for fact in patch.manifest.facts]
-        groups, left_out = rows_of(patch), set(gone.get(patch.id, ()))
-        for layer in layers:
-            mine = [group for group in groups if layer in group["layers"]]
-            if layer not in patch.keys:
-                continue
-            rows = [
-                row
-                for row, group in enumerate(mine)
-                if not subjects & {about[i] for i in group["facts"]} and not left_out & set(group["facts"])
-            ]
-            if not groups:  # it does not say whose keys they are
-                rows = list(range(len(patch.keys[layer])))
-            if rows:
-                kept.setdefault(layer, []).append(patch.keys[layer][rows].T)
-    return {layer: torch.cat(columns, dim=1) for layer, columns in kept.items()}
+    found = (
+        tuple(fact for fact in facts_of([patch], gone) if normal(fact.subject) not in subjects) for patch in patches
+    )
+    return [some for some in found if some]
+
+
+def protected(own: Sequence[Protected], patches: Sequence[Patch], facts: Sequence[Fact]) -> tuple[Protected, ...]:
+    """Whom a patch of `facts` holds: its own file's subjects, and those of the patches but where it edits them."""
+    subjects = {normal(fact.subject) for fact in facts}
+    theirs = [Protected.from_dict(one) for one in protected_by(patches)]
+    return (*own, *(one for one in theirs if one not in own and normal(one.subject) not in subjects))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kpatch import distributed
 from kpatch.edit.requests import Group
 from kpatch.edit.solve import KeyCovariance
 from kpatch.models.model import Model
@@ -65,10 +66,14 @@ def key_covariances(
     For subjects that open texts, words that open texts count as much as all other text does.
     """
 
+    opening: dict[int, Tensor] = {}
+    if part.first and distributed.is_main():  # now, while the weights are what they are to be taken of
+        opening = {layer: opening_moment(model, layer) for layer in part.hyper.layers}
+
     def preserved(layer: int) -> KeyCovariance:
         mean = covariance.moments[layer].mean()
         if part.first:
-            mean = mean + opening_moment(model, layer)
+            mean = mean + opening[layer]
         more = others(layer)
         if more is not None:
             mean = mean + more

@@ -111,3 +111,10 @@ class LayerStates:
         """Carry every row from what enters `layer` to what enters `above`, under the weights as they are now."""
         for batch in self.running.values():
             batch.hidden = batch.calls.run(batch.hidden, layer, above)
+
+
+@torch.no_grad()
+def written(model: Model, layer: int, keys: Tensor) -> Tensor:
+    """What W^l puts out for keys [n, f]: [n, d] float32 on the CPU."""
+    out: Tensor = model.down(layer)(keys.to(model.device, model.dtype)).float()
+    return out.cpu()

@@ -20,7 +20,7 @@ from kpatch.checkpoint.fit import base_weights
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.edit.asked_wordings import ask_for_wordings
-from kpatch.edit.earlier import facts_of
+from kpatch.edit.earlier import facts_of, protected
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.preset_file import PresetFile, read_preset
 from kpatch.edit.weights import add, restored
@@ -127,6 +127,7 @@ def make(
     hyper = hyper_for(chosen_method, edited, layers, settings or {}, report, file)
     carried, gone = _carried(edited) if on is not None else ((), {})
     protect = facts.protect if isinstance(facts, FactFile) else ()
+    protect = protected(protect, carried, chosen)
     inputs = Inputs(str(corpus), tokens, seed, budget, resume, carried, gone, protect, report=report)
     return write_edit(edited, chosen, chosen_method, hyper, inputs, out=out, force=force, started=started)
 

@@ -7,20 +7,24 @@ of every method that finds targets for groups of rows and writes them upwards: s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.edit.earlier import facts_to_learn_again, keys_to_keep
+from kpatch.edit.earlier import facts_to_hold, facts_to_learn_again
 from kpatch.edit.first_token import Part, key_covariances, split, touched
+from kpatch.edit.held import Held, Standing
+from kpatch.edit.layer_states import written
 from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, HyperParams, MemitHyper
-from kpatch.edit.protect import joined, protected_keys
+from kpatch.edit.protect import protected_keys
 from kpatch.edit.requests import Group, contexts_for, group_facts
 from kpatch.edit.solve import KeyCovariance, key_covariance
-from kpatch.edit.upwards import Residual, write_upwards, written
+from kpatch.edit.unpatched import unpatched
+from kpatch.edit.upwards import Residual, write_upwards
 from kpatch.edit.values_cache import find_values
 from kpatch.edit.weights import add, restored
 from kpatch.edit.writes import JointObjective
@@ -59,34 +63,35 @@ class Memit(Method):
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: Any, inputs: Inputs) -> Edit:
         """Contexts, rows, covariance, values, updates. Raises BadInput for too many facts on one subject."""
-        with inputs.report.task("Choosing contexts"):
-            contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
-        again = facts_to_learn_again(inputs.on, facts, inputs.report, inputs.gone)
-        groups = group_facts(model, [*facts, *again], contexts, self.spare(hyper), self.chat(hyper))
-        parts = self.parts(groups, hyper)
-        layers = touched(parts)
-        with inputs.timed("covariance"):
-            covariance = collect(
-                model, layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=inputs.report
-            )
-            distributed.main_does(lambda: self.check(model, hyper, covariance))  # rank 0 alone has the moments
-            held = protected_keys(model, inputs.protect, facts, layers)
-            earlier = joined(keys_to_keep(inputs.on, facts, layers, inputs.gone), held)
-            preserved = [self._preserved(model, part, [*facts, *again], covariance, earlier, inputs) for part in parts]
+        on = inputs.on
+        again = facts_to_learn_again(on, facts, inputs.report, inputs.gone)
+        told = [*facts, *again]
+        with unpatched(model, on, inputs.report):  # one C and one set of contexts for a whole chain
+            with inputs.report.task("Choosing contexts"):
+                contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
+            parts = self.parts(group_facts(model, told, contexts, self.spare(hyper), self.chat(hyper)), hyper)
+            layers = touched(parts)
+            with inputs.timed("covariance"):
+                covariance = self._covariance(model, hyper, layers, inputs)
+                held = protected_keys(model, inputs.protect, facts, layers)
+                preserved = [self._preserved(model, part, told, covariance, held, inputs) for part in parts]
+            names = map(model.weight_name, layers) if on else ()
+            base = {name: model.net.get_parameter(name).detach().clone() for name in names}
+        earlier = self._held(model, parts, hyper, contexts, facts, base, inputs) if on else []
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
-        deltas, keys, by_row = self._write(model, parts, values, preserved, inputs)
-        about = [
-            {
-                "facts": [index for index in group.facts if index < len(facts)],
-                "layers": list(places),
-                **({"first": True} if part.first else {}),
-            }
-            for part in parts
-            for group in part.groups
-            for places in self.places(part.hyper)
-        ]
-        rows = torch.cat([some.flatten(0, 1) for some in values])
-        return Edit(deltas, tuple(layers), keys, rows, tuple(about), covariance, by_row=by_row)
+        deltas, keys, by_row, moved = self._write(model, parts, values, preserved, inputs, earlier)
+        about = []
+        rows = []
+        for part, some, more in zip(parts, values, moved, strict=True):
+            opens = {"first": True} if part.first else {}
+            for group, found in zip(part.groups, some, strict=True):
+                own = [index for index in group.facts if index < len(facts)]
+                about += [{"facts": own, "layers": list(places), **opens} for places in self.places(part.hyper)]
+                rows.append(found)
+            for layer, outputs in sorted(more.items()):
+                about += [{"facts": [], "layers": [layer], **opens}] * len(outputs)
+                rows.append(outputs)
+        return Edit(deltas, tuple(layers), keys, torch.cat(rows), tuple(about), covariance, by_row=by_row)
 
     # What another method of this kind does in its own way
 
@@ -142,11 +147,67 @@ class Memit(Method):
 
         return lacking
 
+    def standing(self, model: Model, layer: int, keys: Tensor, h: Tensor) -> Tensor:
+        """The target [n, d] for which `residual` asks for nothing, from keys [n, f] and states [n, d]."""
+        return written(model, layer, keys) if model.behind_down(layer) else h
+
     def top(self, hyper: Any) -> int | None:
         """The layer whose state `residual` is given; None is the layer that is written."""
         return None
 
     # The frame
+
+    def _covariance(self, model: Model, hyper: Any, layers: Sequence[int], inputs: Inputs) -> Covariance:
+        """E[k k^T] of the layers, of the base."""
+        found = collect(
+            model, layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=inputs.report
+        )
+        distributed.main_does(lambda: self.check(model, hyper, found))  # rank 0 alone has the moments
+        others = {str((patch.manifest.covariance or {}).get("id", found.id)) for patch in inputs.on} - {found.id}
+        if others:
+            inputs.report.warn(
+                "the patches that the checkpoint carries were made with another covariance, so the sum with this one"
+                " is not quite what one patch of all facts would be; `corpus`, `tokens` and `seed` decide it"
+            )
+        return found
+
+    def _held(
+        self,
+        model: Model,
+        parts: Sequence[Part],
+        hyper: Any,
+        contexts: Sequence[str],
+        facts: Sequence[Fact],
+        base: Mapping[str, Tensor],
+        inputs: Inputs,
+    ) -> list[Standing]:
+        """Earlier facts about other subjects, in every layer that is written to; a group each in each patch."""
+        groups: list[Group] = []
+        for some in facts_to_hold(inputs.on, facts, inputs.gone):
+            chat = self.chat(hyper)
+            if chat == 2 and not all(fact.question for fact in some):
+                chat = 1
+            groups += group_facts(model, some, contexts, self.spare(hyper), chat)
+        layers = set(touched(parts))
+        places: dict[int, set[int]] = {}
+        for part in self.parts(groups, hyper):
+            for group in part.groups:
+                places.setdefault(id(group), set()).update(layers & set(part.hyper.layers))
+        groups = [group for group in groups if places[id(group)]]
+        held = Held(model, groups, [places[id(group)] for group in groups], base, inputs.budget // 2)
+        return [
+            Standing(
+                held, part.hyper.layers, self.top(part.hyper), partial(self.standing, model), self._toward(model, part)
+            )
+            for part in parts
+        ]
+
+    def _toward(self, model: Model, part: Part) -> Callable[[int, Tensor, Tensor, Tensor], Tensor]:
+        """`residual` for targets [n, d] of the layer alone."""
+        count = len(self.places(part.hyper))
+        return lambda layer, targets, keys, h: self.residual(model, part, targets[:, None].expand(-1, count, -1))(
+            layer, keys, h
+        )
 
     def _preserved(
         self,
@@ -202,16 +263,19 @@ class Memit(Method):
         values: list[Tensor],
         preserved: Sequence[Callable[[int], KeyCovariance]],
         inputs: Inputs,
-    ) -> tuple[dict[str, Delta], dict[int, Tensor], frozenset[str]]:
-        """Deltas by weight name, keys [n, f] by layer, and the deltas that are `by_row`, part after part.
+        held: Sequence[Standing],
+    ) -> tuple[dict[str, Delta], dict[int, Tensor], frozenset[str], list[dict[int, Tensor]]]:
+        """Deltas by weight name, keys [n, f] by layer, the deltas that are `by_row`, and for each part what held rows
+        stand for, by layer, that are asked for it again; part after part.
 
         The model is left as it was found. Values that are found in turn join `values`.
         """
         deltas: dict[str, list[Delta]] = {}
         keys: dict[int, list[Tensor]] = {}
         mixed: set[str] = set()
+        moved: list[dict[int, Tensor]] = []
         with restored(model, [model.weight_name(layer) for layer in touched(parts)]):
-            for number, (part, held) in enumerate(zip(parts, preserved, strict=True)):
+            for number, (part, c) in enumerate(zip(parts, preserved, strict=True)):
                 if number == len(values):
                     values.append(self._values(model, part, inputs, edited=number > 0))
                 with inputs.timed("update"):
@@ -220,13 +284,15 @@ class Memit(Method):
                         part.groups,
                         part.hyper.layers,
                         self.residual(model, part, values[number]),
-                        held,
+                        c,
                         top=self.top(part.hyper),
                         apart=self.keys_apart,
                         budget=inputs.budget // 2,
                         least_leverage=part.least_leverage,
+                        held=held[number] if held else None,
                         report=inputs.report,
                     )
+                    moved.append(found.moved)
                     for layer in part.hyper.layers:
                         name = model.weight_name(layer)
                         deltas.setdefault(name, []).append(found.deltas[name])
@@ -234,12 +300,14 @@ class Memit(Method):
                             mixed.add(name)
                         keys.setdefault(layer, []).append(found.keys[layer])
                         add(model, name, found.deltas[name])
+                        if held:
+                            held[number].held.add(name, found.deltas[name])
         whole = {name: total(several) for name, several in sorted(deltas.items())}
         for name, delta in whole.items():
             if isinstance(delta, LowRank) and delta.rank > min(delta.shape):  # two parts, each within it
                 whole[name] = smaller(delta)
                 mixed.add(name)
-        return whole, {layer: torch.cat(several) for layer, several in keys.items()}, frozenset(deltas) - mixed
+        return whole, {layer: torch.cat(several) for layer, several in keys.items()}, frozenset(deltas) - mixed, moved
 
 
 def default_layers(count: int, low: float = 0.07, high: float = 0.47) -> tuple[int, ...]:

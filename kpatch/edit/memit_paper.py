@@ -11,12 +11,13 @@ from typing import ClassVar
 from torch import Tensor
 
 from kpatch.edit.first_token import Part
+from kpatch.edit.layer_states import written
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import Inputs
 from kpatch.edit.norms import before_norm, require_one_way
 from kpatch.edit.presets import PRESETS, HyperParams, MemitPaperHyper, PaperValuesHyper
 from kpatch.edit.requests import contexts_for
-from kpatch.edit.upwards import Residual, written
+from kpatch.edit.upwards import Residual
 from kpatch.edit.values import Objective
 from kpatch.models.model import Model
 from kpatch.reporter import Reporter
@@ -68,6 +69,9 @@ class MemitPaper(Memit):
 
     def residual(self, model: Model, part: Part, values: Tensor) -> Residual:
         return paper_residual(model, part.hyper.layers, values[:, 0])
+
+    def standing(self, model: Model, layer: int, keys: Tensor, h: Tensor) -> Tensor:
+        return h
 
     def top(self, hyper: PaperValuesHyper) -> int:
         return max(hyper.layers)

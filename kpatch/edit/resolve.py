@@ -143,7 +143,7 @@ def _numbers(method: str, made: Mapping[str, Any]) -> bool:
 
 def _edited(rows: Sequence[Mapping[str, Any]], made: Mapping[str, Any]) -> tuple[int, ...]:
     """R: the layers of the groups that are not at the layer for subjects that open a text; empty where all are."""
-    inside = [tuple(group["layers"]) for group in rows if not _is_first(group, made)]
+    inside = [tuple(group["layers"]) for group in rows if group["facts"] and not _is_first(group, made)]
     if "covariance_weight" in made:
         return max(inside, default=())
     return tuple(sorted({layer for layers in inside for layer in layers}))  # a value for each layer
@@ -228,10 +228,7 @@ def solve_again(
         seed=settings.seed,
         budget=budget,
         stored=_stored(infos, union),
-        protect=tuple(
-            Protected(str(one["subject"]), one.get("prompt"), float(one.get("weight", 1.0)))
-            for one in protected_by(infos)
-        ),
+        protect=tuple(Protected.from_dict(one) for one in protected_by(infos)),
         report=report,
     )
     made = write_edit(
@@ -301,6 +298,8 @@ def _stored(infos: Sequence[PatchInfo], union: FactUnion) -> Rows:
     for info, places in zip(infos, union.places, strict=True):
         values, (_, made) = read_tensor(info, VALUES), _made(info)[0]
         for row, group in enumerate(rows_of(info)):
+            if not group["facts"]:  # a parent's fact: its value is the parent's
+                continue
             about = tuple(sorted({places[index] for index in group["facts"]}))
             rows.setdefault((about, tuple(group["layers"]), _is_first(group, made)), values[row])
     return rows

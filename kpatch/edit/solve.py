@@ -47,6 +47,11 @@ class KeyCovariance:
             )
         return KeyCovariance(factor)
 
+    def with_keys(self, keys: Tensor) -> KeyCovariance:
+        """C + Σ k k^T over more keys [f, p] that must keep their meaning."""
+        k = self.coordinates(keys.double())
+        return KeyCovariance(torch.linalg.cholesky(self.factor @ self.factor.T + k @ k.T), self.basis)
+
     def coordinates(self, keys: Tensor) -> Tensor:
         """What of keys [f, n] an update can see: U^T k [m, n]."""
         return keys if self.basis is None else self.basis.T @ keys

@@ -157,6 +157,11 @@ class Protected:
         own = {"subject": self.subject, "prompt": self.prompt, "weight": self.weight}
         return {key: value for key, value in own.items() if value is not None}
 
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Protected:
+        """The inverse of `to_dict`, for what a checked manifest holds."""
+        return Protected(str(data["subject"]), data.get("prompt"), float(data.get("weight", 1.0)))
+
 
 @dataclass(frozen=True, slots=True)
 class FactFile:

@@ -29,10 +29,12 @@ def weights_fingerprint(model: Model, report: Reporter = SILENT) -> str:
     """SHA-256, 64 hex digits, that names the model's weights.
 
     For a model loaded from a directory it names the weight files there, whatever was done to the parameters in memory
-    since (a patch held in memory, say): collect statistics before such edits. Files are hashed once; the result is
-    kept by path, size, time of change and inode. Raises BadInput when a file cannot be read, and where ranks have
-    different weights.
+    since (a patch held in memory, say): collect statistics before such edits, or say with `weights_id` which weights
+    it has. Files are hashed once; the result is kept by path, size, time of change and inode. Raises BadInput when a
+    file cannot be read, and where ranks have different weights.
     """
+    if model.weights_id is not None:
+        return model.weights_id
     return distributed.same("weights", lambda: _fingerprint(model, report))
 
 

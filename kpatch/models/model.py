@@ -53,6 +53,7 @@ class Model:
     name: str = "model"
     revision: str | None = None
     path: Path | None = None
+    weights_id: str | None = None  # names the weights where they are not those of the files
 
     @property
     def device(self) -> torch.device:

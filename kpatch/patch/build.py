@@ -8,7 +8,7 @@ from typing import Any
 
 from kpatch._version import __version__
 from kpatch.patch.delta import Delta, LowRank
-from kpatch.patch.manifest import Base, BaseWeight, DeltaInfo, Manifest, stored_transposed
+from kpatch.patch.manifest import FORMAT, WITH_HELD_ROWS, Base, BaseWeight, DeltaInfo, Manifest, stored_transposed
 
 TOOL = f"kpatch {__version__}"
 
@@ -57,6 +57,7 @@ def build_manifest(
         protect=tuple(protect),
         stack=tuple(stack),
         tool=TOOL,
+        format=FORMAT if all(group["facts"] for group in groups) else WITH_HELD_ROWS,
     )
 
 

@@ -264,7 +264,7 @@ def parts_of(infos: Sequence[PatchInfo], scales: Sequence[float]) -> tuple[Mappi
     return tuple(parts)
 
 
-def protected_by(infos: Sequence[PatchInfo]) -> tuple[Mapping[str, Any], ...]:
+def protected_by(infos: Sequence[PatchInfo | Patch]) -> tuple[Mapping[str, Any], ...]:
     """The subjects that any of the patches holds, each once."""
     found: list[Mapping[str, Any]] = []
     for info in infos:

@@ -209,11 +209,11 @@ def apply_to(delta: Delta, keys: Tensor, transposed: bool) -> Tensor:
 
 
 def _facts_of_rows(manifest: Manifest, layer: int) -> list[str]:
-    """The text of the first fact that each row of a layer's keys stands for."""
+    """The text of the first fact that each row of a layer's keys stands for; "" for a fact of another patch."""
     if not manifest.groups:
         return [text_of(fact) for fact in manifest.facts]
-    rows = [group["facts"][0] for group in manifest.groups if layer in group["layers"]]
-    return [text_of(manifest.facts[index]) if index < len(manifest.facts) else "" for index in rows]
+    rows = [group["facts"] for group in manifest.groups if layer in group["layers"]]
+    return [text_of(manifest.facts[row[0]]) if row else "" for row in rows]
 
 
 def _ratio(moved: float, own: float) -> float:

@@ -18,6 +18,8 @@ from kpatch.patch.canonical_json import JsonError, canonical, loads, plain
 from kpatch.patch.fields import Fields, ManifestError, is_sha256
 
 FORMAT = 1
+# A patch with rows of no fact of its own, which earlier kpatch versions cannot read
+WITH_HELD_ROWS = 2
 FORMS = ("lowrank", "dense")
 
 
@@ -105,7 +107,8 @@ class Manifest:
     """Everything a patch says of itself. `facts` are Fact.to_dict() objects, `parents` ids of patches it needs.
 
     `groups` are {facts: positions in `facts`, layers}: one for each row of the stored values, in order; the stored
-    keys of a layer have a row for each group with that layer. Without groups there is one row a fact.
+    keys of a layer have a row for each group with that layer. Without groups there is one row a fact. A group without
+    facts is a fact of a parent that is asked for again.
     `stack` says which patches this one holds, if it was made of others: {id, scale, facts, method, hyperparameters,
     layers, covariance} of each that was no stack itself. `protect` are {subject, prompt, weight} of what was held.
     """
@@ -197,8 +200,8 @@ class Manifest:
         except JsonError as error:
             raise ManifestError(f"the manifest holds {error}") from None
         version = top.integer("format", minimum=1)
-        if version > FORMAT:
-            raise NewerFormat(f"the patch has format {version}; this kpatch reads format {FORMAT}")
+        if version > WITH_HELD_ROWS:
+            raise NewerFormat(f"the patch has format {version}; this kpatch reads format {WITH_HELD_ROWS}")
         return _manifest(top, version)
 
 
@@ -249,7 +252,9 @@ def _manifest(top: Fields, version: int) -> Manifest:
         layers=tuple(layers),
         covariance=covariance,
         facts=facts,
-        groups=tuple(_group(group, number, len(facts)) for number, group in enumerate(_optional_list(top, "groups"))),
+        groups=tuple(
+            _group(group, number, len(facts), version) for number, group in enumerate(_optional_list(top, "groups"))
+        ),
         stack=stack,
         protect=tuple(_protected(one, number) for number, one in enumerate(_optional_list(top, "protect"))),
         parents=tuple(parents),
@@ -320,12 +325,13 @@ def _stacked(value: Any, number: int) -> Mapping[str, Any]:
     return part.value
 
 
-def _group(value: Any, number: int, facts: int) -> Mapping[str, Any]:
+def _group(value: Any, number: int, facts: int, version: int) -> Mapping[str, Any]:
     group = Fields(value, f"manifest.groups[{number}]")
     for key in ("facts", "layers"):
-        if not group.array(key) or not all(type(index) is int and index >= 0 for index in group.array(key)):
+        missing = not group.array(key) and (key == "layers" or version < WITH_HELD_ROWS)
+        if missing or not all(type(index) is int and index >= 0 for index in group.array(key)):
             raise group.error(key, "must be numbers from 0")
-    if max(group.array("facts")) >= facts:
+    if max(group.array("facts"), default=-1) >= facts:
         raise group.error("facts", f"must be positions among the {facts} facts")
     return group.value
 

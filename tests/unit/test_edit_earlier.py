@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,14 @@ import torch
 
 import kpatch
 from kpatch.edit import memit
-from kpatch.edit.earlier import facts_of, facts_to_learn_again, keys_to_keep
+from kpatch.edit.earlier import facts_of, facts_to_hold, facts_to_learn_again, protected
 from kpatch.edit.make import make
 from kpatch.evaluate.metrics import Measurement
 from kpatch.evaluate.retention import retention
-from kpatch.facts.fact import Fact
+from kpatch.facts.fact import Fact, Protected
 from kpatch.patch.format import Patch, read_patch
 from tests.support.cli import run
-from tests.support.models import MLP_WIDTH, tiny
+from tests.support.models import tiny
 from tests.support.reports import Recorder
 
 FIRST = [
@@ -62,7 +63,7 @@ def test_an_earlier_fact_about_the_same_subject_is_kept(
     assert (kept.retention.n, kept.retention.held, kept.retention.kept) == (2, 1, 1)
     patch = read_patch(tmp_path / "a.patch")
     assert [fact["id"] for fact in patch.manifest.facts] == ["past"]
-    assert [group["facts"] for group in patch.manifest.groups] == [[0], [0]]
+    assert [group["facts"] for group in patch.manifest.groups if group["facts"]] == [[0], [0]]
 
     monkeypatch.setattr(memit, "facts_to_learn_again", lambda *given: [])
     lost = make(SECOND, out=tmp_path / "b.patch", on=carrying, **QUICK)
@@ -87,14 +88,18 @@ def test_an_earlier_fact_that_is_contradicted_is_not_learned_again(first: Patch)
     assert "contradicts 'In the Mona Lisa'" in heard.warnings[0]
 
 
-def test_keys_of_other_subjects_are_kept_and_those_learned_again_are_not(first: Patch) -> None:
-    here = [group for group in first.manifest.groups if group["layers"] == [1]]
-    moon = next(row for row, group in enumerate(here) if group["facts"] == [1])
-    kept = keys_to_keep([first], SECOND, [0, 1, 2])
-    assert sorted(kept) == [1, 2]
-    assert kept[1].shape == (MLP_WIDTH, 1)
-    torch.testing.assert_close(kept[1][:, 0], first.keys[1][moon])
-    assert keys_to_keep([first], [Fact("Chicago", "In {}", "Rome")], [1])[1].shape == (MLP_WIDTH, 2)
+def test_facts_about_other_subjects_are_held_patch_by_patch(first: Patch) -> None:
+    assert [[fact.id for fact in some] for some in facts_to_hold([first], SECOND)] == [["moon"]]
+    other = [Fact("Chicago", "In {}", "Rome")]
+    assert [[fact.id for fact in some] for some in facts_to_hold([first, first], other)] == [["mona", "moon"]] * 2
+    assert facts_to_hold([first], other, gone={first.id: {0, 1}}) == []
+
+
+def test_whom_earlier_patches_protect_stays_protected(first: Patch) -> None:
+    theirs, own = Protected("Rome", "In {}", 2.0), Protected("Brazil")
+    other = replace(first, manifest=replace(first.manifest, protect=(theirs.to_dict(), own.to_dict())))
+    assert protected([own], [first, other], SECOND) == (own, theirs)
+    assert protected([], [other], [Fact("rome", "Past {}", "Paris")]) == (own,)
 
 
 def measured(*rows: tuple[str, bool, float]) -> Measurement:

@@ -39,15 +39,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model.tokenizer.save_pretrained(folder / "model")
     with pytest.MonkeyPatch.context() as context:
         context.setenv("KPATCH_CACHE", str(folder / "cache"))
-        # A text of its own: C of the one layer is then the same on the patched model
-        (folder / "text.txt").write_text("\n".join(f"In the year {year} Rome was near Paris." for year in range(99)))
-        how = {**HOW, "corpus": str(folder / "text.txt")}
         whole = [fact for facts in OWN.values() for fact in facts]
         for name, facts in (*OWN.items(), ("joint", whole)):
-            make(facts, out=folder / f"{name}.patch", model=str(folder / "model"), **how)
+            make(facts, out=folder / f"{name}.patch", model=str(folder / "model"), **HOW)
         shutil.copytree(folder / "model", folder / "carrying")
         apply([folder / "a.patch", folder / "b.patch"], folder / "carrying")
-        make(OWN["c"], out=folder / "on.patch", on=folder / "carrying", **how)
+        make(OWN["c"], out=folder / "on.patch", on=folder / "carrying", **HOW)
         yield folder
 
 
@@ -73,8 +70,8 @@ def test_patches_made_apart_give_the_joint_patch(folder: Path) -> None:
 
 
 def test_a_patch_on_top_of_two_knows_their_keys(folder: Path) -> None:
-    """Its values are its own, found on the patched model. But its directions fit theirs: K (C + K^T K)^-1 K^T, which
-    the joint rows have to give, is symmetric."""
+    """Its C is that of the base, its values are its own, found on the patched model. But its directions fit theirs:
+    K (C + K^T K)^-1 K^T, which the joint rows have to give, is symmetric."""
     info = read_header(folder / "on.patch")
     assert set(info.manifest.parents) == {read_header(folder / f"{name}.patch").id for name in "ab"}
     parts = [Part(read_header(folder / f"{name}.patch"), weight(folder)) for name in ("a", "b", "on")]
