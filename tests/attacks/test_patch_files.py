@@ -276,7 +276,7 @@ def test_subnormal_numbers_are_numbers(good: Path, tmp_path: Path) -> None:
 
 def test_a_later_format_is_refused_with_the_way_out(good: Path, tmp_path: Path) -> None:
     header, data = split(good.read_bytes())
-    manifest(lambda value: value.update(format=2))(header)
+    manifest(lambda value: value.update(format=3))(header)
     (tmp_path / "later.patch").write_bytes(join(header, data))
     assert "upgrade" in (refused(tmp_path / "later.patch", Refused).hint or "")
 

@@ -99,7 +99,7 @@ def test_whom_earlier_patches_protect_stays_protected(first: Patch) -> None:
     theirs, own = Protected("Rome", "In {}", 2.0), Protected("Brazil")
     other = replace(first, manifest=replace(first.manifest, protect=(theirs.to_dict(), own.to_dict())))
     assert protected([own], [first, other], SECOND) == (own, theirs)
-    assert protected([], [other], [Fact("rome", "Past {}", "Paris")]) == (own,)
+    assert protected([], [other], [Fact("Rome", "Past {}", "Paris")]) == (own,)
 
 
 def measured(*rows: tuple[str, bool, float]) -> Measurement:

@@ -121,8 +121,8 @@ def test_the_layer_of_a_weight_is_the_first_number_of_its_name_that_is_a_layer()
 
 
 def test_a_later_format_is_not_guessed_at() -> None:
-    with pytest.raises(NewerFormat, match="format 2"):
-        Manifest.from_json(canonical({**example(), "format": 2, "base": "all different"}))
+    with pytest.raises(NewerFormat, match="format 3"):
+        Manifest.from_json(canonical({**example(), "format": 3, "base": "all different"}))
 
 
 def test_only_canonical_text_is_read() -> None:
