@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -104,6 +104,34 @@ class StoredWeights:
                 return files.read_at(handle, begin, length)
         with files.open_read(self.checkpoint.path / ref.file) as handle:
             return files.read_at(handle, ref.begin + begin, length)
+
+
+@dataclass(frozen=True)
+class HashedOnce:
+    """The same weights, each hashed only once however many patches ask for it."""
+
+    weights: Weights
+    found: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.weights.checkpoint
+
+    def hash(self, name: str, advance: files.Advance = files.nothing) -> str:
+        if name in self.found:
+            advance(_size(self.checkpoint.tensors.get(name)))
+        else:
+            self.found[name] = self.weights.hash(name, advance)
+        return self.found[name]
+
+    def tensor(self, name: str) -> Tensor:
+        return self.weights.tensor(name)
+
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        return self.weights.blocks(name)
+
+    def after(self, name: str) -> str | None:
+        return self.weights.after(name)
 
 
 def read_base(store: Store, sha256: str, advance: files.Advance = files.nothing) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kpatch.checkpoint.base_weights import Stamp, Weights, require_intact, stamp
+from kpatch.checkpoint.base_weights import HashedOnce, Stamp, Weights, require_intact, stamp
 from kpatch.checkpoint.checks import (
     refuse_quantized,
     require_kept,
@@ -138,7 +138,8 @@ def plan_apply(
     refuse_quantized(checkpoint)
     require_intact(checkpoint, applied, report)
     require_parents(new, list(patches.values()), checkpoint)
-    fits = [fit(info, weights, report) for info in new]
+    once = HashedOnce(weights)
+    fits = [fit(info, once, report) for info in new]
     for one in fits:
         if not one.ok:
             raise one.error()

@@ -9,6 +9,7 @@ import re
 import unicodedata
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from kpatch.errors import Refused
@@ -20,6 +21,7 @@ _NOT_WORD = re.compile(r"[\W_]+")
 _LONGEST_SLUG = 60
 
 
+@lru_cache(maxsize=1 << 16)  # the facts of a patch are compared once for each of its weights
 def normal(text: str) -> str:
     """`text` for comparing: one space between words, accents composed."""
     return " ".join(text.split()) if text.isascii() else " ".join(unicodedata.normalize("NFC", text).split())

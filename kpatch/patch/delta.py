@@ -240,8 +240,13 @@ def widened(delta: Delta) -> Delta:
 def sum_rows(deltas: Sequence[Delta], begin: int, end: int) -> Tensor:
     """Rows [begin, end) of Σ Δ in float64, one delta after the other; there is at least one."""
     total = deltas[0].rows(begin, end)
+    if len(deltas) > 1 and isinstance(deltas[0], Dense):
+        total = total.clone()  # it may be the delta itself
     for delta in deltas[1:]:
-        total = total + delta.rows(begin, end)
+        if isinstance(delta, LowRank):  # added as it is multiplied, which saves two passes over the block
+            total.addmm_(delta.left[begin:end].double(), delta.right.double())
+        else:
+            total += delta.rows(begin, end)
     return total
 
 

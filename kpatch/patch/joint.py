@@ -79,8 +79,9 @@ class Joint:
             given = keys @ self.right.T  # (N, N): what a unit of column j gives at the key of row i
         inside = self.known[self.owner][:, self.owner]
         apart = self._apart()
+        # Only rows that are replaced ask for what their own solution gives
+        self.own = given.masked_fill(~inside | apart, 0) if self.replaced else given
         self.met = given.masked_fill(inside | apart, 0)
-        self.own = given.masked_fill(~inside | apart, 0)
         self._solved: dict[tuple[tuple[int, ...], frozenset[str]], Tensor] = {}
 
     def _apart(self) -> Tensor:
@@ -143,8 +144,12 @@ class Joint:
     def _matrix(self, chosen: tuple[int, ...], by: frozenset[str]) -> Tensor:
         """The equations' matrix [rows, rows]. A row that is gone is taken out of every solution that had its key."""
         rows, gone = self._rows(chosen), self._gone(chosen, by)
-        met = torch.where(gone[:, None], -self.own[rows][:, rows], self.met[rows][:, rows])
-        return met + torch.eye(len(rows), dtype=met.dtype)
+        whole = len(rows) == len(self.owner)
+        met = self.met.clone() if whole else self.met[rows][:, rows]
+        if bool(gone.any()):
+            met = torch.where(gone[:, None], -self.own[rows][:, rows], met)
+        met.diagonal().add_(1)
+        return met
 
     def _asked(self, chosen: tuple[int, ...]) -> Tensor:
         """What the chosen patches ask for [d, rows], as if they stood on the unpatched weight."""
