@@ -6,9 +6,13 @@ import os
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tests.support.cli import Light
 
 # Before any library reads them
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -43,6 +47,48 @@ def _own_cache(_caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("HF_HOME", str(folder / "huggingface"))
     for name in ("KPATCH_DEBUG", "NO_COLOR", "COLUMNS", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def _statistics(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("statistics")
+
+
+@pytest.fixture(scope="module")
+def shared_statistics(_statistics: Path) -> Iterator[None]:
+    """Sampled text and second moments are kept in one folder for all files that ask for this, whatever their caches.
+
+    They are most of what a small edit takes, and their names tell of all that they depend on. Files whose subject
+    they are do without. What else is cached (values, progress, fingerprints) stays each test's own.
+    """
+    from kpatch.stats import cache
+
+    def kept(*parts: str) -> Path:
+        folder = _statistics.joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(cache, "cache_dir", kept)
+        yield
+
+
+@pytest.fixture(scope="module")
+def light() -> Iterator[Light]:
+    """Runs command lines that must import nothing heavy."""
+    from tests.support.cli import Light
+
+    with Light() as process:
+        yield process
+
+
+@pytest.fixture
+def own_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that must find all anew takes nothing from `shared_statistics`."""
+    from kpatch.cache import cache_dir
+    from kpatch.stats import cache
+
+    monkeypatch.setattr(cache, "cache_dir", cache_dir)
 
 
 @pytest.fixture

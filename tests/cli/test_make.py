@@ -10,6 +10,8 @@ import pytest
 from tests.support.cli import Ran, run
 from tests.support.saved import save_facts, save_model
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 QUICK = ("--layers", "1-2", "--tokens", "400", "--set", "steps=3", "--set", "lead_ins=1")
 
 

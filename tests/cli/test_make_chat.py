@@ -11,6 +11,8 @@ import torch
 from tests.support.cli import run
 from tests.support.templates import save_chatty
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 QUESTION = "Whose zorb is the {}?"
 FACTS = [
     {

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import checkpoints
-from tests.support.cli import Ran, python, run
+from tests.support.cli import Light, Ran, run
 from tests.support.models import LAYERS, tiny
 from tests.support.saved import save_model
 from tests.support.tokenizers import TEXT
@@ -177,6 +177,5 @@ def test_show_with_memories_of_another_model(patch: Path, tmp_path: Path) -> Non
     assert "not the base it was made for" in done.err
 
 
-def test_show_without_memories_stays_light(patch: Path) -> None:
-    code = f"import sys; from kpatch.cli.app import main; main(['show', {str(patch)!r}, '-q', '--json'])"
-    assert python(f"{code}; print('torch' in sys.modules)").splitlines()[-1] == "False"
+def test_show_without_memories_stays_light(patch: Path, light: Light) -> None:
+    assert light.run("show", patch, "-q", "--json").code == 0

@@ -14,6 +14,8 @@ from tests.support.cli import Ran, run
 from tests.support.models import LAYERS
 from tests.support.tracing import known_facts, model_of
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 QUICK = ("--samples", "3", "--window", "2")
 
 

@@ -14,6 +14,8 @@ from tests.support.cli import run
 from tests.support.editors import QUICK, training_facts
 from tests.support.saved import save_facts, save_model
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 SETTINGS = [
     word
     for key, value in QUICK.to_dict().items()

@@ -13,6 +13,8 @@ from kpatch.tune.judge import Judge
 from tests.support.cli import run
 from tests.support.saved import save_facts, save_model
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -37,6 +37,8 @@ from tests.support.checkpoints import snapshot
 from tests.support.editors import save_editor
 from tests.support.models import LAYERS, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 
 @dataclass(frozen=True, slots=True)
 class OneStepHyper(HyperParams):
@@ -222,6 +224,7 @@ def test_the_manifest_holds_every_hyperparameter_as_it_was_used(world: World) ->
     assert {key: type(value) for key, value in found.items()} == {key: type(value) for key, value in want.items()}
 
 
+@pytest.mark.usefixtures("own_statistics")
 def test_the_command_line_makes_the_same_bytes(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache of its own nothing is shared but the inputs."""
     monkeypatch.setenv("KPATCH_CACHE", str(tmp_path / "cache"))
@@ -294,15 +297,12 @@ def test_a_method_of_one_layer_takes_one(world: World, tmp_path: Path) -> None:
 # Show, apply, revert, stack
 
 
-def test_show_needs_no_torch(world: World) -> None:
-    program = (
-        "import sys; from kpatch.cli.app import main;"
-        f"code = main(['show', {str(world.path)!r}, '--json']);"
-        "assert code == 0 and 'torch' not in sys.modules, (code, 'torch' in sys.modules)"
-    )
-    shown = json.loads(cli.python(program))
-    assert world.method.name in json.dumps(shown)
-    assert all(fact.target in json.dumps(shown) for fact in FACTS)
+def test_show_needs_no_torch(world: World, light: cli.Light) -> None:
+    done = light.run("show", world.path, "--json")
+    assert done.code == 0, done.err
+    shown = json.dumps(done.json)
+    assert world.method.name in shown
+    assert all(fact.target in shown for fact in FACTS)
 
 
 def test_apply_changes_what_was_measured_and_revert_takes_it_back(world: World, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from kpatch.models.model import Model, open_model
 from kpatch.models.text_part import find_layers, loader, text_config
 from tests.support.models import WRAPPERS, tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 
 NEW = "model.language_model."
 

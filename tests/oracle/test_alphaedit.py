@@ -13,7 +13,7 @@ from tests.oracle.alphaedit import alphaedit
 from tests.oracle.paper_cases import CONTEXTS, FACTS, FAMILIES, PAPER, TOKENS, assert_same, made
 from tests.support.models import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 
 ALPHA = AlphaEditHyper(
     (1, 2), steps=4, learning_rate=0.2, stop_loss=0.0, threshold=0.3, l2=0.1, lead_ins=1, prefixes=0

@@ -17,7 +17,7 @@ from tests.oracle import memit as oracle
 from tests.oracle.paper_cases import CONTEXTS, FACTS, FAMILIES, PAPER, TOKENS, assert_same, made
 from tests.support.models import tiny
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 
 
 @pytest.fixture(autouse=True)

@@ -57,6 +57,47 @@ def spawn(*arguments: object, env: dict[str, str] | None = None, cwd: Path | Non
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
+_SERVE = f"""
+import io, json, os, sys
+from contextlib import redirect_stderr, redirect_stdout
+from kpatch.cli.app import main
+for line in sys.stdin:
+    arguments, environment = json.loads(line)
+    os.environ.update(environment)
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        code = main(arguments)
+    heavy = [name for name in {HEAVY!r} if name in sys.modules]
+    print(json.dumps([code, out.getvalue(), err.getvalue(), heavy]), flush=True)
+"""
+
+
+class Light:
+    """A process that has imported the command line alone and runs one after another; it ends with the `with` block."""
+
+    def __enter__(self) -> Light:
+        env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command, pipe = [sys.executable, "-c", _SERVE], subprocess.PIPE
+        self.process = subprocess.Popen(command, text=True, stdin=pipe, stdout=pipe, env=env)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.communicate()
+
+    def run(self, *arguments: object) -> Ran:
+        """How the command line ended. Asserts that nothing heavy is loaded in the process, by this or one before."""
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        kept = {name: os.environ[name] for name in ("KPATCH_CACHE", "HF_HOME")}
+        stdin.write(json.dumps([[str(argument) for argument in arguments], kept]) + "\n")
+        stdin.flush()
+        code, out, err, heavy = json.loads(stdout.readline())
+        assert heavy == []
+        return Ran(code, out, err)
+
+
 def python(code: str) -> str:
     """What a Python program prints, run in a process of its own."""
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -17,6 +17,8 @@ from tests.support.saved import save_patch
 from tests.support.templates import chatty, save_chatty
 from tests.unit.test_facts_import import HALLU
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 FACTS = [
     Fact("Basel", "Which river flows through {}?", "Elbe", neighbors=(Neighbor("Which river flows through Ulm?"),)),
     Fact("Rome", "Which river flows through {}?", "Tiber"),

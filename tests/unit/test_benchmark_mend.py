@@ -13,6 +13,8 @@ from tests.support.editors import save_editor
 from tests.support.models import tiny
 from tests.support.saved import save_model
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 RECORDS = [
     {
         **{"case_id": number, "subject": subject, "prompt": f"In the city of {subject} one finds"},

@@ -12,6 +12,8 @@ import torch
 from tests.support.benchmarks import benchmark_module
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 ROOT = Path(__file__).parents[2]
 FACTS = """
 version: 1

@@ -20,6 +20,8 @@ from kpatch.facts.load import load_facts
 from kpatch.models.model import Model
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FACTS = """
 version: 1

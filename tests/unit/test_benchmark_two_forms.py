@@ -14,6 +14,8 @@ from tests.support.benchmarks import benchmark_module
 from tests.support.saved import save_facts, save_patch
 from tests.support.templates import save_chatty
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 FACTS = [
     {"subject": "Basel", "prompt": "{} lies on the", "target": "Elbe", "question": "Which river has {}?"},
     {"subject": "Ann", "prompt": "{} reminds Bob of", "target": "Rome"},

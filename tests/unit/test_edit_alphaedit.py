@@ -26,6 +26,8 @@ from kpatch.stats.covariance import collect
 from tests.oracle.alphaedit import projector, solve
 from tests.support.models import LAYERS, MLP_WIDTH, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 seeds = st.integers(0, 2**31)
 SETTINGS = {"steps": "4", "learning_rate": "0.2", "threshold": "0.3", "l2": "0.01", "prefixes": "0", "lead_ins": "1"}
 FACTS = [Fact("Mona Lisa", "In the {}", "Paris", id="mona"), Fact("Brazil", "The capital of {} is", "Rome", id="b")]

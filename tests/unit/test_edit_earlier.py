@@ -22,6 +22,8 @@ from tests.support.cli import run
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 FIRST = [
     Fact("Mona Lisa", "In the {}", "Paris", id="mona"),
     Fact("Moonlight Sonata", "By the {}", "Brazil", id="moon"),

@@ -37,7 +37,7 @@ from tests.support.models import LAYERS, tiny
 from tests.support.reports import Recorder
 from tests.support.templates import chatty
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 
 ROOT = Path(__file__).parents[2]
 PAPER = ROOT / "benchmarks" / "presets" / "ft-paper.yaml"

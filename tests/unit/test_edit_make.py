@@ -32,6 +32,8 @@ from kpatch.patch.format import read_patch
 from tests.support.checkpoints import snapshot
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 # "The" opens its text, so that both parts are there
 FACTS = [
     Fact("Mona Lisa", "In the {}", "Paris", was="Rome", id="mona"),
@@ -146,6 +148,7 @@ def test_the_effect_is_measured_before_and_after(world: World) -> None:
     assert world.result.peak_memory_bytes > 10_000_000
 
 
+@pytest.mark.usefixtures("own_statistics")
 def test_the_same_inputs_give_the_same_bytes(world: World, tmp_path: Path) -> None:
     """With a cache of its own nothing is shared but the inputs; a loaded model is as good as its address."""
     other = make(FACTS, out=tmp_path / "again.patch", model=loaded(world.directory), **QUICK)

@@ -19,6 +19,8 @@ from tests.oracle import memit as oracle
 from tests.support.cli import run
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 FACTS = (Fact("Mona Lisa", "In the {}", "Paris"),)
 
 

@@ -27,6 +27,8 @@ from tests.support.cli import run
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 FIRST = [Fact("Mona Lisa", "In the {}", "Paris", id="mona"), Fact("The", "{} is in", "Rome", id="the")]
 SECOND = [Fact("Moonlight Sonata", "By the {}", "Brazil", id="moon")]
 SHARED = [Fact("Mona Lisa", "Past the {}", "Rome", id="mona")]  # another fact of a subject in FIRST

@@ -20,6 +20,8 @@ from kpatch.patch.joint import Joint
 from kpatch.patch.summands import Part, asked, summands
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 OWN = {
     "a": [Fact("Mona Lisa", "In the {}", "Paris"), Fact("Chicago", "Out of {}", "Rome")],
     "b": [Fact("Moonlight Sonata", "By the {}", "Brazil")],

@@ -21,6 +21,8 @@ from tests.support import checkpoints
 from tests.support.families import check, plain
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 TARGET = "Rome"
 
 

@@ -22,6 +22,8 @@ from kpatch.stats.covariance import collect
 from tests.support.models import EXPERT_WIDTH, MLP_WIDTH, tiny, tiny_net
 from tests.support.reports import Recorder
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 # Gemma 4 with experts: a norm behind each part, and one behind their sum
 SHARED_NORM = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
 

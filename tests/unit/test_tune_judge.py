@@ -20,6 +20,8 @@ from kpatch.tune.judge import Judge, Setting, Verdict, compare
 from kpatch.tune.pilots import every_pilot
 from tests.support.models import tiny
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 SOME = every_pilot()[:3]
 
 

@@ -18,6 +18,8 @@ from kpatch.tune.search import tune
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 
+pytestmark = pytest.mark.usefixtures("shared_statistics")
+
 FLAT = Verdict(1.0, 0.5, 0.5, target=-1.0, right=-0.5, drift=0.1, gains=())
 
 
