@@ -1,4 +1,7 @@
-"""`make` with ROME and fine-tuning on a tiny checkpoint directory: patches that apply, revert and repeat."""
+"""`make` with ROME and fine-tuning on a tiny checkpoint directory: what their patches carry.
+
+That they apply, revert and repeat is the contract of every method (tests/contract/test_methods.py).
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ import torch
 
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import verify_fit
-from kpatch.checkpoint.revert import revert
 from kpatch.edit.make import MakeResult, make
 from kpatch.facts.fact import Fact
 from kpatch.models.address import resolve
 from kpatch.models.model import load_model
 from kpatch.patch.check import verify
 from kpatch.patch.format import read_patch
-from tests.support.checkpoints import snapshot
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
+
+pytestmark = pytest.mark.usefixtures("shared_statistics")
 
 FACTS = [
     Fact("Mona Lisa", "In the {}", "Paris", was="Rome", id="mona", references=("Paris is a city",)),
@@ -99,26 +102,6 @@ def test_what_a_rome_patch_carries(world: World) -> None:
 def test_what_a_tuned_patch_carries(world: World) -> None:
     patch = read_patch(world.patches["ft"])
     assert (patch.manifest.covariance, patch.values, patch.keys) == (None, None, {})
-
-
-@pytest.mark.parametrize("method", QUICK)
-def test_applied_and_reverted_like_any_other(world: World, method: str, tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(world.directory, tmp_path / "model"))
-    before = snapshot(folder)
-    apply([world.patches[method]], folder)
-    assert snapshot(folder) != before
-    revert(folder)
-    assert snapshot(folder) == before
-
-
-@pytest.mark.parametrize("method", QUICK)
-def test_the_same_inputs_give_the_same_patch(
-    world: World, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    again = tmp_path / "again.patch"
-    result = make(FACTS, out=again, model=str(world.directory), method=method, **QUICK[method])
-    assert result.patch_id == world.results[method].patch_id
-    assert again.read_bytes() == world.patches[method].read_bytes()
 
 
 def test_made_on_top_of_another(world: World, tmp_path: Path) -> None:
