@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from kpatch.evaluate import forms
+from kpatch.evaluate.answers import answer_rows
 from kpatch.facts.load import load_facts
 from tests.support import templates
 from tests.support.cli import ROOT, run
@@ -36,6 +39,12 @@ FACTS: list[Any] = [
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     return save_chatty(tmp_path_factory.mktemp("chatty"))
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model does not end its answers; how long they may be is tested in tests/unit/test_evaluate_forms.py."""
+    monkeypatch.setattr(forms, "answer_rows", partial(answer_rows, tokens=8))
 
 
 @pytest.fixture
