@@ -181,10 +181,11 @@ TRICKY = ("ragged", "one-row-one-column", "no-prefix-at-all", "as-many-rows-as-c
 
 
 def every_shape(*quick: str) -> pytest.MarkDecorator:
-    """Every family with every shape; a plain `pytest` runs `quick` on all, TRICKY on VARIED, and Llama with all."""
+    """Every family with every shape; a plain `pytest` runs `quick` on all kinds, TRICKY on VARIED, Llama with all."""
 
     def marks(case: str, name: str) -> Any:
-        return [] if case == "llama" or name in quick or (case in VARIED and name in TRICKY) else SLOW
+        some = name in quick and case in EVERY_KIND
+        return [] if case == "llama" or some or (case in VARIED and name in TRICKY) else SLOW
 
     pairs = [(case, name) for case in CASES for name in SHAPES]
     params = [pytest.param(case, SHAPES[name], id=f"{case}-{name}", marks=marks(case, name)) for case, name in pairs]
