@@ -34,11 +34,11 @@ def probe_answers(
     second: str,
     patches: Sequence[Path],
     asking: Asking,
-    loading: tuple[str, str, dict[str, str] | None],
+    loading: tuple[str, str, dict[str, str] | None, int | dict[str, int] | None],
 ) -> None:
     """Ask the model all questions and show what it knows; `first` and `second` are the questions and the model.
 
-    `loading` is the device, the dtype and the modules' names. Raises as the steps do.
+    `loading` is the device, the dtype, the modules' names and the limit of memory. Raises as the steps do.
     """
     from kpatch.facts.question_files import ANSWER_FORMS, SUFFIXES, load_questions
 

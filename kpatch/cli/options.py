@@ -44,9 +44,22 @@ Resume = Annotated[
 ]
 MinRate = Annotated[float | None, typer.Option(min=0.0, max=1.0, metavar="RATE", help="Exit 1 below this rate.")]
 
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:1 …")]
+Device = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME", help="auto, cpu, cuda, cuda:1 …; auto spreads a model that is too large for one GPU."
+    ),
+]
 Dtype = Annotated[
     str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
+]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE",
+        help="How much memory the weights may take, 8GB or cuda:0=20GB,cpu=30GB; the rest stays on the disk."
+        " Default: what is free.",
+    ),
 ]
 Modules = Annotated[
     str | None,

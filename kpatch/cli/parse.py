@@ -47,12 +47,23 @@ def forms(text: str | None) -> tuple[str, ...]:
 
 def memory(text: str | None) -> int | None:
     """`2GB`, `512MiB` or a plain number of bytes; None stays None. Raises BadInput."""
+    return None if text is None else _size(text, "--memory")
+
+
+def max_memory(text: str | None) -> int | dict[str, int] | None:
+    """`8GB` for each device, or `cuda:0=20GB,cpu=30GB`; None stays None. Raises BadInput."""
     if text is None:
         return None
+    if "=" not in text:
+        return _size(text, "--max-memory")
+    return {name: _size(size, "--max-memory") for name, size in _pairs(text.split(","), "--max-memory").items()}
+
+
+def _size(text: str, option: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = _UNITS.get(match[2].lower()) if match else None
     if match is None or unit is None or not 1 <= float(match[1]) * unit < float("inf"):
-        raise BadInput(f"--memory {text!r} is not a size", hint="write 2GB or 512MiB")
+        raise BadInput(f"{option} {text!r} is not a size", hint="write 2GB or 512MiB")
     return int(float(match[1]) * unit)
 
 

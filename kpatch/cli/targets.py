@@ -66,14 +66,27 @@ def default_checkpoint(output: Output) -> Path:
 # Models, facts and patches
 
 
-def open_model(output: Output, address: str, device: str, dtype: str, modules: dict[str, str] | None) -> Model:
-    """Load the model called `address` and print what it is; a wrong address fails before torch is imported."""
+def open_model(
+    output: Output,
+    address: str,
+    device: str,
+    dtype: str,
+    modules: dict[str, str] | None,
+    max_memory: int | dict[str, int] | None = None,
+    upto: int | None = None,
+) -> Model:
+    """Load the model called `address` and print what it is; a wrong address fails before torch is imported.
+
+    `max_memory` and `upto` are as for `kpatch.models.model.open_model`.
+    """
     from kpatch.models.address import resolve
 
     resolved = resolve(address, output)
     from kpatch.models import model
 
-    return model.open_model(resolved, device=device, dtype=dtype, modules=modules, report=output)
+    return model.open_model(
+        resolved, device=device, dtype=dtype, modules=modules, max_memory=max_memory, upto=upto, report=output
+    )
 
 
 def open_facts(output: Output, path: Path, *, conflicts: bool = False) -> FactFile:

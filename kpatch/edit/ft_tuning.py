@@ -46,17 +46,19 @@ def tune(
     The loss of a row is the mean over its target's tokens of −log P, the earlier ones given. Adam works on a copy in
     float32 where the model's own numbers are narrower. `check` judges every pass.
     """
-    weight = model.weight(hyper.layer)
-    base = weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    name = model.weight_name(hyper.layer)
+    stored = model.numbers(name)
+    base = stored.to(torch.promote_types(stored.dtype, torch.float32), copy=True)
     master = base.clone().requires_grad_()
     adam = torch.optim.Adam([master], lr=hyper.learning_rate)
     losses: list[float] = []
     values: list[float] = []
     best, kept = 0, base
     with (
-        restored(model, [model.weight_name(hyper.layer)]),
+        restored(model, [name]),
         report.task("Fine-tuning", hyper.steps * len(rows), "row") as advance,
     ):
+        weight = model.weight(hyper.layer)
         batch_of = _batches(model, rows, hyper, seed)
         every_pass = passes(len(rows), hyper, seed)
         weight.requires_grad_()

@@ -32,6 +32,7 @@ from kpatch.facts.tokens import check_lengths
 from kpatch.facts.wordings import LEARNED, with_grammar, with_wordings
 from kpatch.memory import bytes_given
 from kpatch.models.model import Model, open_model, tokenizer_hash
+from kpatch.models.placement import Limits
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
 from kpatch.patch.format import Patch, pack, read_patch, write_patch
@@ -84,6 +85,7 @@ def make(
     device: str = "auto",
     dtype: str = "auto",
     memory: int | None = None,
+    max_memory: Limits = None,
     modules: dict[str, str] | None = None,
     force: bool = False,
     report: Reporter = SILENT,
@@ -94,7 +96,8 @@ def make(
     where the other arguments say nothing. `editor` is the file of a trained editor, which mend needs.
 
     `model` is an address or a loaded Model; `on` is a checkpoint directory that already carries patches and stands for
-    the model. `memory` is the bytes that activations may take (default 800 MB). `layers_from` is a trace.json that
+    the model. `memory` is the bytes that activations may take (default 800 MB), `max_memory` those that
+    weights may (`kpatch.models.model.load_model`). `layers_from` is a trace.json that
     names the layers. `wordings` says in which other words facts are learned (`kpatch.facts.wordings`).
     The same inputs, seed and machine give the same patch, however many ranks (`kpatch.distributed`) share the work.
     Raises BadInput (facts, model, corpus, settings), Refused (`out` exists), Damaged (`on` was modified).
@@ -118,7 +121,7 @@ def make(
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
     chosen_method = method_named(_method(method, file)).with_editor(editor)
-    edited = _load(facts, model, on, device, dtype, modules, report)
+    edited = _load(facts, model, on, device, dtype, modules, report, max_memory)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
     if wanted == "auto":
@@ -205,6 +208,7 @@ def _load(
     dtype: str,
     modules: dict[str, str] | None,
     report: Reporter,
+    max_memory: Limits = None,
 ) -> Model:
     """The model in memory. Raises BadInput where none is named, two are, or it has no checkpoint directory."""
     if on is not None and model is not None:
@@ -221,7 +225,7 @@ def _load(
                 "No model was named",
                 hint="name it with `model`, or write `model: smollm2` at the head of the fact file",
             )
-        model = open_model(address, device=device, dtype=dtype, modules=modules, report=report)
+        model = open_model(address, device=device, dtype=dtype, modules=modules, max_memory=max_memory, report=report)
     if model.path is None:
         raise BadInput(
             f"{model.name} was not loaded from a checkpoint directory, so a patch cannot name its base",

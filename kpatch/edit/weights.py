@@ -9,19 +9,23 @@ import torch
 from torch import Tensor
 
 from kpatch.models.model import Model
+from kpatch.models.offload import in_memory
 from kpatch.patch.delta import Delta, LowRank, patched_weight
 
 
 @contextmanager
 def restored(model: Model, names: Iterable[str]) -> Iterator[None]:
     """Whatever happens inside, the weights `names` come back bit for bit."""
-    base = {name: model.net.get_parameter(name).detach().clone() for name in names}
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for name, weight in base.items():
-                model.net.get_parameter(name).copy_(weight)
+    names = list(names)
+    resident = [name for name in names if not model.net.get_parameter(name).is_meta]  # the others are loaded anew
+    base = {name: model.net.get_parameter(name).detach().clone() for name in resident}
+    with in_memory(model.net, names):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in base.items():
+                    model.net.get_parameter(name).copy_(weight)
 
 
 @torch.no_grad()

@@ -93,11 +93,11 @@ class _Injection:
             def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, index: int = index) -> Tensor:
                 flat = out.reshape(-1, out.shape[-1])  # (tokens, d)
                 places = self._places(len(flat))
-                self.written[index] = flat.detach()[places]
+                self.written[index] = flat.detach()[places.to(flat.device)].to(places.device)
                 if self.delta is None:
                     return out
-                shift = self.delta[index].index_select(0, self.owner).to(out.dtype)  # (B, d)
-                return flat.index_add(0, places, shift).view(out.shape)
+                shift = self.delta[index].index_select(0, self.owner).to(out)  # (B, d)
+                return flat.index_add(0, places.to(flat.device), shift).view(out.shape)
 
             handles.append(self.model.down(layer).register_forward_hook(hook))
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from threading import Lock, RLock, get_ident
 from typing import Any, TypeVar
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.errors import BadInput, Refused
-from kpatch.evaluate.wrapped import active_adapter, network, parameter
+from kpatch.evaluate.wrapped import active_adapter, holder, network, parameter
 from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.offload import can_hold, held
 from kpatch.patch.combine import counted_twice
 from kpatch.patch.delta import Delta, Dense, LowRank, patched_weight
 from kpatch.patch.fingerprint import NAMES, sha256_of
@@ -161,7 +162,10 @@ def patched(
     tokenizer = tokenizer or (model.tokenizer if isinstance(model, Model) else None)
     with _states_lock:
         state = _states.setdefault(net, _State())
-    with state.lock:
+    held_weights = ExitStack()
+    with state.lock, ExitStack() as failed:
+        failed.enter_context(held_weights)
+        held_weights.enter_context(held(_offloaded(net, deltas)))
         state.follow(net)
         new = _fitting(net, state, deltas)
         if whole is not None:
@@ -174,17 +178,27 @@ def patched(
         except BaseException:
             state.leave(net, new, report)
             raise
+        failed.pop_all()
     try:
         yield model
     finally:
-        with state.lock:
+        with state.lock, held_weights:
             state.leave(net, new, report)
+
+
+def _offloaded(net: nn.Module, patch: Patch | Deltas) -> list[nn.Module]:
+    """Modules that load their weights when they run, among those that a patch changes: they stay in memory with it."""
+    names = (patch.deltas if isinstance(patch, Patch) else patch).keys()
+    found = (holder(net, name) for name in names)
+    return [module for module in found if module is not None and can_hold(module)]
 
 
 def check_fit(model: Model, patch: Patch) -> None:
     """Check that `model` has the very weights that `patch` was made for; nothing is changed. Raises Refused."""
-    found = _fitting(network(model), _State(), patch)
-    _check_base(patch, {weight.name: weight.base for weight in found.deltas})
+    net = network(model)
+    with held(_offloaded(net, patch)):
+        found = _fitting(net, _State(), patch)
+        _check_base(patch, {weight.name: weight.base for weight in found.deltas})
 
 
 def _read(patch: PatchSource | Deltas) -> Patch | Deltas:

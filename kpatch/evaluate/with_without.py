@@ -71,18 +71,24 @@ def kept_weights(model: Model) -> dict[str, Tensor]:
             data = bytearray(store.base(weight.base).read_bytes())
             if sha256_of(data) != weight.base:
                 raise Damaged("Kept bytes are not what they were", where=str(store.base(weight.base)))
-            found[name] = tensor_from(data, weight.dtype, weight.shape).to(parameter.device, parameter.dtype)
+            found[name] = tensor_from(data, weight.dtype, weight.shape).to(
+                "cpu" if parameter.is_meta else parameter.device, parameter.dtype
+            )
     return found
 
 
 @contextmanager
 def without_patches(model: Model, kept: dict[str, Tensor]) -> Iterator[None]:
     """Inside the `with`, the model has the weights `kept`; those that it had come back after it."""
-    now = {name: model.net.get_parameter(name).data for name in kept}
-    try:
-        for name, tensor in kept.items():
-            model.net.get_parameter(name).data = tensor
-        yield
-    finally:
-        for name, tensor in now.items():
-            model.net.get_parameter(name).data = tensor
+    from kpatch.models.offload import in_memory
+
+    with in_memory(model.net, kept):
+        now = {name: model.net.get_parameter(name).data for name in kept}
+        try:
+            for name, tensor in kept.items():
+                parameter = model.net.get_parameter(name)
+                parameter.data = tensor.to(parameter.device)
+            yield
+        finally:
+            for name, tensor in now.items():
+                model.net.get_parameter(name).data = tensor

@@ -39,14 +39,19 @@ def network(model: object) -> nn.Module:
 
 def parameter(net: nn.Module, name: str) -> nn.Parameter | None:
     """The weight that a checkpoint calls `name`, below a layer that PEFT put around it; None where there is none."""
-    path, _, last = name.rpartition(".")
+    module = holder(net, name)
+    return None if module is None else module._parameters.get(name.rpartition(".")[2])
+
+
+def holder(net: nn.Module, name: str) -> nn.Module | None:
+    """The module that has the weight that a checkpoint calls `name`; None where there is none."""
     try:
-        module = net.get_submodule(path)
+        module = net.get_submodule(name.rpartition(".")[0])
     except AttributeError:
         return None
     while isinstance(inside := module._modules.get("base_layer"), nn.Module):
         module = inside
-    return module._parameters.get(last)
+    return module
 
 
 @torch.no_grad()

@@ -196,7 +196,7 @@ def captured_outputs(model: Model, layers: Sequence[int] | Mapping[int, object])
         def hook(module: nn.Module, inputs: object, out: object, index: int = index) -> None:
             found = out[0] if isinstance(out, tuple) else out
             assert isinstance(found, Tensor)
-            outputs[index] = found.clone()  # some layers add to it in place
+            outputs[index] = found.clone().to(model.device)  # some layers add to it in place
 
         handles.append(model.mlp_out(index).register_forward_hook(hook))
     try:

@@ -26,7 +26,8 @@ class Promoted:
 
 def unit_values(model: Model, layer: int, units: Tensor | None = None) -> Tensor:
     """The values of a layer's `units`, or of all of them: [u, d], in the model's dtype."""
-    weight = model.weight(layer) if model.stores_transposed else model.weight(layer).T  # (f, d)
+    stored = model.numbers(model.weight_name(layer)).to(model.device)
+    weight = stored if model.stores_transposed else stored.T  # (f, d)
     return weight if units is None else weight[units.to(weight.device)]
 
 

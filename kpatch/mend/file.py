@@ -86,7 +86,7 @@ def write_editor(
         "places": [
             {
                 **{"name": place.name, "layer": place.layer, "in": place.width_in, "out": place.width_out},
-                **{"transposed": place.transposed, "sketch": sketch(model.net.get_parameter(place.name))},
+                **{"transposed": place.transposed, "sketch": sketch(model.numbers(place.name))},
             }
             for place in network.places
         ],
@@ -205,7 +205,7 @@ def require_fit(editor: EditorInfo, model: Model, report: Reporter = SILENT) -> 
             f"{said}, not for {model.name}", details=["the tokenizer differs from that of training"], hint=_HINT
         )
     for place, known in zip(editor.places, editor.sketches, strict=True):
-        found = torch.tensor(sketch(model.net.get_parameter(place.name)))[1:]
+        found = torch.tensor(sketch(model.numbers(place.name)))[1:]
         kept = torch.tensor(known)[1:]
         far = float((found - kept).norm() / kept.norm().clamp(min=1e-30)) if len(found) == len(kept) else 1.0
         if not far <= _CLOSE:

@@ -136,8 +136,9 @@ def factors(rows: Above, where: Sequence[Place]) -> list[tuple[Tensor, Tensor]]:
         for handle in handles:
             handle.remove()
     shape = rows.hidden.shape[:2]
+    on = rows.hidden.device
     return [
-        (inputs[place.name].reshape(*shape, -1), delta.reshape(*shape, -1))
+        (inputs[place.name].to(on).reshape(*shape, -1), delta.to(on).reshape(*shape, -1))
         for place, delta in zip(where, deltas, strict=True)
     ]
 
@@ -158,9 +159,9 @@ def updated(model: Model, where: Sequence[Place], updates: Sequence[Update]) -> 
     for place, (reads, writes) in zip(where, updates, strict=True):
 
         def add(module: nn.Module, given: Any, out: Tensor, reads: Tensor = reads, writes: Tensor = writes) -> Tensor:
-            x = given[0].to(reads.dtype).reshape(len(reads), -1, reads.shape[-1])  # [G, tokens, in]
+            x = given[0].to(reads).reshape(len(reads), -1, reads.shape[-1])  # [G, tokens, in]
             change = (x @ reads.mT) @ writes
-            result: Tensor = out + change.reshape(out.shape).to(out.dtype)
+            result: Tensor = out + change.reshape(out.shape).to(out)
             return result
 
         handles.append(module_of(model, place).register_forward_hook(add))

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from kpatch.errors import BadInput
 from kpatch.models.address import weight_files
+from kpatch.models.offload import read
 from kpatch.models.text_part import text_config
 from kpatch.quantized import quantized_by
 from kpatch.text import counted, printable
@@ -68,7 +69,7 @@ def require_complete(net: Any, loaded: Mapping[str, Any], name: str, where: str)
             details=[f"no place for {key}" for key in dropped[:_SHOWN]],
             hint="give the config.json that belongs to these weights",
         )
-    broken = [key for key, weight in net.named_parameters() if not _finite(weight)]
+    broken = [key for key, _ in net.named_parameters() if not _finite(read(net, key))]
     if broken:
         raise BadInput(
             _weights(broken, name, "holds NaN or infinity", "hold NaN or infinity"),

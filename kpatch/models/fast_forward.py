@@ -113,9 +113,10 @@ def _on(mlp: nn.Module, tokens: Tensor) -> Callable[..., Tensor]:
 
     def forward(hidden: Tensor, *added: Tensor) -> Tensor:
         flat = hidden.reshape(-1, hidden.shape[-1])  # (B * T, d)
-        rest = [more.reshape(flat.shape[0], -1)[tokens] for more in added]  # BLOOM's and MPT's MLPs add the residual
-        out = inner(flat[tokens], *rest)
-        whole: Tensor = out.new_zeros(flat.shape[0], out.shape[-1]).index_copy(0, tokens, out)
+        chosen = tokens.to(flat.device)
+        rest = [more.reshape(flat.shape[0], -1)[chosen] for more in added]  # BLOOM's and MPT's MLPs add the residual
+        out = inner(flat[chosen], *rest)
+        whole: Tensor = out.new_zeros(flat.shape[0], out.shape[-1]).index_copy(0, chosen.to(out.device), out)
         return whole.view(hidden.shape)
 
     return forward

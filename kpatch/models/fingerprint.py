@@ -15,6 +15,7 @@ from torch import Tensor
 from kpatch import distributed
 from kpatch.cache import atomic_write, cache_dir
 from kpatch.errors import BadInput, KpatchError
+from kpatch.models.offload import read
 from kpatch.reporter import SILENT, Advance, Reporter
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _of_parameters(model: Model) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(model.net.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        _update(digest, tensor)
+        _update(digest, read(model.net, name) if tensor.is_meta else tensor)
     return digest.hexdigest()
 
 

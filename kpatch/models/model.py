@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from kpatch import distributed
 from kpatch.errors import BadInput, KpatchError
 from kpatch.facts.tokens import require_fast
 from kpatch.models.address import Resolved, resolve
@@ -29,6 +28,8 @@ from kpatch.models.complete import (
 )
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
 from kpatch.models.module_names import fit_names, require_any_place
+from kpatch.models.offload import main_device, prepare, read
+from kpatch.models.placement import Limits, device_named, dtype_named, limits_checked, spread
 from kpatch.models.quiet import quiet_transformers
 from kpatch.models.residual_scale import measured_scale
 from kpatch.models.text_part import loader, text_config
@@ -57,8 +58,8 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        device: torch.device = next(self.net.parameters()).device
-        return device
+        """Where ids go in, states pass between layers and logits come out."""
+        return main_device(self.net)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -144,6 +145,10 @@ class Model:
     def weight_name(self, index: int) -> str:
         """The name of W^l in the checkpoint."""
         return f"{self.family.layers}.{index}.{self._part(index, self.family.down)[0]}.weight"
+
+    def numbers(self, name: str) -> Tensor:
+        """A weight by its name in the network, loaded where it is offloaded. Not to be changed: see `offload`."""
+        return read(self.net, name)
 
     @property
     def adds_bos(self) -> bool:
@@ -269,6 +274,8 @@ def open_model(
     device: str = "auto",
     dtype: str = "auto",
     modules: dict[str, str] | None = None,
+    max_memory: Limits = None,
+    upto: int | None = None,
     report: Reporter = SILENT,
 ) -> Model:
     """Find the model called `address`, unless that is done, report what it came to, and load it for editing.
@@ -280,7 +287,9 @@ def open_model(
     if (resolved.path / "adapter_config.json").is_file():
         report.note(f"{resolved.name} holds an adapter beside its weights; the patch is for the weights alone")
     with report.task(f"Loading {resolved.name}"):
-        return load_model(resolved, device=device, dtype=dtype, modules=modules)
+        return load_model(
+            resolved, device=device, dtype=dtype, modules=modules, max_memory=max_memory, upto=upto, report=report
+        )
 
 
 def load_model(
@@ -289,14 +298,19 @@ def load_model(
     device: str = "auto",
     dtype: str = "auto",
     modules: dict[str, str] | None = None,
+    max_memory: Limits = None,
+    upto: int | None = None,
+    report: Reporter = SILENT,
 ) -> Model:
     """Load a checkpoint directory for editing.
 
-    `dtype` auto is float32 on a CPU and the checkpoint's own elsewhere.
-    Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, or
-    one that the model does not fit on.
+    `dtype` auto is float32 on a CPU and the checkpoint's own elsewhere. A model that is larger than the device, or
+    than `max_memory` (bytes for its weights on each device, or by device), is spread over devices, memory and disk
+    (`kpatch.models.placement`); layers above `upto` are then left on the disk, since they will not be run.
+    Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, one
+    that the model does not fit on, and where accelerate is needed and not installed.
     """
-    where = _device(device)
+    where, limits = device_named(device), limits_checked(max_memory)
     path = str(resolved.path)
     require_own_code(resolved.path, resolved.name)
     require_unquantized(resolved.path, resolved.name)
@@ -313,21 +327,28 @@ def load_model(
                 )
             require_any_place(config, family, resolved.name)
             tokenizer = read_tokenizer(path, resolved.name)
+            number = dtype_named(dtype, where)
+            places = spread(config, family, where, number, device, limits, resolved.name, upto)
             net, loaded = loader(config).from_pretrained(
                 path,
-                dtype=_dtype(dtype, where),
+                dtype=number,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 adapter_kwargs={"subfolder": _NO_ADAPTER},
+                **({} if places is None else places.arguments()),
             )
         require_complete(net, loaded, resolved.name, path)
-        net = net.to(where)
+        if places is None:
+            net = net.to(where)
+        else:
+            prepare(net)
+            report.note(f"{resolved.name} is spread: {places.said}")
     except torch.OutOfMemoryError as error:
         raise BadInput(
             f"{resolved.name} is larger than the memory of {where}",
             where=path,
-            details=["a model is held by one device as a whole: spreading it over several is not supported"],
-            hint="`dtype` bfloat16 takes half of float32; `device` cpu takes the machine's memory",
+            details=["the weights fit, but not what runs beside them" if places else "it was free when loading began"],
+            hint="`max_memory` keeps weights off the device; `dtype` bfloat16 takes half of float32",
         ) from error
     except SafetensorError as error:
         raise damaged_weights(resolved.path, resolved.name, error) from error
@@ -372,30 +393,3 @@ def tokenizer_hash(tokenizer: Any) -> str:
     state.pop("padding", None)  # set anew by every call, no part of what the tokenizer is
     state.pop("truncation", None)
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    local = distributed.local_rank()
-    if name == "cuda" and local is not None:
-        name = f"cuda:{local}"  # each process of this machine has its own
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise BadInput(
-            f"Device {name!r} cannot be used", details=[reason], hint="`device` cpu always works"
-        ) from error
-    return device
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    name = str(name).removeprefix("torch.")
-    if name not in dtypes:
-        raise BadInput(f"Unknown dtype {name!r}", details=[f"expected one of auto, {', '.join(dtypes)}"])
-    return dtypes[name]

@@ -79,7 +79,7 @@ def _require_numbers(model: Model, layer: int) -> None:
 @torch.no_grad()
 def _multiplies_as_stored(model: Model, layer: int) -> bool:
     """Whether W^l is applied to a key as the row's `transposed` says; the shape of a square W does not show it."""
-    weight, down = model.weight(layer), model.down(layer)
+    weight, down = model.numbers(model.weight_name(layer)), model.down(layer)
     rows, cols = weight.shape
     if rows != cols:
         return True

@@ -66,7 +66,7 @@ class Prefix:
         return int(next(iter(self.pairs.values()))[0].shape[2])
 
     def select(self, rows: Tensor) -> Prefix:
-        return Prefix({layer: (k[rows], v[rows]) for layer, (k, v) in self.pairs.items()})
+        return Prefix({layer: (k[rows.to(k.device)], v[rows.to(v.device)]) for layer, (k, v) in self.pairs.items()})
 
     def only(self, layer: int) -> Prefix:
         return Prefix({layer: self.pairs[layer]})
@@ -95,7 +95,7 @@ class Calls:
     def _layer(self, index: int, hidden: Tensor, before: Tensor | None, args: Any, kwargs: Any) -> Tensor:
         whole = hidden if before is None else torch.cat([before, hidden], dim=1)
         out = self.model.layer(index)(whole, *args, **kwargs)
-        result: Tensor = out[0] if isinstance(out, tuple) else out
+        result: Tensor = (out[0] if isinstance(out, tuple) else out).to(hidden.device)  # layers may be spread
         return result if before is None else result[:, before.shape[1] :]
 
     def run_rows(self, hidden: Tensor, layer: int, rows: Tensor) -> Tensor:
@@ -243,14 +243,14 @@ def captured_inputs(model: Model, layers: Sequence[int]) -> Iterator[dict[int, T
     """While open, every call of W^l for l in `layers` leaves its input in the dict given: the keys [B, T, f]."""
     keys: dict[int, Tensor] = {}
     shapes: dict[int, torch.Size] = {}
-    handles = []
+    handles, on = [], model.device
     for index in layers:
 
         def note_shape(module: nn.Module, inputs: tuple[Tensor, ...], index: int = index) -> None:
             shapes[index] = inputs[0].shape[:-1]
 
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], index: int = index) -> None:
-            keys[index] = inputs[0].reshape(*shapes[index], -1)  # OPT's MLP works on [B*T, d]
+            keys[index] = inputs[0].reshape(*shapes[index], -1).to(on)  # OPT's MLP works on [B*T, d]
 
         handles.append(model.layer(index).register_forward_pre_hook(note_shape))
         handles.append(model.down(index).register_forward_pre_hook(hook))

@@ -1,9 +1,10 @@
-"""transformers' own bars and warnings kept off the terminal, for the length of one call."""
+"""transformers' and accelerate's own bars and warnings kept off the terminal, for the length of one call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 
 
 @contextmanager
@@ -11,6 +12,9 @@ def quiet_transformers() -> Iterator[None]:
     """While open, transformers shows no progress bar and logs errors only; afterwards its settings are as before."""
     from transformers.utils import logging
 
+    accelerate = getLogger("accelerate")
+    before = accelerate.level
+    accelerate.setLevel(ERROR)
     bars, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
     logging.disable_progress_bar()
     logging.set_verbosity_error()
@@ -18,5 +22,6 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(level)
+        accelerate.setLevel(before)
         if bars:
             logging.enable_progress_bar()

@@ -43,7 +43,7 @@ def measured_scale(model: Model, index: int) -> float | None:
                 for module, value in ((model.attn_out(index), torch.zeros_like(vector)), (place, vector)):
                     stack.callback(module.register_forward_hook(_puts_out(value)).remove)
                 out = inner(state, *args, **kwargs)
-            return (out[0] if isinstance(out, (tuple, list)) else out).double()  # type: ignore[no-any-return]
+            return (out[0] if isinstance(out, (tuple, list)) else out).to(state.device).double()  # type: ignore[no-any-return]
 
         out = leaving(torch.zeros_like(hidden), written)
         scale = float((out * written).mean() / _SIZE**2)
@@ -92,6 +92,6 @@ def require_own_norm(model: Model, index: int) -> None:
 
 def _puts_out(value: Tensor) -> Any:
     def hook(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
-        return value.expand_as(out).clone()  # Llama 4 adds to it in place
+        return value.to(out.device).expand_as(out).clone()  # Llama 4 adds to it in place
 
     return hook

@@ -113,7 +113,7 @@ def embeddings_moved(model: Model, rows: Tensor, columns: Tensor, added: Tensor)
 
     def hook(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
         moved = out.clone()
-        moved[rows, columns] += added.to(out.dtype)
+        moved[rows.to(out.device), columns.to(out.device)] += added.to(out)
         return moved
 
     handle = model.net.get_input_embeddings().register_forward_hook(hook)
@@ -130,7 +130,9 @@ def _kept_outputs(model: Model, shape: Sequence[int], into: dict[Site, list[Tens
     def keep(kept: list[Tensor]) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, out: Any) -> None:
             out = out[0] if isinstance(out, tuple) else out  # Llama 4's experts say where they sent the tokens
-            kept.append(out.reshape(*shape, out.shape[-1]).clone())  # Falcon adds attention's output in place
+            kept.append(
+                out.reshape(*shape, out.shape[-1]).clone().to(model.device)
+            )  # Falcon adds attention's output in place
 
         return hook
 

@@ -125,7 +125,8 @@ class _Edits:
     values: Tensor
 
     def put(self, into: Tensor) -> None:
-        into[self.rows, self.columns] = self.values.to(into.dtype)
+        on = into.device
+        into[self.rows.to(on), self.columns.to(on)] = self.values.to(into)
 
 
 @torch.no_grad()

@@ -36,6 +36,7 @@ def command(
     ] = None,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    max_memory: opt.MaxMemory = None,
     modules: opt.Modules = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -52,7 +53,7 @@ def command(
 
         read_header(patch)  # a wrong file fails before a model is loaded
 
-    loaded = open_model(output, model, device, dtype, names)
+    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.evaluate.answers import ask
 

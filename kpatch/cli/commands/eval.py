@@ -98,6 +98,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="Of the texts and the bootstrap samples.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    max_memory: opt.MaxMemory = None,
     modules: opt.Modules = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -127,7 +128,7 @@ def command(
     names = parse.modules(modules)
     chosen = open_facts(output, path, conflicts=True).facts[:limit]
     check_patches(patch or ())
-    loaded = open_model(output, address, device, dtype, names)
+    loaded = open_model(output, address, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.evaluate.assess import Wanted, assess, compared
 

@@ -54,6 +54,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same text and units.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    max_memory: opt.MaxMemory = None,
     modules: opt.Modules = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -68,7 +69,7 @@ def command(
 
         parse_units(named)  # a wrong name fails before a model is loaded
     _check_outputs(plot, html)
-    loaded = open_model(output, model, device, dtype, names)
+    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.memories.html import write_html
     from kpatch.memories.plot import draw

@@ -79,6 +79,7 @@ def command(
     ] = False,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    max_memory: opt.MaxMemory = None,
     modules: opt.Modules = None,
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -97,7 +98,12 @@ def command(
         if objects is not None:
             raise BadInput("`objects` are for ranks, and `answers` ranks nothing", hint="leave one of the two out")
         probe_answers(
-            output, facts, model, patch or (), Asking(form, limit, per_fact, samples, seed), (device, dtype, names)
+            output,
+            facts,
+            model,
+            patch or (),
+            Asking(form, limit, per_fact, samples, seed),
+            (device, dtype, names, parse.max_memory(max_memory)),
         )
         return
     if form is not None:
@@ -108,7 +114,7 @@ def command(
     whole = objects == _VOCABULARY
     choices = [] if whole else _objects(file.facts, chosen, objects or "all")
     check_patches(patch or ())
-    loaded = open_model(output, address, device, dtype, names)
+    loaded = open_model(output, address, device, dtype, names, parse.max_memory(max_memory))
     if whole:
         chosen = _single_tokens(output, loaded, chosen)
 

@@ -56,6 +56,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same facts and noise.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    max_memory: opt.MaxMemory = None,
     memory: Annotated[
         str | None,
         typer.Option(metavar="SIZE", help="How much memory it may take besides the model, as in 2GB. Default: 1GB."),
@@ -71,7 +72,7 @@ def command(
     budget, names = parse.memory(memory), parse.modules(modules)
     _check_outputs(output, out, html)
     given = _facts(output, facts)
-    loaded = open_model(output, model, device, dtype, names)
+    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.trace.files import write_folder, write_html
     from kpatch.trace.run import TraceSettings, trace

@@ -56,6 +56,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same editor.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    max_memory: opt.MaxMemory = None,
     memory: opt.Memory = None,
     modules: opt.Modules = None,
     json: opt.Json = False,
@@ -78,7 +79,7 @@ def command(
     from kpatch.mend.settings import TrainHyper
 
     hyper = with_settings(TrainHyper(), settings)
-    loaded = open_model(output, model, device, dtype, names)
+    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.mend.file import write_editor
     from kpatch.mend.train import train
