@@ -76,6 +76,10 @@ class StatisticsCache:
         """The state kept for exactly `tokens` tokens."""
         return self._state(_finished(layer, tokens), layer, width)
 
+    def has_layer(self, layer: int, tokens: int) -> bool:
+        """Whether a state for exactly `tokens` tokens is there; it is not read."""
+        return self.folder is not None and (self.folder / _finished(layer, tokens)).exists()
+
     def furthest(self, layer: int, width: int, batch_rows: int, most: int) -> LayerSums | None:
         """The state to resume from: the most rows, up to `most`, taken in the same batches; its tail is dropped."""
         if self.folder is None:

@@ -10,6 +10,7 @@ import typer
 from kpatch import distributed
 from kpatch.cli import options as opt
 from kpatch.cli import parse
+from kpatch.cli.forecast import print_forecast
 from kpatch.cli.gates import rates_of, shortfalls
 from kpatch.cli.output import begin
 from kpatch.cli.tables import print_made
@@ -75,6 +76,9 @@ def command(
     resume: Annotated[
         bool, typer.Option("--resume/--afresh", help="Use what an interrupted run left in the cache.")
     ] = True,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Say what memory, disk and time it will take, and do nothing.")
+    ] = False,
     min_efficacy: Annotated[float | None, _Least] = None,
     min_generalization: Annotated[float | None, _Least] = None,
     min_specificity: Annotated[float | None, _Least] = None,
@@ -97,7 +101,7 @@ def command(
 ) -> None:
     """Make a patch from a fact file, and measure what it does."""
     say = begin(json, quiet, verbose)
-    path = check_new_file(out or facts.with_suffix(".patch").name, force=force, what="a patch")
+    path = check_new_file(out or facts.with_suffix(".patch").name, force=force or plan, what="a patch")
     chosen, settings = parse.layers(layers), parse.settings(set_ or [])
     budget, names = parse.memory(memory), parse.modules(modules)
     if min_retention is not None and on is None:
@@ -109,6 +113,33 @@ def command(
     file = load_facts(facts)
     for warning in file.warnings:
         say.warn(warning)
+
+    if plan:
+        if on is not None or layers_from is not None or editor is not None:
+            raise BadInput("`plan` takes no `on`, `layers_from` or `editor`", hint="leave them out")
+        from kpatch.edit.forecast import forecast
+
+        print_forecast(
+            say,
+            forecast(
+                file,
+                model=model,
+                method=method,
+                preset=preset,
+                layers=chosen,
+                wordings=wordings,
+                corpus=corpus,
+                tokens=tokens,
+                settings=settings,
+                seed=seed,
+                device=device,
+                dtype=dtype,
+                memory=budget,
+                modules=names,
+                report=say,
+            ),
+        )
+        return
 
     from kpatch.edit.make import make
 

@@ -1,0 +1,240 @@
+"""What a patch will take before it is made: memory, disk and time, from shapes and counts, without the weights.
+
+Bytes come from shapes. Time comes from counted multiply-adds and from rates measured now, on products of a layer's
+shape. Attention, norms, reading and writing are not counted, so a small model takes longer than it says; all steps of
+the search are counted, so facts that converge early take less.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kpatch.edit.memit import Memit
+from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, hyper_for, method_named
+from kpatch.edit.preset_file import read_preset
+from kpatch.edit.requests import Group, group_facts
+from kpatch.edit.values_cache import plan
+from kpatch.errors import BadInput
+from kpatch.evaluate.answers import ANSWER_TOKENS
+from kpatch.facts.fact import Fact, FactFile, facts_in
+from kpatch.facts.tokens import Item, encode_many
+from kpatch.facts.wordings import with_wordings
+from kpatch.models.address import resolve
+from kpatch.models.model import Model
+from kpatch.models.placement import device_named
+from kpatch.models.skeleton import skeleton
+from kpatch.reporter import SILENT, Reporter
+from kpatch.stats.corpus import SELF
+from kpatch.stats.covariance import BATCH_TOKENS
+from kpatch.stats.self_text import group_rows
+from kpatch.stats.subject_keys import told
+from kpatch.stats.text import Text, open_text
+
+_BASE = 600_000_000  # the interpreter and its libraries, in bytes
+_HOW = "counted multiply-adds over rates measured now; attention and norms are not counted"
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What making a patch will take. Memory and disk in bytes, seconds by step, rates in multiply-adds a second."""
+
+    model: str
+    method: str
+    layers: tuple[int, ...]
+    facts: int
+    rows: int
+    covariance: dict[str, Any]
+    memory: dict[str, int]
+    disk: dict[str, int]
+    seconds: dict[str, float]
+    rates: dict[str, float]
+    how: str = _HOW
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "layers": list(self.layers)}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Sizes that every count needs: multiply-adds of a layer and of the head for one token."""
+
+    model: Model
+
+    @property
+    def layer(self) -> int:
+        sizes = [_matrices(self.model.layer(index)) for index in range(self.model.n_layers)]
+        return sum(sizes) // len(sizes)
+
+    @property
+    def head(self) -> int:
+        return int(self.model.config.vocab_size) * self.model.width
+
+
+def _matrices(module: nn.Module) -> int:
+    return sum(one.numel() for one in module.parameters() if one.ndim >= 2)
+
+
+def forecast(
+    facts: FactFile | Sequence[Fact],
+    *,
+    model: str | Path | None = None,
+    method: str | None = None,
+    preset: str | Path | None = None,
+    layers: Sequence[int] | None = None,
+    wordings: str | None = None,
+    corpus: str = SELF,
+    tokens: int | None = None,
+    settings: dict[str, str] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | None = None,
+    modules: dict[str, str] | None = None,
+    report: Reporter = SILENT,
+) -> Forecast:
+    """What `make` with these arguments will take. No weight is loaded; files of weights are hashed, as `make` does.
+
+    Raises BadInput as `make` does before it loads a model, and for a method whose rows only the model can tell.
+    """
+    file = None if preset is None else read_preset(preset)
+    named = model or (facts.model if isinstance(facts, FactFile) else None)
+    if named is None:
+        raise BadInput("No model was named", hint="name it with `model`, or write `model: smollm2` in the fact file")
+    way = method_named(method or (file.method if file else "memit"))
+    if not isinstance(way, Memit) or type(way).contexts is not Memit.contexts:
+        raise BadInput(
+            f"What {way.name} will take cannot be said ahead",
+            details=["`plan` knows `method` memit"],
+            hint="leave it out",
+        )
+    resolved = resolve(str(named), report)
+    empty = skeleton(resolved, device=device, dtype=dtype, modules=modules)
+    chosen = with_wordings(facts_in(facts), wordings or (file.wordings if file else None) or "auto", report)
+    hyper = hyper_for(way, empty, layers, settings or {}, report, file)
+    inputs = Inputs(corpus=corpus, tokens=tokens, seed=seed, report=report)
+    contexts = way.contexts(empty, hyper, inputs)
+    groups = group_facts(empty, chosen, contexts, way.spare(hyper), way.chat(hyper))
+    edited = tuple(sorted({layer for part in way.parts(groups, hyper) for layer in part.hyper.layers}))
+    wanted = tokens or 10 * max(map(empty.key_width, edited))
+    text = open_text(empty, corpus, wanted, seed=seed, report=report)
+    missing = [layer for layer in edited if not text.cache.has_layer(layer, wanted)]
+    rates = _rates(empty, device_named(device), group_rows(empty, text.row))
+    budget = memory or DEFAULT_BUDGET
+    return Forecast(
+        model=empty.name,
+        method=way.name,
+        layers=edited,
+        facts=len(chosen),
+        rows=sum(len(group.rows) for group in groups),
+        covariance={"tokens": wanted, "corpus": text.name, "cached": sorted(set(edited) - set(missing)),
+                    "missing": missing},
+        memory=_memory(empty, edited, missing, budget),
+        disk=_disk(empty, groups, edited, missing),
+        seconds=_seconds(_Shape(empty), text, chosen, groups, hyper, edited, missing, rates),
+        rates=rates,
+    )  # fmt: skip
+
+
+def _triangle(model: Model, layer: int) -> int:
+    f = model.key_width(layer)
+    return f * (f + 1) // 2 * 8
+
+
+def _memory(model: Model, edited: Sequence[int], missing: Sequence[int], budget: int) -> dict[str, int]:
+    seen = {id(one): one for one in model.net.parameters()}
+    weights = sum(one.numel() * one.dtype.itemsize for one in seen.values())
+    copies = 2 * sum(model.weight(layer).numel() * model.dtype.itemsize for layer in edited)
+    widest = max(map(model.key_width, edited))
+    moments = (len(edited) + len(missing)) * _triangle(model, edited[0]) + 3 * widest * widest * 8
+    parts = {"weights": weights, "edited_weights": copies, "covariance": moments, "activations": budget, "base": _BASE}
+    return {**parts, "total": sum(parts.values())}
+
+
+def _disk(model: Model, groups: Sequence[Group], edited: Sequence[int], missing: Sequence[int]) -> dict[str, int]:
+    """The patch, at most: factors, values and keys of every group. The cache: moments of text and of subjects."""
+    n = len(groups)
+    patch = 0
+    for layer in edited:
+        f, d = model.key_width(layer), model.width
+        patch += 4 * (min(n * (f + d), f * d) + n * (f + d))
+    cache = 2 * sum(_triangle(model, layer) for layer in missing)
+    return {"patch": patch, "cache": cache, "total": patch + cache}
+
+
+def _seconds(
+    shape: _Shape,
+    text: Text,
+    facts: Sequence[Fact],
+    groups: Sequence[Group],
+    hyper: Any,
+    edited: Sequence[int],
+    missing: Sequence[int],
+    rates: dict[str, float],
+) -> dict[str, float]:
+    model = shape.model
+    whole = model.n_layers * shape.layer + shape.head
+    sampling = covariance = 0.0
+    if missing:
+        size = group_rows(model, text.row) * text.row
+        new = [number for number in range(-(-text.tokens // size)) if not text.cache.has_group(number)]
+        if text.source is None:
+            sampling = len(new) * size * whole / rates["one_token_a_row"]
+        spoken = encode_many(model.tokenizer, [Item(template, name) for template, name in told()])
+        passed = text.tokens + sum(row.subject_last + 1 for row in spoken)
+        sums = sum(model.key_width(layer) ** 2 / 2 for layer in missing)
+        covariance = passed * ((max(missing) + 1) * shape.layer + sums) / rates["many_tokens"]
+    above = model.n_layers - edited[0]
+    step = once = 0.0
+    for batch in plan(model, groups, edited[0]):
+        for group in (groups[index] for index in batch):
+            rows = [*group.rows, group.drift]
+            once += sum(len(row.ids) for row in rows) * model.n_layers * shape.layer
+            step += sum(len(row.ids) - row.subject_last for row in rows) * above * shape.layer
+            step += sum(max(1, len(row.ids) - row.prompt_len) for row in rows) * shape.head
+    values = (once + 2 * hyper.steps * step) / rates["rows_of_facts"]  # forward, and back to what is written
+    keys = sum(row.subject_last + 1 for group in groups for row in group.rows) * (edited[-1] + 1) * shape.layer
+    solves = sum(model.key_width(layer) ** 3 / 3 for layer in edited)
+    update = keys / rates["rows_of_facts"] + solves / rates["float64"]
+    asked = [item for fact in facts for item in _questions(fact)]
+    lengths = sum(len(ids) for ids in model.tokenizer(asked).input_ids)
+    measuring = 2 * (lengths * whole / rates["rows_of_facts"])
+    measuring += 2 * len(asked) * ANSWER_TOKENS * whole / rates["one_token_a_row"]
+    found = {"sampling": sampling, "covariance": covariance, "values": values, "update": update}
+    found["measuring"] = measuring
+    return {**found, "total": sum(found.values())}
+
+
+def _questions(fact: Fact) -> list[str]:
+    return [fact.text(), *(fact.text() for _ in fact.paraphrases), *(one.prompt for one in fact.neighbors)]
+
+
+@torch.no_grad()
+def _rates(model: Model, device: torch.device, rows: int) -> dict[str, float]:
+    """Multiply-adds a second of products of a layer's shape, measured for less than a second each."""
+    d, f, dtype = model.width, model.mlp_width, model.dtype
+
+    def rate(tokens: int, kind: torch.dtype, width: int) -> float:
+        a, b = torch.randn(tokens, d).to(device, kind), torch.randn(d, width).to(device, kind)
+        counted, begin = 0, 0.0
+        for number in range(200):
+            if number == 1:  # the first run warms up
+                begin = time.perf_counter()
+            (a @ b).sum().item()
+            counted += number > 0
+            if counted > 1 and time.perf_counter() - begin > 0.4:
+                break
+        return counted * tokens * d * width / (time.perf_counter() - begin)
+
+    return {
+        "many_tokens": rate(BATCH_TOKENS, dtype, f),
+        "rows_of_facts": rate(256, dtype, f),
+        "one_token_a_row": rate(rows, dtype, f),
+        "float64": rate(512, torch.float64, min(f, 2048)),
+    }
