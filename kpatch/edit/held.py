@@ -89,7 +89,7 @@ class Held:
         budget: int,
     ) -> None:
         self.model, self.groups, self.budget, self.base = model, groups, budget, dict(base)
-        self.now = {name: model.net.get_parameter(name).detach().clone() for name in base}
+        self.now = {name: model.numbers(name).clone() for name in base}
         self.members = {
             layer: torch.tensor([layer in mine for mine in places])
             for layer in sorted({layer for mine in places for layer in mine})

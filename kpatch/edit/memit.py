@@ -76,7 +76,7 @@ class Memit(Method):
                 held = protected_keys(model, inputs.protect, facts, layers)
                 preserved = [self._preserved(model, part, told, covariance, held, inputs) for part in parts]
             names = map(model.weight_name, layers) if on else ()
-            base = {name: model.net.get_parameter(name).detach().clone() for name in names}
+            base = {name: model.numbers(name).clone() for name in names}
         earlier = self._held(model, parts, hyper, contexts, facts, base, inputs) if on else []
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
         deltas, keys, by_row, moved = self._write(model, parts, values, preserved, inputs, earlier)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from weakref import ref
 import pytest
 import torch
 
+from kpatch.checkpoint.apply import apply
 from kpatch.edit.make import make
 from kpatch.errors import BadInput
 from kpatch.evaluate.patched import patched
@@ -64,6 +66,21 @@ def test_the_patch_is_the_same(folder: Path, tmp_path: Path) -> None:
         kept = {"tokens": 200, "settings": settings, "resume": False, "layers": [0, 1]}
         ids.append(make(FACTS, model=model, out=tmp_path / f"{number}.patch", **kept).patch_id)  # type: ignore[arg-type]
     assert ids[0] == ids[1] == ids[2]
+
+
+def test_the_next_patch_of_a_chain_is_the_same(folder: Path, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "model"
+    shutil.copytree(folder, checkpoint)
+    settings = {"steps": "2", "subject_weight": "0", "lead_ins": "1", "chat": "0"}
+    kept: dict[str, Any] = {"tokens": 200, "settings": settings, "resume": False}
+    make(FACTS, model=str(checkpoint), out=tmp_path / "first.patch", layers=[0, 1], **kept)
+    apply([tmp_path / "first.patch"], checkpoint)
+    later = [Fact(subject="Big Ben", prompt="By {} is", target="Paris")]
+    ids = [
+        make(later, on=checkpoint, out=tmp_path / f"{limit}.patch", layers=[1, 2], max_memory=limit, **kept).patch_id
+        for limit in (None, NOTHING)
+    ]
+    assert ids[0] == ids[1]
 
 
 def test_a_patch_in_memory_holds_and_leaves(folder: Path, tmp_path: Path) -> None:
