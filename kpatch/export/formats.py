@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from kpatch import arguments
 from kpatch.errors import BadInput
 from kpatch.export import gguf, peft
 from kpatch.export.base import BaseAddress, base_address
@@ -31,7 +32,7 @@ def export_patch(
     *,
     to: str = "peft",
     max_rank: int | None = None,
-    base: str | None = None,
+    base: str | Path | None = None,
     force: bool = False,
     report: Reporter = SILENT,
 ) -> Exported:
@@ -48,6 +49,7 @@ def export_patch(
             details=["expected peft or gguf"],
             hint="`kpatch.apply(patch, model_dir, out=NEW_DIR)` writes a whole checkpoint with the patch in it",
         )
+    arguments.whole_number(max_rank, "max_rank")
     if max_rank is not None and max_rank < 1:
         raise BadInput(f"`max_rank={max_rank}` leaves nothing", details=["expected 1 or more"])
     if base is not None and to == "gguf":
@@ -58,6 +60,9 @@ def export_patch(
     if to == "gguf":
         found = adapter(info, max_rank, report)
         return Exported(Path(out), to, gguf.write(found, out, force), found, None)
+    if base is not None:
+        arguments.path(base, "base")
+        base = str(base)
     address = base_address(info, base, report)
     found = adapter(info, max_rank, report)
     return Exported(Path(out), to, peft.write(found, out, address), found, address)

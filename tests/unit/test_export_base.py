@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import kpatch
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.revert import revert
 from kpatch.errors import BadInput, Refused
@@ -19,6 +20,7 @@ from kpatch.models.aliases import SMOLLM2, alias_of
 from kpatch.patch.format import pack, read_patch, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from tests.support import checkpoints
+from tests.support.saved import save_model, save_patch
 
 COMMIT = "ab" * 20
 
@@ -111,3 +113,14 @@ def test_what_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, giv
     monkeypatch.chdir(tmp_path)
     with pytest.raises(BadInput):
         base_address(info, given)
+
+
+def test_a_base_may_be_a_path_and_other_kinds_are_refused(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    patch = save_patch(tmp_path / "a.patch", model)
+    done = kpatch.export_patch(patch, to="peft", out=tmp_path / "a", base=model)
+    assert done.base is not None
+    for given in ({"base": 5}, {"max_rank": "4"}):
+        with pytest.raises(BadInput, match=f"`{next(iter(given))}`"):
+            kpatch.export_patch(patch, to="peft", out=tmp_path / "b", **given)  # type: ignore[arg-type]
+        assert not (tmp_path / "b").exists()
