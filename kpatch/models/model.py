@@ -27,6 +27,7 @@ from kpatch.models.complete import (
     unbuilt,
 )
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
+from kpatch.models.fingerprint import weight_files
 from kpatch.models.module_names import fit_names, require_any_place
 from kpatch.models.offload import main_device, prepare, read
 from kpatch.models.placement import Limits, device_named, dtype_named, limits_checked, spread
@@ -328,7 +329,8 @@ def load_model(
             require_any_place(config, family, resolved.name)
             tokenizer = read_tokenizer(path, resolved.name)
             number = dtype_named(dtype, where)
-            places = spread(config, family, where, number, device, limits, resolved.name, upto)
+            stored = sum(file.stat().st_size for file in weight_files(resolved.path) if file.is_file())
+            places = spread(config, family, where, number, device, limits, resolved.name, upto, stored)
             net, loaded = loader(config).from_pretrained(
                 path,
                 dtype=number,

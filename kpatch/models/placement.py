@@ -26,6 +26,7 @@ from kpatch.models.text_part import find_layers, loader
 from kpatch.text import format_size
 
 _FULL = 0.9  # a device whose weights take more of its free memory than this has no room to work
+_LARGEST = 4  # times the bytes of its files that a network can take: float32, of one byte a number
 _SHARE = 0.75  # of the free memory of a device that weights take where they are spread and no limit is given
 
 Limits = int | Mapping[str, int] | None
@@ -189,15 +190,19 @@ def spread(
     limits: Limits,
     name: str,
     upto: int | None = None,
+    stored: int | None = None,
 ) -> Spread | None:
     """Where the parts of a network go, where it is to be spread; None where `device` holds it all.
 
     It is spread where `limits` say how much memory weights may take, or where it is larger than the device's free
-    memory. Raises BadInput where that needs accelerate and it is not installed.
+    memory. `stored` is the size of its files: where even that many bytes in float32 fit, nothing is counted.
+    Raises BadInput where spreading needs accelerate and it is not installed.
     """
-    sizes = sizes_of(meta_network(config, dtype), family)
     free = free_memory(device)
-    if limits is None and (free is None or sizes.total <= _FULL * free):
+    if limits is None and (free is None or (stored is not None and stored * _LARGEST <= _FULL * free)):
+        return None
+    sizes = sizes_of(meta_network(config, dtype), family)
+    if limits is None and sizes.total <= _FULL * (free or 0):
         return None
     if find_spec("accelerate") is None:
         why = "`max_memory` was given" if limits is not None else f"{device} has {format_size(free or 0)} free"
