@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -23,7 +23,6 @@ from kpatch.cli.options import option_names, with_options
 from kpatch.cli.output import Output, clean, output, plain
 from kpatch.errors import BadInput, CheckFailed, Damaged, KpatchError, Refused
 from kpatch.text import counted, format_size
-from tests.support.checkpoints import make_patch
 from tests.support.cli import ROOT, Ran, python, run, spawn
 
 ERRORS: list[tuple[BaseException, int, str]] = [
@@ -260,57 +259,6 @@ run()
         out, err = child.communicate(timeout=30)
     assert (child.returncode, out) == (130, "")
     assert err.startswith("error: Interrupted")
-
-
-HEAVY = ("torch", "transformers", "numpy", "huggingface_hub")
-# Readers of fact files: a third of the time in which the command line starts, where no command needs them
-READERS = ("yaml", "kpatch.facts.check")
-
-
-@pytest.mark.parametrize("command", ["--help", "show", "verify", "status", "lint", "models", "recover"])
-def test_light_commands_import_nothing_heavy(command: str, patch: Path, checkpoint: Path, facts: Path) -> None:
-    given = {
-        "show": [patch],
-        "verify": [patch, checkpoint],
-        "status": [checkpoint],
-        "lint": [facts],
-        "recover": [checkpoint],
-    }
-    assert heavy_modules(command, *given.get(command, [])) == []
-
-
-@pytest.mark.parametrize("command", ["--help", "show", "log"])
-def test_the_command_line_starts_without_what_reads_fact_files(command: str, patch: Path, checkpoint: Path) -> None:
-    given = {"show": [patch], "log": [checkpoint]}.get(command, [])
-    assert heavy_modules(command, *given, among=READERS) == []
-
-
-def heavy_modules(*arguments: str | Path, among: Sequence[str] = HEAVY) -> list[str]:
-    """What a command that ends well has imported of what is slow to import."""
-    loaded = python(
-        "import sys\nfrom kpatch.cli.app import main\n"
-        f"code = main({[str(argument) for argument in arguments]!r})\n"
-        f"print(code, *[name for name in {among!r} if name in sys.modules])"
-    )
-    code, *names = loaded.splitlines()[-1].split()
-    assert code == "0", loaded
-    return names
-
-
-@pytest.mark.parametrize("command", ["status", "log", "revert", "verify"])
-def test_a_patched_checkpoint_needs_nothing_heavy_where_no_sum_is_taken(
-    command: str, patch: Path, checkpoint: Path
-) -> None:
-    run("apply", patch, checkpoint)
-    given = [patch, checkpoint] if command == "verify" else [checkpoint]
-    assert heavy_modules(command, *given) == []
-
-
-def test_taking_one_of_several_patches_off_takes_a_sum(patch: Path, checkpoint: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.patch"
-    make_patch(other, checkpoint, seed=2, facts=[{"subject": "Kyoto", "prompt": "{} is in", "target": "Peru"}])
-    run("apply", patch, other, checkpoint)
-    assert "torch" in heavy_modules("revert", other, checkpoint)
 
 
 # The sink
