@@ -74,11 +74,10 @@ def read(text: str, name: str, problems: Problems, wanted: Collection[Target] = 
     try:
         try:
             return _Builder(text, problems, frozenset(wanted)).document()
-        except yaml.MarkedYAMLError as error:
-            # JSON is YAML but for this; places behind such a sign in its line are told two columns too far left
+        except yaml.MarkedYAMLError as error:  # JSON is YAML but for this
             if "character escape code" not in str(error.problem) or not _SURROGATES.search(text):
                 raise
-        return _Builder(_SURROGATES.sub(_one_escape, text), problems, frozenset(wanted)).document()
+        return _Builder(text, problems, frozenset(wanted), escapes=True).document()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         spot = Spot(mark.line + 1, mark.column + 1) if mark else Spot(1, 1)
@@ -94,7 +93,14 @@ def locate(text: str, name: str, wanted: Sequence[Target]) -> list[Spot]:
 
 
 class _Builder:
-    def __init__(self, text: str, problems: Problems, wanted: frozenset[Target]) -> None:
+    def __init__(self, text: str, problems: Problems, wanted: frozenset[Target], escapes: bool = False) -> None:
+        self.shortened: dict[int, list[int]] = {}  # columns behind JSON's escapes, by line: they lost two characters
+        if escapes:
+            for number, line in enumerate(text.split("\n")):
+                ends = [found.end() - 2 * count for count, found in enumerate(_SURROGATES.finditer(line), 1)]
+                if ends:
+                    self.shortened[number] = ends
+            text = _SURROGATES.sub(_one_escape, text)
         self.next_event = _LOADER(text).get_event
         self.problems = problems
         self.wanted = wanted
@@ -102,6 +108,11 @@ class _Builder:
         self.anchors: dict[str, _Anchor] = {}
         self.anchored: dict[int, _Anchor] = {}  # by the identity of their values, which `anchors` may have let go
         self.room = _WRITTEN_OUT + _TIMES * len(text)
+
+    def spot(self, event: Any) -> Spot:
+        """Where an event starts in the text as it was given."""
+        line, column = event.start_mark.line, event.start_mark.column
+        return Spot(line + 1, column + 1 + 2 * sum(end <= column for end in self.shortened.get(line, ())))
 
     def document(self) -> Tree:
         self.next_event()  # the stream's start
@@ -112,7 +123,7 @@ class _Builder:
         event = self.next_event()
         if not isinstance(event, yaml.StreamEndEvent):
             self.problems.add_at(
-                _spot(event), f"a second document starts here; a {self.problems.kind.name} is one document"
+                self.spot(event), f"a second document starts here; a {self.problems.kind.name} is one document"
             )
         return Tree(data, self.spots)
 
@@ -121,7 +132,7 @@ class _Builder:
         if len(path) <= 2 or self.wanted:
             target = Target(path)
             if len(path) <= 2 or target in self.wanted:
-                self.spots.setdefault(target, _spot(event))
+                self.spots.setdefault(target, self.spot(event))
         if kind is yaml.AliasEvent:
             return self.alias(event, path)
         if event.anchor is None:
@@ -140,12 +151,12 @@ class _Builder:
         if kind is yaml.ScalarEvent:
             if event.tag not in _TEXT_TAGS:
                 self.problems.add_at(
-                    _spot(event), f"tags such as {event.tag!r} have no meaning in a {self.problems.kind.name}"
+                    self.spot(event), f"tags such as {event.tag!r} have no meaning in a {self.problems.kind.name}"
                 )
             return _value(event)
         if event.tag is not None:
             self.problems.add_at(
-                _spot(event), f"tags such as {event.tag!r} have no meaning in a {self.problems.kind.name}"
+                self.spot(event), f"tags such as {event.tag!r} have no meaning in a {self.problems.kind.name}"
             )
         if len(path) >= _DEEPEST:
             raise _LimitError(
@@ -162,7 +173,7 @@ class _Builder:
         if anchor is None or anchor.height < 0:
             why = "names nothing above it" if anchor is None else "stands inside what it names"
             self.problems.add_at(
-                _spot(event), f"the alias '*{event.anchor}' {why}; put the text in quotes if it is one"
+                self.spot(event), f"the alias '*{event.anchor}' {why}; put the text in quotes if it is one"
             )
             return f"*{event.anchor}"
         self.room -= anchor.weight
@@ -206,15 +217,15 @@ class _Builder:
         while type(event := self.next_event()) is not yaml.MappingEndEvent:
             key = event.value if _is_plain(event) else self.node(event, (*path, "?"))
             if key == _MERGE and _is_plain(event) and not event.style:
-                merged.append((_spot(event), self.node(self.next_event(), (*path, _MERGE))))
+                merged.append((self.spot(event), self.node(self.next_event(), (*path, _MERGE))))
                 continue
             if not isinstance(key, str):
-                self.problems.add_at(_spot(event), "a key must be text, found a list or a mapping")
+                self.problems.add_at(self.spot(event), "a key must be text, found a list or a mapping")
                 key = "?"
             elif key in result:
-                self.problems.add_at(_spot(event), f"the key {key!r} stands here a second time")
+                self.problems.add_at(self.spot(event), f"the key {key!r} stands here a second time")
             if self.wanted and (target := Target((*path, key), key=True)) in self.wanted:
-                self.spots.setdefault(target, _spot(event))
+                self.spots.setdefault(target, self.spot(event))
             event = self.next_event()
             value = _value(event) if quick and _is_plain(event) else self.node(event, (*path, key))
             result.setdefault(key, value)
@@ -248,10 +259,6 @@ def _value(event: Any) -> str:
     """A scalar's text. A folded block (>) ends in a line end that is there for the syntax alone."""
     text: str = event.value
     return text.rstrip("\n") if event.style == ">" else text
-
-
-def _spot(event: Any) -> Spot:
-    return Spot(event.start_mark.line + 1, event.start_mark.column + 1)
 
 
 def _refuse_characters(text: str, name: str, kind: Kind) -> None:

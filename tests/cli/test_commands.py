@@ -246,7 +246,7 @@ def test_recover_with_nothing_to_do(checkpoint: Path) -> None:
 def test_lint(facts: Path) -> None:
     done = run("lint", facts)
     assert done.code == 0
-    assert "1 facts" in done.out
+    assert "1 fact," in done.out
     assert run("lint", facts, "--json").json["facts"] == 1
 
 

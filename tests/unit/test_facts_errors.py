@@ -127,7 +127,7 @@ def test_json_lines_errors_have_columns(tmp_path: Path) -> None:
         "f.jsonl:1:95: unknown key 'tagret'; did you mean 'target'?",
         "f.jsonl:3:18: the key 'subject' stands here a second time",
         "f.jsonl:4:2: this is not valid JSON (Expecting property name enclosed in double quotes); one object a line",
-        "f.jsonl:5:3: the target is empty",
+        "f.jsonl:5:60: the target is empty",
         "f.jsonl:6:1: expected a fact (a mapping, or the short form in quotes), found a list",
         "f.jsonl:7:1: the short form needs exactly one subject in [brackets]; found none",
         "f.jsonl:8:1: the text holds the control character U+D800",
