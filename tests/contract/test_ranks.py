@@ -189,6 +189,7 @@ def test_each_process_of_a_machine_takes_its_own_device(world: World, monkeypatc
 
     monkeypatch.setattr(torch, "zeros", fake)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**12, 10**12))
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", too_much)
     for name, value in {"RANK": 5, "LOCAL_RANK": 1, "WORLD_SIZE": 8, "MASTER_ADDR": "there", "MASTER_PORT": 1}.items():
         monkeypatch.setenv(name, str(value))
