@@ -15,7 +15,7 @@ from kpatch.checkpoint.base_weights import StoredWeights, Weights
 from kpatch.checkpoint.checks import require_space
 from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
 from kpatch.checkpoint.patched_copy import COPY_DTYPES, place_for, write_copy
-from kpatch.checkpoint.plan import Plan, plan_apply, warn_of_interference
+from kpatch.checkpoint.plan import Plan, plan_apply, warn_of_interference, warn_of_size
 from kpatch.checkpoint.records import Applied, Journal, Staged
 from kpatch.checkpoint.recover import settle
 from kpatch.checkpoint.shards import has_adapter, only_pickled, open_checkpoint, other_weights, real_directory
@@ -141,6 +141,7 @@ def apply(
         )
     if check:
         warn_of_interference(plan, report)
+        warn_of_size(plan, report)
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     if out is not None:
         stored = COPY_DTYPES[dtype] if dtype is not None else None
@@ -196,6 +197,7 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
             plan = keep_copies(plan, store, plan.new_patches, report)
             if plan.new_patches:
                 warn_of_interference(plan, report)
+                warn_of_size(plan, report)
             targets = {file: store.staged(file) for file in plan.files}
             outcomes = stage_files(plan, store, targets, report)
             applied = after(plan, outcomes)

@@ -217,6 +217,19 @@ def warn_of_interference(plan: Plan, report: Reporter) -> None:
         )
 
 
+def warn_of_size(plan: Plan, report: Reporter) -> None:
+    """Warn where all that is applied then is as large as changes that break a model."""
+    from kpatch.patch.size import FEWER, RESOLVE, parts_by_weight, size_of_sum, the_sum, warning
+
+    infos = [plan.patches[patch.id] for patch in plan.stack]
+    stored = {name: plan.checkpoint.find(name) or name for info in infos for name in info.manifest.deltas}
+    found = size_of_sum(parts_by_weight(infos, names=stored), plan.replaced)
+    alone = len(infos) == 1
+    large = warning(plan.stack[0].name if alone else the_sum(infos), found, FEWER if alone else RESOLVE)
+    if large:
+        report.warn(large)
+
+
 def _weights(
     checkpoint: Checkpoint,
     applied: Applied,

@@ -32,6 +32,7 @@ from kpatch.patch.format import pack, write_patch
 from kpatch.patch.header import PatchInfo, read_header
 from kpatch.patch.interference import Interference, interference, solved_together, stored_keys
 from kpatch.patch.joint import Joint
+from kpatch.patch.size import RESOLVE, parts_by_weight, size_of_sum, the_sum, warning
 from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.patch.summands import Part, asked, solvable, summands
 from kpatch.reporter import SILENT, Reporter
@@ -118,6 +119,7 @@ def stack(
     apart = _apart(infos)
     together = _together(infos, base.weights, apart)
     _warn(infos, factors, union, together, report)
+    _warn_of_size(infos, factors, apart, report)
     deltas: dict[str, Delta] = {}
     by_row: set[str] = set()
     weights: list[dict[str, Any]] = []
@@ -284,6 +286,16 @@ def _warn(
             f"{printable(first.text, 80)!r} is edited by {names}{others}: listed once, but its edit lands "
             f"{_lands(first, infos, scales):g} times; `resolve` and `scales` avoid that"
         )
+
+
+def _warn_of_size(
+    infos: Sequence[PatchInfo], scales: Sequence[float], apart: Collection[int], report: Reporter
+) -> None:
+    """Warn where the sum is as large as changes that break a model."""
+    alone = [infos[number].id for number in apart]
+    large = warning(the_sum(infos), size_of_sum(parts_by_weight(infos, scales), apart=alone), RESOLVE)
+    if large:
+        report.warn(large)
 
 
 def _lands(fact: Repeated, infos: Sequence[PatchInfo], scales: Sequence[float]) -> float:

@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> Path:
 def patch(tmp_path: Path, checkpoint: Path) -> Path:
     """A patch that fits the checkpoint, with an effect as `make` measures it."""
     path = tmp_path / "news.patch"
-    checkpoints.make_patch(path, checkpoint)
+    checkpoints.make_patch(path, checkpoint, scale=0.01)
     made = read_patch(path)
     write_patch(path, replace(made.manifest, effect=EFFECT), pack(made.deltas, made.values, made.keys), force=True)
     return path

@@ -18,7 +18,7 @@ def newer(tmp_path: Path, checkpoint: Path) -> Path:
         {"subject": "Subject 1", "prompt": "{} is in", "target": "Oslo", "id": "fact-1"},
         {"subject": "Subject 2", "prompt": "{} is in", "target": "\x1b[2JLima", "id": "fact-2"},
     ]
-    checkpoints.make_patch(path, checkpoint, seed=2, facts=facts)
+    checkpoints.make_patch(path, checkpoint, seed=2, scale=0.01, facts=facts)
     return path
 
 

@@ -203,9 +203,9 @@ def test_patches_without_rows_make_a_stack_without(model: Path, tmp_path: Path) 
 
 def test_a_fact_in_both_is_listed_once_and_said_to_land_twice(model: Path, tmp_path: Path) -> None:
     a, b, child = (tmp_path / f"{name}.patch" for name in ("a", "b", "child"))
-    identity = make_patch(a, model, seed=1, facts=[fact("Oslo", "Peru"), fact("Bonn", "Chile")])
-    make_patch(b, model, seed=2, facts=[fact("Oslo", "Peru")])
-    make_patch(child, model, seed=3, facts=[fact("Oslo", "Peru")], parents=[identity])
+    identity = make_patch(a, model, seed=1, scale=0.01, facts=[fact("Oslo", "Peru"), fact("Bonn", "Chile")])
+    make_patch(b, model, seed=2, scale=0.01, facts=[fact("Oslo", "Peru")])
+    make_patch(child, model, seed=3, scale=0.01, facts=[fact("Oslo", "Peru")], parents=[identity])
     heard = Recorder()
     result = stack([a, b], tmp_path / "ab.patch", report=heard)
     assert len(result.union.facts) == 2

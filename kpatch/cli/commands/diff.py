@@ -154,6 +154,7 @@ def _patches(output: Output, a: Path, b: Path) -> None:
         )
     output.line()
     _weights(output, found)
+    _sizes(output, found)
     if found.base is None:
         output.line()
         print_interference(output, found.patches, found.interference)
@@ -186,6 +187,19 @@ def _weights(output: Output, found: PatchDiff) -> None:
     ]
     headers = ("Weight", "Norm of A's Δ", "of B's", "Rank", "", "Angle", "‖B − A‖")
     output.table(headers, rows, right=(1, 2, 3, 4, 5, 6))
+
+
+def _sizes(output: Output, found: PatchDiff) -> None:
+    """Warn of a patch that is as large as changes that break a model, else of both together where they can be."""
+    from kpatch.patch.size import FEWER, RESOLVE, parts_by_weight, size_of, size_of_sum, the_sum, warning
+
+    large = [text for info in found.patches if (text := warning(info.name, size_of(info), FEWER))]
+    # Two versions of one patch share facts, and nobody applies both
+    if not large and found.base is None and not found.facts.same and not found.facts.changed:
+        both = warning(the_sum(found.patches), size_of_sum(parts_by_weight(found.patches)), RESOLVE)
+        large = [both] if both else []
+    for text in large:
+        output.warn(text)
 
 
 def _number(value: float | None) -> str:

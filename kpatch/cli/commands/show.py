@@ -30,6 +30,7 @@ def command(
 ) -> None:
     """Show a patch: facts, base, layers, sizes, measured effect."""
     from kpatch.patch.header import read_header
+    from kpatch.patch.size import FEWER, size_of, warning
 
     output = begin(json, quiet, verbose)
     info = read_header(patch)
@@ -38,6 +39,9 @@ def command(
     _summary(output, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {format_size(info.bytes)}")
     _facts(output, manifest, None if verbose else _FACTS_SHOWN)
     _weights(output, info.weights())
+    large = warning(info.name, size_of(info), FEWER)
+    if large:
+        output.warn(large)
     if memories is not None:
         from kpatch.cli.patch_writes import show_writes
 

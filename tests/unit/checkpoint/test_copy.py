@@ -242,7 +242,8 @@ def test_a_pytorch_file_of_the_old_format_is_read_too(model: Path, tmp_path: Pat
 
 
 def test_weight_files_that_stay_behind_are_warned_of(model: Path, tmp_path: Path) -> None:
-    a, _, _ = three(model)
+    a = tmp_path / "a.patch"
+    make_patch(a, model, scale=0.01)  # too small to be warned of
     for name in ("pytorch_model.bin", "consolidated.safetensors", "tf_model.h5"):
         (model / name).write_bytes(b"x")
     recorder = Recorder()

@@ -152,7 +152,7 @@ def test_more_than_a_twentieth_lost_is_warned_of_with_the_way_out(tmp_path: Path
     revert(model)
     report = apply([tmp_path / "large.patch"], model, report=recorder)
     assert max(weight.delta_error or 1 for weight in report.weights) < 0.05
-    assert len(recorder.warnings) == 1
+    assert sum("Rounding" in text for text in recorder.warnings) == 1
     copy = apply([tmp_path / "small.patch"], model, out=tmp_path / "copy", dtype="float32", report=recorder)
     assert max(weight.key_error or 0 for weight in copy.weights) < 1e-3
     assert [words for words in recorder.warnings if "Rounding" in words] == recorder.warnings[:1]

@@ -1,0 +1,113 @@
+"""How large a change is beside the weights it changes, and from what size on a model begins to break.
+
+The share of one weight is ‖Σ Δ‖ / ‖W‖ (Frobenius), with W as it was before any patch; the size of a patch or of a sum
+is the root of the sum of the squares of the shares. Both norms are known from patch files. No torch is imported
+unless deltas are read: `kpatch show` stands on this module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from kpatch.patch.header import PatchInfo
+from kpatch.patch.manifest import Manifest
+
+if TYPE_CHECKING:
+    from kpatch.patch.delta import Delta
+    from kpatch.patch.summands import Part, ReplacedFacts
+
+# Measured by benchmarks/breaking.py with a patch of edits, scaled up; docs/results.md has the table.
+MEASURED_ON = "SmolLM2-135M-Instruct"
+RISES_5 = 0.8
+RISES_50 = 1.3
+
+# The next steps that a warning names: for one patch, and for several
+FEWER = "make it of fewer facts, or ask the patched model before you rely on it (`kpatch eval`)"
+RESOLVE = "`kpatch stack --resolve` may need less, `kpatch revert` takes one back, and `kpatch eval` measures"
+
+
+def size(shares: Iterable[float]) -> float:
+    """The size of a change: √ Σ share² over its weights."""
+    return math.sqrt(sum(share**2 for share in shares))
+
+
+def share(deltas: Sequence[Delta], norm: float) -> float:
+    """‖Σ Δ‖ / ‖W‖ of one weight whose norm is `norm`; low-rank deltas go through their Gram matrices.
+
+    A weight of zeros counts as 0 where nothing changes it, else as infinite. Raises ValueError as `total`.
+    """
+    from kpatch.patch.delta import total
+
+    changed = total(deltas).norm()
+    return changed / norm if norm else math.inf if changed else 0.0
+
+
+def weight_norm(manifest: Manifest, weight: str) -> float:
+    """‖W‖ of a weight that a patch changes, before it."""
+    sketch, delta = manifest.base.weights[weight].sketch, manifest.deltas[weight]
+    if sketch:
+        return sketch[0]
+    return delta.norm / delta.relative_norm if delta.relative_norm else 0.0
+
+
+def size_of(patch: PatchInfo) -> float:
+    """The size of one patch, from its header. A patch without facts is no edit, and counts as 0."""
+    return size(delta.relative_norm for delta in patch.manifest.deltas.values()) if patch.manifest.facts else 0.0
+
+
+def size_of_sum(
+    weights: Iterable[Sequence[Part]], replaced: ReplacedFacts | None = None, apart: Collection[str] = ()
+) -> float:
+    """The size of what several patches add up to, given the parts that change each weight.
+
+    `apart` are ids of patches that are added as they are, whatever the others. Deltas are read only where the
+    headers' norms leave it open whether the sum is worth a warning: below that, what comes back is the bound
+    √ Σ (Σ share)². Patches without facts are left out. Raises Damaged for a patch that is not sound.
+    """
+    found = [edits for parts in weights if (edits := [part for part in parts if part.manifest.facts])]
+    bound = size(sum(_stored_share(part) for part in parts) for parts in found)
+    if bound <= RISES_5 or all(len(parts) == 1 for parts in found):
+        return bound
+    from kpatch.patch.summands import summands
+
+    shares = []
+    for parts in found:
+        together = summands([part for part in parts if part.patch.id not in apart], replaced)
+        alone = [part.delta() for part in parts if part.patch.id in apart]
+        shares.append(share([*together, *alone], weight_norm(parts[0].manifest, parts[0].weight)))
+    return size(shares)
+
+
+def _stored_share(part: Part) -> float:
+    return abs(part.scale) * part.manifest.deltas[part.weight].relative_norm
+
+
+def parts_by_weight(
+    patches: Sequence[PatchInfo], scales: Sequence[float] = (), names: Mapping[str, str] | None = None
+) -> list[list[Part]]:
+    """The parts of several patches, weight by weight; `names` gives each name's weight where it is another."""
+    from kpatch.patch.summands import Part
+
+    found: dict[str, list[Part]] = {}
+    for number, info in enumerate(patches):
+        for name in info.manifest.deltas:
+            weight = name if names is None else names.get(name, name)
+            found.setdefault(weight, []).append(Part(info, name, scales[number] if scales else 1.0))
+    return [found[name] for name in sorted(found)]
+
+
+def the_sum(patches: Collection[object]) -> str:
+    """What the sum of patches is called in a warning."""
+    return f"the sum of {len(patches)} patches"
+
+
+def warning(what: str, found: float, hint: str) -> str | None:
+    """One sentence for a change of a size at which the measured model had begun to break, None for a smaller one."""
+    if found <= RISES_5:
+        return None
+    return (
+        f"{what} changes weights by {found:.0%} of their norm, all layers together; on {MEASURED_ON} perplexity had"
+        f" risen by 5 % at {RISES_5:.0%} and by 50 % at {RISES_50:.0%}; {hint}"
+    )
