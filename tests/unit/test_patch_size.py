@@ -12,13 +12,23 @@ from kpatch.checkpoint.apply import apply
 from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.patch.format import read_patch
 from kpatch.patch.header import read_header
-from kpatch.patch.size import RISES_5, RISES_50, parts_by_weight, share, size, size_of, size_of_sum, warning
+from kpatch.patch.size import (
+    RISEN_5,
+    RISEN_50,
+    WARN_ABOVE,
+    parts_by_weight,
+    share,
+    size,
+    size_of,
+    size_of_sum,
+    warning,
+)
 from kpatch.patch.stack import stack
 from kpatch.patch.summands import Part, summands
 from tests.support.checkpoints import CONV1D, WEIGHTS, make_checkpoint, make_patch, random, weights
 from tests.support.reports import Recorder
 
-SAID = "perplexity had risen"
+SAID = "of perplexity at"
 
 
 @pytest.fixture
@@ -88,20 +98,20 @@ def test_a_sum_is_warned_of_where_no_patch_is_large(tmp_path: Path, model: Path)
             path, model, scale=0.1, seed=1, facts=[{"subject": f"S{number}", "prompt": "{} is in", "target": "X"}]
         )
     alone = size_of(read_header(paths[0]))
-    factor = 0.9 * RISES_5 / alone
+    factor = 0.9 * WARN_ABOVE / alone
     for count, warned in ((1, False), (3, True)):
         report = Recorder()
         stack(paths[:count], scales=[factor] * count, report=report)
         said = [text for text in report.warnings if SAID in text]
         assert len(said) == warned
-        assert all(f"the sum of 3 patches changes weights by {2.7 * RISES_5:.0%}" in text for text in said)
+        assert all(f"the sum of 3 patches changes weights by {2.7 * WARN_ABOVE:.0%}" in text for text in said)
 
 
 def test_what_a_warning_says() -> None:
-    assert warning("x", RISES_5, "stop") is None
-    said = warning("x", 2 * RISES_5, "stop")
+    assert warning("x", WARN_ABOVE, "stop") is None
+    said = warning("x", 2 * WARN_ABOVE, "stop")
     assert said is not None
-    for words in (f"{2 * RISES_5:.0%}", f"by 5 % at {RISES_5:.0%}", f"by 50 % at {RISES_50:.0%}", "stop"):
+    for words in (f"{2 * WARN_ABOVE:.0%}", f"5 % of perplexity at {RISEN_5:.0%}", f"50 % at {RISEN_50:.0%}", "stop"):
         assert words in said
 
 
