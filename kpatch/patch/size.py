@@ -114,5 +114,5 @@ def warning(what: str, found: float, hint: str) -> str | None:
         return None
     return (
         f"{what} changes weights by {found:.0%} of their norm, all layers together; a patch for {MEASURED_ON} that was"
-        f" scaled up cost 5 % of perplexity at {RISEN_5:.0%} and 50 % at {RISEN_50:.0%}; {hint}"
+        f" scaled up raised perplexity by 5 % at {RISEN_5:.0%} and by 50 % at {RISEN_50:.0%}; {hint}"
     )

@@ -28,7 +28,7 @@ from kpatch.patch.summands import Part, summands
 from tests.support.checkpoints import CONV1D, WEIGHTS, make_checkpoint, make_patch, random, weights
 from tests.support.reports import Recorder
 
-SAID = "of perplexity at"
+SAID = "raised perplexity"
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_what_a_warning_says() -> None:
     assert warning("x", WARN_ABOVE, "stop") is None
     said = warning("x", 2 * WARN_ABOVE, "stop")
     assert said is not None
-    for words in (f"{2 * WARN_ABOVE:.0%}", f"5 % of perplexity at {RISEN_5:.0%}", f"50 % at {RISEN_50:.0%}", "stop"):
+    for words in (f"{2 * WARN_ABOVE:.0%}", f"by 5 % at {RISEN_5:.0%}", f"by 50 % at {RISEN_50:.0%}", "stop"):
         assert words in said
 
 
