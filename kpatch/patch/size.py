@@ -33,7 +33,7 @@ RESOLVE = "`kpatch stack --resolve` may need less, `kpatch revert` takes one bac
 
 def size(shares: Iterable[float]) -> float:
     """The size of a change: √ Σ share² over its weights."""
-    return math.sqrt(sum(share**2 for share in shares))
+    return math.hypot(*shares)  # which no finite share makes overflow
 
 
 def share(deltas: Sequence[Delta], norm: float) -> float:
