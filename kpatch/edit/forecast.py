@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
+from kpatch.edit.make import method_wanted, model_named
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, hyper_for, method_named
 from kpatch.edit.preset_file import read_preset
@@ -25,14 +25,15 @@ from kpatch.errors import BadInput
 from kpatch.evaluate.answers import ANSWER_TOKENS
 from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import Item, encode_many
-from kpatch.facts.wordings import with_wordings
+from kpatch.facts.wordings import with_grammar, with_wordings
+from kpatch.memory import bytes_given
 from kpatch.models.address import resolve
 from kpatch.models.model import Model
 from kpatch.models.placement import device_named
 from kpatch.models.skeleton import skeleton
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
-from kpatch.stats.covariance import BATCH_TOKENS
+from kpatch.stats.covariance import BATCH_TOKENS, sums_size
 from kpatch.stats.self_text import group_rows
 from kpatch.stats.subject_keys import told
 from kpatch.stats.text import Text, open_text
@@ -61,26 +62,6 @@ class Forecast:
         return {**vars(self), "layers": list(self.layers)}
 
 
-@dataclass(frozen=True)
-class _Shape:
-    """Sizes that every count needs: multiply-adds of a layer and of the head for one token."""
-
-    model: Model
-
-    @property
-    def layer(self) -> int:
-        sizes = [_matrices(self.model.layer(index)) for index in range(self.model.n_layers)]
-        return sum(sizes) // len(sizes)
-
-    @property
-    def head(self) -> int:
-        return int(self.model.config.vocab_size) * self.model.width
-
-
-def _matrices(module: nn.Module) -> int:
-    return sum(one.numel() for one in module.parameters() if one.ndim >= 2)
-
-
 def forecast(
     facts: FactFile | Sequence[Fact],
     *,
@@ -104,19 +85,20 @@ def forecast(
     Raises BadInput as `make` does before it loads a model, and for a method whose rows only the model can tell.
     """
     file = None if preset is None else read_preset(preset)
-    named = model or (facts.model if isinstance(facts, FactFile) else None)
-    if named is None:
-        raise BadInput("No model was named", hint="name it with `model`, or write `model: smollm2` in the fact file")
-    way = method_named(method or (file.method if file else "memit"))
+    named = model_named(facts, model)
+    way = method_named(method_wanted(method, file))
     if not isinstance(way, Memit) or type(way).contexts is not Memit.contexts:
         raise BadInput(
             f"What {way.name} will take cannot be said ahead",
             details=["`plan` knows `method` memit"],
             hint="leave it out",
         )
-    resolved = resolve(str(named), report)
-    empty = skeleton(resolved, device=device, dtype=dtype, modules=modules)
-    chosen = with_wordings(facts_in(facts), wordings or (file.wordings if file else None) or "auto", report)
+    budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
+    wording = wordings or (file.wordings if file else None) or "auto"
+    chosen = with_wordings(facts_in(facts), wording, report)
+    if wording == "auto":  # what the model itself would be asked for is not known
+        chosen = with_grammar(chosen, report)
+    empty = skeleton(resolve(str(named), report), device=device, dtype=dtype, modules=modules)
     hyper = hyper_for(way, empty, layers, settings or {}, report, file)
     inputs = Inputs(corpus=corpus, tokens=tokens, seed=seed, report=report)
     contexts = way.contexts(empty, hyper, inputs)
@@ -126,25 +108,19 @@ def forecast(
     text = open_text(empty, corpus, wanted, seed=seed, report=report)
     missing = [layer for layer in edited if not text.cache.has_layer(layer, wanted)]
     rates = _rates(empty, device_named(device), group_rows(empty, text.row))
-    budget = memory or DEFAULT_BUDGET
+    cached = [layer for layer in edited if layer not in missing]
     return Forecast(
         model=empty.name,
         method=way.name,
         layers=edited,
         facts=len(chosen),
         rows=sum(len(group.rows) for group in groups),
-        covariance={"tokens": wanted, "corpus": text.name, "cached": sorted(set(edited) - set(missing)),
-                    "missing": missing},
+        covariance={"tokens": wanted, "corpus": text.name, "cached": cached, "missing": missing},
         memory=_memory(empty, edited, missing, budget),
         disk=_disk(empty, groups, edited, missing),
-        seconds=_seconds(_Shape(empty), text, chosen, groups, hyper, edited, missing, rates),
+        seconds=_seconds(empty, text, chosen, groups, hyper, edited, missing, rates),
         rates=rates,
-    )  # fmt: skip
-
-
-def _triangle(model: Model, layer: int) -> int:
-    f = model.key_width(layer)
-    return f * (f + 1) // 2 * 8
+    )
 
 
 def _memory(model: Model, edited: Sequence[int], missing: Sequence[int], budget: int) -> dict[str, int]:
@@ -152,7 +128,7 @@ def _memory(model: Model, edited: Sequence[int], missing: Sequence[int], budget:
     weights = sum(one.numel() * one.dtype.itemsize for one in seen.values())
     copies = 2 * sum(model.weight(layer).numel() * model.dtype.itemsize for layer in edited)
     widest = max(map(model.key_width, edited))
-    moments = (len(edited) + len(missing)) * _triangle(model, edited[0]) + 3 * widest * widest * 8
+    moments = (len(edited) + len(missing)) * sums_size(model.key_width(edited[0])) + 3 * widest * widest * 8
     parts = {"weights": weights, "edited_weights": copies, "covariance": moments, "activations": budget, "base": _BASE}
     return {**parts, "total": sum(parts.values())}
 
@@ -164,12 +140,12 @@ def _disk(model: Model, groups: Sequence[Group], edited: Sequence[int], missing:
     for layer in edited:
         f, d = model.key_width(layer), model.width
         patch += 4 * (min(n * (f + d), f * d) + n * (f + d))
-    cache = 2 * sum(_triangle(model, layer) for layer in missing)
+    cache = 2 * sum(sums_size(model.key_width(layer)) for layer in missing)
     return {"patch": patch, "cache": cache, "total": patch + cache}
 
 
 def _seconds(
-    shape: _Shape,
+    model: Model,
     text: Text,
     facts: Sequence[Fact],
     groups: Sequence[Group],
@@ -178,8 +154,10 @@ def _seconds(
     missing: Sequence[int],
     rates: dict[str, float],
 ) -> dict[str, float]:
-    model = shape.model
-    whole = model.n_layers * shape.layer + shape.head
+    # Multiply-adds for one token: of a layer on average, of the head, of all
+    matrices = (one for index in range(model.n_layers) for one in model.layer(index).parameters() if one.ndim >= 2)
+    a_layer, head = sum(one.numel() for one in matrices) // model.n_layers, int(model.config.vocab_size) * model.width
+    whole = model.n_layers * a_layer + head
     sampling = covariance = 0.0
     if missing:
         size = group_rows(model, text.row) * text.row
@@ -189,17 +167,17 @@ def _seconds(
         spoken = encode_many(model.tokenizer, [Item(template, name) for template, name in told()])
         passed = text.tokens + sum(row.subject_last + 1 for row in spoken)
         sums = sum(model.key_width(layer) ** 2 / 2 for layer in missing)
-        covariance = passed * ((max(missing) + 1) * shape.layer + sums) / rates["many_tokens"]
+        covariance = passed * ((max(missing) + 1) * a_layer + sums) / rates["many_tokens"]
     above = model.n_layers - edited[0]
     step = once = 0.0
     for batch in plan(model, groups, edited[0]):
         for group in (groups[index] for index in batch):
             rows = [*group.rows, group.drift]
-            once += sum(len(row.ids) for row in rows) * model.n_layers * shape.layer
-            step += sum(len(row.ids) - row.subject_last for row in rows) * above * shape.layer
-            step += sum(max(1, len(row.ids) - row.prompt_len) for row in rows) * shape.head
+            once += sum(len(row.ids) for row in rows) * model.n_layers * a_layer
+            step += sum(len(row.ids) - row.subject_last for row in rows) * above * a_layer
+            step += sum(max(1, len(row.ids) - row.prompt_len) for row in rows) * head
     values = (once + 2 * hyper.steps * step) / rates["rows_of_facts"]  # forward, and back to what is written
-    keys = sum(row.subject_last + 1 for group in groups for row in group.rows) * (edited[-1] + 1) * shape.layer
+    keys = sum(row.subject_last + 1 for group in groups for row in group.rows) * (edited[-1] + 1) * a_layer
     solves = sum(model.key_width(layer) ** 3 / 3 for layer in edited)
     update = keys / rates["rows_of_facts"] + solves / rates["float64"]
     asked = [item for fact in facts for item in _questions(fact)]
@@ -212,7 +190,7 @@ def _seconds(
 
 
 def _questions(fact: Fact) -> list[str]:
-    return [fact.text(), *(fact.text() for _ in fact.paraphrases), *(one.prompt for one in fact.neighbors)]
+    return [fact.text(), *fact.paraphrases, *(one.prompt for one in fact.neighbors)]
 
 
 @torch.no_grad()

@@ -120,7 +120,7 @@ def make(
     arguments.path(out, "out")
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
-    chosen_method = method_named(_method(method, file)).with_editor(editor)
+    chosen_method = method_named(method_wanted(method, file)).with_editor(editor)
     edited = _load(facts, model, on, device, dtype, modules, report, max_memory)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
@@ -185,7 +185,7 @@ def write_edit(
     return run() if method.ranks_share else distributed.main_does(run)
 
 
-def _method(name: str | None, file: PresetFile | None) -> str:
+def method_wanted(name: str | None, file: PresetFile | None) -> str:
     """The method's name: the one that is asked for, else the preset file's. Raises BadInput where these differ."""
     if file is not None and name is not None and name != file.method:
         raise BadInput(
@@ -194,6 +194,16 @@ def _method(name: str | None, file: PresetFile | None) -> str:
             hint="leave one of them out",
         )
     return name or (file.method if file else "memit")
+
+
+def model_named(facts: FactFile | Sequence[Fact], model: str | Path | None) -> str | Path:
+    """The address of the model: the one that is given, else the fact file's. Raises BadInput where there is none."""
+    named = model or (facts.model if isinstance(facts, FactFile) else None)
+    if named is None:
+        raise BadInput(
+            "No model was named", hint="name it with `model`, or write `model: smollm2` at the head of the fact file"
+        )
+    return named
 
 
 def _listed(layers: object) -> list[object]:
@@ -218,13 +228,7 @@ def _load(
             hint="leave `model` out",
         )
     if not isinstance(model, Model):
-        named = facts.model if isinstance(facts, FactFile) else None
-        address: str | Path | None = on if on is not None else model or named
-        if address is None:
-            raise BadInput(
-                "No model was named",
-                hint="name it with `model`, or write `model: smollm2` at the head of the fact file",
-            )
+        address = on if on is not None else model_named(facts, model)
         model = open_model(address, device=device, dtype=dtype, modules=modules, max_memory=max_memory, report=report)
     if model.path is None:
         raise BadInput(

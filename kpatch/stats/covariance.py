@@ -178,7 +178,7 @@ class _Pass:
     def _begin(self, layers: Sequence[int]) -> list[LayerSums]:
         """The sums of `layers` as far as the cache has them."""
         widths = {layer: self.model.key_width(layer) for layer in layers}
-        size = sum(map(_size, widths.values()))
+        size = sum(map(sums_size, widths.values()))
         if size > _LARGE:
             self.report.note(
                 f"The covariance of {len(layers)} layers takes {format_size(size)} of memory and of the cache"
@@ -246,7 +246,7 @@ def _require_finite(one: LayerSums, model: Model) -> None:
         check(one.sums, f"layer {one.layer} of {model.name}")
 
 
-def _size(width: int) -> int:
+def sums_size(width: int) -> int:
     """Bytes of the sums of a layer that is `width` wide: float64, the upper triangle."""
     return width * (width + 1) // 2 * 8
 
@@ -256,7 +256,7 @@ def _layers_at_once(model: Model, layers: Sequence[int], streamed: bool) -> int:
 
     All, where they are not `streamed` to the cache but have to be in memory at the end anyway.
     """
-    largest = max(_size(model.key_width(layer)) for layer in layers)
+    largest = max(sums_size(model.key_width(layer)) for layer in layers)
     free = free_memory()
     return len(layers) if free is None or not streamed else max(2, free // 2 // largest)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -103,7 +103,7 @@ def command(
     say = begin(json, quiet, verbose)
     path = check_new_file(out or facts.with_suffix(".patch").name, force=force or plan, what="a patch")
     chosen, settings = parse.layers(layers), parse.settings(set_ or [])
-    budget, names = parse.memory(memory), parse.modules(modules)
+    budget, names, limits = parse.memory(memory), parse.modules(modules), parse.max_memory(max_memory)
     if min_retention is not None and on is None:
         raise BadInput("`min_retention` needs a checkpoint that carries patches", hint="name it: --on MODEL_DIR")
     least = {"efficacy": min_efficacy, "generalization": min_generalization, "specificity": min_specificity}
@@ -114,59 +114,23 @@ def command(
     for warning in file.warnings:
         say.warn(warning)
 
+    given: dict[str, Any] = {
+        **{"model": model, "method": method, "preset": preset, "layers": chosen, "wordings": wordings},
+        **{"corpus": corpus, "tokens": tokens, "settings": settings, "seed": seed, "device": device, "dtype": dtype},
+        **{"memory": budget, "modules": names, "report": say},
+    }
     if plan:
         if on is not None or layers_from is not None or editor is not None:
             raise BadInput("`plan` takes no `on`, `layers_from` or `editor`", hint="leave them out")
         from kpatch.edit.forecast import forecast
 
-        print_forecast(
-            say,
-            forecast(
-                file,
-                model=model,
-                method=method,
-                preset=preset,
-                layers=chosen,
-                wordings=wordings,
-                corpus=corpus,
-                tokens=tokens,
-                settings=settings,
-                seed=seed,
-                device=device,
-                dtype=dtype,
-                memory=budget,
-                modules=names,
-                report=say,
-            ),
-        )
+        print_forecast(say, forecast(file, **given))
         return
 
     from kpatch.edit.make import make
 
-    result = make(
-        file,
-        model=model,
-        out=path,
-        method=method,
-        preset=preset,
-        editor=editor,
-        layers=chosen,
-        layers_from=layers_from,
-        wordings=wordings,
-        settings=settings,
-        corpus=corpus,
-        tokens=tokens,
-        on=on,
-        resume=resume,
-        seed=seed,
-        device=device,
-        dtype=dtype,
-        max_memory=parse.max_memory(max_memory),
-        force=force,
-        memory=budget,
-        modules=names,
-        report=say,
-    )
+    more: dict[str, Any] = {"editor": editor, "layers_from": layers_from, "on": on, "max_memory": limits}
+    result = make(file, out=path, resume=resume, force=force, **given, **more)
     if not distributed.is_main():
         return
     print_made(say, result)
