@@ -19,10 +19,15 @@ def bytes_given(given: object, default: int, name: str) -> int:
 
 
 def free_memory() -> int | None:
-    """Bytes of the machine's memory that programs can have without others being pushed out; None where unknown."""
+    """Bytes that programs can still have, by Linux and within the limit of the container; None on other systems."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, ValueError, StopIteration):
         return None
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    try:
+        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+        return free if most == "max" else max(0, min(free, int(most) - used))
+    except (OSError, ValueError):
+        return free

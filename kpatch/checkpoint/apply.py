@@ -15,7 +15,7 @@ from kpatch.checkpoint.base_weights import StoredWeights, Weights
 from kpatch.checkpoint.checks import require_space
 from kpatch.checkpoint.commit import begin, commit, system_errors, undisturbed, undo, unfinished, writing
 from kpatch.checkpoint.patched_copy import COPY_DTYPES, place_for, write_copy
-from kpatch.checkpoint.plan import Plan, plan_apply, warn_of_interference, warn_of_size
+from kpatch.checkpoint.plan import Plan, plan_apply, warn_ahead
 from kpatch.checkpoint.records import Applied, Journal, Staged
 from kpatch.checkpoint.recover import settle
 from kpatch.checkpoint.shards import has_adapter, only_pickled, open_checkpoint, other_weights, real_directory
@@ -140,8 +140,7 @@ def apply(
             " weights; the patch changes the weights alone"
         )
     if check:
-        warn_of_interference(plan, report)
-        warn_of_size(plan, report)
+        warn_ahead(plan, report)
         return report_of(plan, {}, start, checkpoint.given, checked_only=True)
     if out is not None:
         stored = COPY_DTYPES[dtype] if dtype is not None else None
@@ -196,8 +195,7 @@ def carry_out(plan: Plan, store: Store, report: Reporter) -> dict[str, Outcome]:
             require_space(store.stage, plan.bytes_needed, plan.bytes_written, plan.sample)
             plan = keep_copies(plan, store, plan.new_patches, report)
             if plan.new_patches:
-                warn_of_interference(plan, report)
-                warn_of_size(plan, report)
+                warn_ahead(plan, report)
             targets = {file: store.staged(file) for file in plan.files}
             outcomes = stage_files(plan, store, targets, report)
             applied = after(plan, outcomes)

@@ -13,7 +13,7 @@ from kpatch.checkpoint import files, shards
 from kpatch.checkpoint.base_weights import Weights
 from kpatch.checkpoint.checks import require_space
 from kpatch.checkpoint.commit import system_errors
-from kpatch.checkpoint.plan import Plan, warn_of_interference, warn_of_size
+from kpatch.checkpoint.plan import Plan, warn_ahead
 from kpatch.checkpoint.records import Applied, AppliedWeight
 from kpatch.checkpoint.stage import Outcome, keep_copies, stage_files
 from kpatch.checkpoint.status import logged
@@ -45,8 +45,7 @@ def write_copy(
         for inner in (store.bases, store.copies):
             files.mkdir(inner)
         plan = keep_copies(plan, store, plan.stack, report)
-        warn_of_interference(plan, report)
-        warn_of_size(plan, report)
+        warn_ahead(plan, report)
         if whole:
             from kpatch.checkpoint.convert import write_converted
 

@@ -198,7 +198,13 @@ def _forget(patch: AppliedPatch, gone: set[str]) -> AppliedPatch:
     return replace(patch, replaces={one: facts for one, facts in patch.replaces.items() if one not in gone})
 
 
-def warn_of_interference(plan: Plan, report: Reporter) -> None:
+def warn_ahead(plan: Plan, report: Reporter) -> None:
+    """Warn of what the patches of a plan do to one another and to the model."""
+    _warn_of_interference(plan, report)
+    _warn_of_size(plan, report)
+
+
+def _warn_of_interference(plan: Plan, report: Reporter) -> None:
     """Warn where a patch that is put on moves the keys of another one, or the other way round, as `stack` does."""
     if len(plan.stack) < 2:
         return
@@ -217,7 +223,7 @@ def warn_of_interference(plan: Plan, report: Reporter) -> None:
         )
 
 
-def warn_of_size(plan: Plan, report: Reporter) -> None:
+def _warn_of_size(plan: Plan, report: Reporter) -> None:
     """Warn where all that is applied then is as large as changes that break a model."""
     from kpatch.patch.size import FEWER, RESOLVE, parts_by_weight, size_of_sum, the_sum, warning
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,11 +42,3 @@ def protected_keys(
         weights += [one.weight / len(inside)] * len(inside)
     columns = torch.tensor(weights, dtype=torch.float64).sqrt()  # (p,)
     return {layer: keys.double().T * columns for layer, keys in keys_of(model, layers, items).items()}
-
-
-def joined(kept: Mapping[int, Tensor], more: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """Both sets of columns [f, p] by layer, side by side."""
-    both = dict(kept)
-    for layer, columns in more.items():
-        both[layer] = torch.cat([both[layer].double(), columns], dim=1) if layer in both else columns
-    return both

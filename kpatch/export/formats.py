@@ -49,9 +49,7 @@ def export_patch(
             details=["expected peft or gguf"],
             hint="`kpatch.apply(patch, model_dir, out=NEW_DIR)` writes a whole checkpoint with the patch in it",
         )
-    arguments.whole_number(max_rank, "max_rank")
-    if max_rank is not None and max_rank < 1:
-        raise BadInput(f"`max_rank={max_rank}` leaves nothing", details=["expected 1 or more"])
+    arguments.whole_number(max_rank, "max_rank", least=1)
     if base is not None and to == "gguf":
         raise BadInput("`base` is for PEFT; a GGUF adapter names no base", hint="leave `base` out")
     if force and to == "peft":

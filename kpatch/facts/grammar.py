@@ -30,6 +30,7 @@ class _Has:
     noun: str
     subject: str
     rest: str
+    of: bool  # said with "of", not with "'s"
 
 
 def reworded(prompt: str) -> tuple[str, ...]:
@@ -39,9 +40,8 @@ def reworded(prompt: str) -> tuple[str, ...]:
         return ()
     subject, noun, rest = said.subject, said.noun, said.rest
     owner = subject[0].upper() + subject[1:]
-    turned = f"The {noun} of {subject} {rest}" if _HAS.match(prompt.strip()) else f"{owner}'s {noun} {rest}"
     return (
-        turned,
+        f"{owner}'s {noun} {rest}" if said.of else f"The {noun} of {subject} {rest}",
         f"When it comes to {subject}, the {noun} {rest}",
         f"People who know {subject} say that its {noun} {rest}",
     )
@@ -66,4 +66,4 @@ def _has(prompt: str) -> _Has | None:
     noun, subject = found["noun"], found["subject"]
     if _OPENING.match(noun) or " of " in noun:  # the mother of the king of {} is not {}'s
         return None
-    return _Has(noun, subject[0].lower() + subject[1:], found["rest"])
+    return _Has(noun, subject[0].lower() + subject[1:], found["rest"], found.re is _OF)

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from torch import nn
 from kpatch import distributed
 from kpatch.cache import cache_dir
 from kpatch.errors import BadInput
+from kpatch.memory import free_memory
 from kpatch.models.families import Family
 from kpatch.models.text_part import find_layers, loader
 from kpatch.text import format_size
@@ -198,7 +198,7 @@ def spread(
     memory. `stored` is the size of its files: where even that many bytes in float32 fit, nothing is counted.
     Raises BadInput where spreading needs accelerate and it is not installed.
     """
-    free = free_memory(device)
+    free = free_on(device)
     if limits is None and (free is None or (stored is not None and stored * _LARGEST <= _FULL * free)):
         return None
     sizes = sizes_of(meta_network(config, dtype), family)
@@ -222,7 +222,7 @@ def _room(device: torch.device, asked: str, limits: Limits) -> dict[str, int]:
     elif gpus == ["cuda"]:
         gpus = ["cuda:0"]
     names = [*gpus, "cpu"]
-    room = {name: int(_SHARE * (free_memory(torch.device(name)) or 0)) for name in names}
+    room = {name: int(_SHARE * (free_on(torch.device(name)) or 0)) for name in names}
     if isinstance(limits, Mapping):
         unknown = sorted(set(limits) - set(names))
         if unknown:
@@ -235,23 +235,8 @@ def _room(device: torch.device, asked: str, limits: Limits) -> dict[str, int]:
     return room if limits is None else dict.fromkeys(names, limits)
 
 
-def free_memory(device: torch.device) -> int | None:
+def free_on(device: torch.device) -> int | None:
     """Bytes that are free on a device; None where that is not known."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return _free_on_machine() if device.type == "cpu" else None
-
-
-def _free_on_machine() -> int | None:
-    """What Linux says is available, within the limit of the container; None on other systems."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, ValueError, StopIteration):
-        return None
-    try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        return free if most == "max" else max(0, min(free, int(most) - used))
-    except (OSError, ValueError):
-        return free
+    return free_memory() if device.type == "cpu" else None

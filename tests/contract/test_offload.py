@@ -210,7 +210,7 @@ def test_a_missing_accelerate_is_named(folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_what_does_not_fit_is_spread_without_being_asked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(placement, "free_on", lambda device: 100_000)
     assert "disk" in opened(folder, None).net.hf_device_map.values()
 
 

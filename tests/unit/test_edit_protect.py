@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kpatch.edit.make import make
-from kpatch.edit.protect import joined, protected_keys
+from kpatch.edit.protect import protected_keys
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact, FactFile, Protected
 from kpatch.facts.load import load_facts
@@ -75,8 +75,6 @@ def test_keys_are_those_of_the_subject_in_its_prompt_or_in_those_of_the_facts() 
         ]
         torch.testing.assert_close(columns, torch.stack(want, dim=1), rtol=1e-4, atol=1e-6)
     assert protected_keys(model, [], facts, [1]) == {}
-    both = joined({1: torch.ones(64, 2)}, keys)
-    assert (both[1].shape[1], both[2].shape[1]) == (2 + len(prompts), len(prompts))
 
 
 def test_a_subject_that_opens_its_text_is_refused() -> None:

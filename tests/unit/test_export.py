@@ -199,7 +199,7 @@ def test_what_no_adapter_holds_is_named(tmp_path: Path) -> None:
     ("given", "said"),
     [
         ({"to": "checkpoint"}, "`to=checkpoint` is no adapter"),
-        ({"max_rank": 0}, "`max_rank=0` leaves nothing"),
+        ({"max_rank": 0}, "`max_rank=0` is less than 1"),
         ({"to": "gguf", "base": "smollm2"}, "`base` is for PEFT"),
         ({"force": True}, "`force` replaces a file"),
     ],
