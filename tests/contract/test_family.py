@@ -176,7 +176,6 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
     "as-many-rows-as-all-columns": [(2, 4), (0, 2), (1, 4), (2, 1), (0, 4), (1, 3)],
 }
 
-
 TRICKY = ("ragged", "one-row-one-column", "no-prefix-at-all", "as-many-rows-as-columns", "as-many-rows-as-all-columns")
 
 

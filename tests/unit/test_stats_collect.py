@@ -20,15 +20,13 @@ from kpatch.models.partial_forward import captured_inputs
 from kpatch.stats import cache as cache_module
 from kpatch.stats import covariance as module
 from kpatch.stats import text as text_module
-from kpatch.stats.covariance import Covariance, collect
+from kpatch.stats.covariance import collect
 from kpatch.stats.moment import SecondMoment
+from tests.support.collected import BATCH, ROW, WORDS, Calls, run, same
 from tests.support.families import slow_beyond
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 from tests.support.tokenizers import byte_level, metaspace
-
-ROW, BATCH = 16, 48  # three rows to a batch
-WORDS = "The river runs through the old town of Chicago and into the sea, which is cold in winter. "
 
 
 @pytest.fixture(autouse=True)
@@ -46,34 +44,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("corpus") / "words.txt"
     path.write_text("\n\n".join(WORDS + str(number) for number in range(200)), encoding="utf-8")
     return str(path)
-
-
-def run(model: Model, layers: Any, corpus: str, tokens: int | None, **options: Any) -> Covariance:
-    return collect(model, layers, corpus=corpus, tokens=tokens, row=ROW, batch_tokens=BATCH, **options)
-
-
-def same(one: Covariance, other: Covariance) -> bool:
-    assert one.moments.keys() == other.moments.keys()
-    assert one.id == other.id
-    return all(
-        mine.count == other.moments[layer].count and torch.equal(mine.total, other.moments[layer].total)
-        for layer, mine in one.moments.items()
-    )
-
-
-class Calls:
-    """Every partial run: its last layer, its number of rows, the layers whose keys it gave."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, before: Callable[[int], None] = lambda number: None) -> None:
-        self.made: list[tuple[int, int, list[int]]] = []
-        original = module.run_to
-
-        def run_to(model: Model, layer: int, batch: Any, capture: Any) -> dict[int, Tensor]:
-            before(len(self.made))
-            self.made.append((layer, len(batch.ids), list(capture)))
-            return original(model, layer, batch, capture)
-
-        monkeypatch.setattr(module, "run_to", run_to)
 
 
 TOKENIZERS = {"plain": byte_level(bos=False), "bos": metaspace(bos=True)}
