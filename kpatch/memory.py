@@ -20,14 +20,27 @@ def bytes_given(given: object, default: int, name: str) -> int:
 
 def free_memory() -> int | None:
     """Bytes that programs can still have, by Linux and within the limit of the container; None on other systems."""
+    free, limit = _of_the_machine("MemAvailable:"), _of_the_container("memory.max")
+    used = _of_the_container("memory.current")
+    return free if free is None or limit is None or used is None else max(0, min(free, limit - used))
+
+
+def all_memory() -> int | None:
+    """Bytes of memory that there are, free or not, within the limit of the container; None on other systems."""
+    there, limit = _of_the_machine("MemTotal:"), _of_the_container("memory.max")
+    return there if there is None or limit is None else min(there, limit)
+
+
+def _of_the_machine(name: str) -> int | None:
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
     except (OSError, ValueError, StopIteration):
         return None
+
+
+def _of_the_container(name: str) -> int | None:
     try:
-        most = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
-        return free if most == "max" else max(0, min(free, int(most) - used))
-    except (OSError, ValueError):
-        return free
+        return int((Path("/sys/fs/cgroup") / name).read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no container, or "max"
+        return None

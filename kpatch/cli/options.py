@@ -51,7 +51,12 @@ Device = Annotated[
     ),
 ]
 Dtype = Annotated[
-    str, typer.Option(metavar="NAME", help="auto, float32, bfloat16 or float16; auto is float32 on a CPU.")
+    str,
+    typer.Option(metavar="NAME", help="auto, float32, mixed, bfloat16 or float16; auto is float32 or mixed on a CPU."),
+]
+Exact = Annotated[
+    bool,
+    typer.Option("--exact", help="The same as --dtype float32: no products in bfloat16, which auto may choose."),
 ]
 MaxMemory = Annotated[
     str | None,

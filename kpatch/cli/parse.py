@@ -37,6 +37,13 @@ def modules(text: str | None) -> dict[str, str] | None:
     return None if text is None else _pairs(text.split(","), "--modules")
 
 
+def dtype(name: str, exact: bool) -> str:
+    """`--dtype NAME`, or float32 for `--exact`. Raises BadInput where they say different things."""
+    if exact and name not in ("auto", "float32"):
+        raise BadInput(f"`exact` is float32, and `dtype` is {name}", hint="leave one of them out")
+    return "float32" if exact else name
+
+
 def forms(text: str | None) -> tuple[str, ...]:
     """`completion,question,chat` or some of them; None is none of them. Raises BadInput for others."""
     given = () if text is None else tuple(part.strip() for part in text.split(","))

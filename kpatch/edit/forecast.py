@@ -125,7 +125,7 @@ def forecast(
 
 def _memory(model: Model, edited: Sequence[int], missing: Sequence[int], budget: int) -> dict[str, int]:
     seen = {id(one): one for one in model.net.parameters()}
-    weights = sum(one.numel() * one.dtype.itemsize for one in seen.values())
+    weights = sum(one.numel() * (one.dtype.itemsize + 2 * model.mixed) for one in seen.values())  # and a bfloat16 copy
     copies = 2 * sum(model.weight(layer).numel() * model.dtype.itemsize for layer in edited)
     widest = max(map(model.key_width, edited))
     moments = (len(edited) + len(missing)) * sums_size(model.key_width(edited[0])) + 3 * widest * widest * 8
@@ -196,7 +196,7 @@ def _questions(fact: Fact) -> list[str]:
 @torch.no_grad()
 def _rates(model: Model, device: torch.device, rows: int) -> dict[str, float]:
     """Multiply-adds a second of products of a layer's shape, measured for less than a second each."""
-    d, f, dtype = model.width, model.mlp_width, model.dtype
+    d, f, dtype = model.width, model.mlp_width, torch.bfloat16 if model.mixed else model.dtype
 
     def rate(tokens: int, kind: torch.dtype, width: int) -> float:
         a, b = torch.randn(tokens, d).to(device, kind), torch.randn(d, width).to(device, kind)

@@ -31,7 +31,8 @@ from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import check_lengths
 from kpatch.facts.wordings import LEARNED, with_grammar, with_wordings
 from kpatch.memory import bytes_given
-from kpatch.models.model import Model, open_model, tokenizer_hash
+from kpatch.models.fingerprint import tokenizer_hash
+from kpatch.models.model import Model, open_model
 from kpatch.models.placement import Limits
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
@@ -286,7 +287,7 @@ def _manifest(
             **hyper.to_dict(),
             **found.origin,
             "seed": inputs.seed,
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "dtype": model.precision,
         },
         covariance=None if found.covariance is None else found.covariance.to_dict(),
         parents=tuple(patch.id for patch in inputs.on),

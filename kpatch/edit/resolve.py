@@ -27,6 +27,7 @@ from kpatch.facts.tokens import check_lengths
 from kpatch.memory import bytes_given
 from kpatch.models.address import resolve
 from kpatch.models.aliases import alias_of
+from kpatch.models.mixed_precision import MIXED
 from kpatch.models.model import Model, load_model
 from kpatch.patch.combine import (
     FactUnion,
@@ -101,7 +102,7 @@ def settings_of(infos: Sequence[PatchInfo], corpus: str | None) -> Common:
         method,
         method.hyper(layers=widest.layers or _all_edited(infos), **numbers),
         int(made["seed"]),
-        str(made["dtype"]),
+        MIXED if all(each.hyperparameters["dtype"] == MIXED for each in all_made) else _held_in(made),
         corpus or str(covariance.get("corpus", SELF)),
         covariance.get("tokens"),
     )
@@ -122,7 +123,7 @@ def _made(info: PatchInfo) -> list[tuple[str, Mapping[str, Any]]]:
         for method, made in found
     ]
     for method, made in found:
-        if method not in _METHODS or not made.keys() >= {*_deciding(method)} or not _numbers(method, made):
+        if method not in _METHODS or not made.keys() >= {*_deciding(method), "dtype"} or not _numbers(method, made):
             raise Refused(
                 f"{called(info)} was made with {printable(method, 40)}, not with MEMIT of this kpatch",
                 hint="add up their deltas instead, which works for patches of any method",
@@ -132,7 +133,12 @@ def _made(info: PatchInfo) -> list[tuple[str, Mapping[str, Any]]]:
 
 def _deciding(method: str) -> tuple[str, ...]:
     """What decides the update besides the values; the other settings only decide those."""
-    return (*method_named(method).hyper.update, "seed", "dtype")
+    return (*method_named(method).hyper.update, "seed")
+
+
+def _held_in(made: Mapping[str, Any]) -> str:
+    """The dtype of the model that a patch was made with. In which precision it multiplied decides nothing here."""
+    return "float32" if made["dtype"] == MIXED else str(made["dtype"])
 
 
 def _numbers(method: str, made: Mapping[str, Any]) -> bool:
@@ -168,6 +174,8 @@ def _same(first: _Made, second: _Made) -> None:
         wrong = [
             f"{key}: {made[key]} and {others[key]}" for key in _deciding(first.method) if made[key] != others[key]
         ]
+        if _held_in(made) != _held_in(others):
+            wrong.append(f"dtype: {_held_in(made)} and {_held_in(others)}")
     if first.layers and second.layers and first.layers != second.layers:
         wrong.append(f"layers: {list(first.layers)} and {list(second.layers)}")
     if wrong:

@@ -14,6 +14,7 @@ from torch import Tensor
 from kpatch.edit.problem import Problem, Values, adam, log_probabilities, prepare
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention
+from kpatch.models.mixed_precision import mixed_precision
 from kpatch.models.model import Model
 from kpatch.reporter import Advance
 
@@ -66,15 +67,16 @@ def optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Ad
     `advance` hears of every step of every group, goal.steps a group in all.
     """
     with few_columns_attention(model):
-        return _optimize(model, groups, goal, advance)
+        problem = prepare(model, groups, goal.layer)
+        with mixed_precision(model):
+            return _optimize(model, problem, goal, advance)
 
 
-def _optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Advance) -> Values:
-    problem = prepare(model, groups, goal.layer)
+def _optimize(model: Model, problem: Problem, goal: Objective, advance: Advance) -> Values:
     with torch.no_grad():
         problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, goal.layer)
     h = problem.hidden[problem.bare, 0].float()  # (m, d)
-    m = len(groups)
+    m = len(h)
     delta = torch.zeros_like(h)
     first, second = torch.zeros_like(h), torch.zeros_like(h)
     radius = goal.clamp * h.norm(dim=-1, keepdim=True)

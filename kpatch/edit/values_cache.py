@@ -49,7 +49,7 @@ def plan(model: Model, groups: Sequence[Group], lowest: int, budget: int = DEFAU
     return in_batches(groups, lambda group: group.columns, need, budget)
 
 
-_CODE = 4  # raise it when the same settings come to give other values
+_CODE = 5  # raise it when the same settings come to give other values
 
 
 def find_values(
@@ -119,7 +119,7 @@ def _key(weights: str, model: Model, groups: Sequence[Group], goal: Search) -> s
         [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]
         for group in groups
     ]
-    content = [_CODE, weights, str(model.dtype), model.device.type, type(goal).__name__, asdict(goal), rows]
+    content = [_CODE, weights, model.precision, model.device.type, type(goal).__name__, asdict(goal), rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

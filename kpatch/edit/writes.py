@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from kpatch.edit.problem import Problem, Values, adam, log_probabilities, prepare
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention
+from kpatch.models.mixed_precision import mixed_precision
 from kpatch.models.model import Model
 from kpatch.reporter import Advance
 
@@ -128,54 +129,63 @@ def scales(
 
 
 def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance: Advance) -> Values:
-    below = goal.layers[0] - 1
-    whole = problem = prepare(model, groups, below)
-    m, count = len(groups), len(goal.layers)
-    reach = _BEHIND_A_NORM if model.family.post_norm else 1.0
+    problem = prepare(model, groups, goal.layers[0] - 1)
     inject = _Injection(model, problem, goal.layers)
     for layer in goal.layers:  # measured by running the network once, which the hooks below must not see
         model.behind_down(layer)
         model.gated(layer)
     with inject.open():
         with torch.no_grad():
-            whole.drift_before = log_probabilities(model, whole, whole.hidden, whole.drift_spots, below)
-            size = _sizes(model, whole, inject, goal.layers)[..., None]  # (R, m, 1)
-        delta = torch.zeros(count, m, model.width, device=size.device)
-        first, second = torch.zeros_like(delta), torch.zeros_like(delta)
-        batch = torch.arange(m, device=size.device)  # groups that `problem` holds
-        active = batch  # those of them that have not converged
-        losses = torch.full((m,), torch.nan, device=size.device)
-        steps = torch.zeros(m, dtype=torch.long, device=size.device)
-        for step in range(1, goal.steps + 1):
-            variable = delta[:, batch].requires_grad_()
-            inject.delta = variable
-            spots = torch.cat([problem.spots, problem.drift_spots])
-            logp = log_probabilities(model, problem, problem.hidden, spots, below)
-            nll, drift = problem.losses(logp)
-            loss = nll + goal.kl * drift
-            is_active = torch.isin(batch, active)
-            losses[active], steps[active] = nll.detach()[is_active], step
-            going_on = is_active & (nll.detach() >= goal.stop_loss)
-            advance(len(active))
-            before, active = len(active), batch[going_on]
-            advance((before - len(active)) * (goal.steps - step))  # what the converged ones no longer need
-            if step == goal.steps or len(active) == 0:
-                break
-            grad = torch.autograd.grad(loss.sum(), variable)[0][:, going_on]
-            moments = first[:, active], second[:, active]
-            first[:, active], second[:, active], mean, scale = adam(*moments, grad, step)
-            pace = goal.learning_rate * size[:, active] / model.width**0.5
-            moved = delta[:, active] - pace * mean / scale
-            radius = goal.clamp * reach * size[:, active]
-            delta[:, active] = moved * (radius / moved.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
-            if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
-                problem = problem.select(going_on.nonzero().flatten())
-                batch = active
-                inject.use(problem)
-        inject.use(whole)
+            size = _sizes(model, problem, inject, goal.layers)[..., None]  # (R, m, 1)
+        with mixed_precision(model):  # δ stands it; what it is measured by, and the targets, are exact
+            delta, losses, steps = _descend(model, problem, inject, size, goal, advance)
+        inject.use(problem)
         inject.delta = delta
-        targets = _targets(model, whole, inject, goal.layers)
+        targets = _targets(model, problem, inject, goal.layers)
     return Values(targets.cpu(), tuple(losses.tolist()), tuple(steps.tolist()))
+
+
+def _descend(
+    model: Model, problem: Problem, inject: _Injection, size: Tensor, goal: JointObjective, advance: Advance
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Adam's δ [R, m, d] for sizes [R, m, 1], with the loss and the steps [m] at which each group ended."""
+    below = goal.layers[0] - 1
+    count, m = size.shape[:2]
+    reach = _BEHIND_A_NORM if model.family.post_norm else 1.0
+    with torch.no_grad():
+        problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, below)
+    delta = torch.zeros(count, m, model.width, device=size.device)
+    first, second = torch.zeros_like(delta), torch.zeros_like(delta)
+    batch = torch.arange(m, device=size.device)  # groups that `problem` holds
+    active = batch  # those of them that have not converged
+    losses = torch.full((m,), torch.nan, device=size.device)
+    steps = torch.zeros(m, dtype=torch.long, device=size.device)
+    for step in range(1, goal.steps + 1):
+        variable = delta[:, batch].requires_grad_()
+        inject.delta = variable
+        spots = torch.cat([problem.spots, problem.drift_spots])
+        nll, drift = problem.losses(log_probabilities(model, problem, problem.hidden, spots, below))
+        loss = nll + goal.kl * drift
+        is_active = torch.isin(batch, active)
+        losses[active], steps[active] = nll.detach()[is_active], step
+        going_on = is_active & (nll.detach() >= goal.stop_loss)
+        advance(len(active))
+        before, active = len(active), batch[going_on]
+        advance((before - len(active)) * (goal.steps - step))  # what the converged ones no longer need
+        if step == goal.steps or len(active) == 0:
+            break
+        grad = torch.autograd.grad(loss.sum(), variable)[0][:, going_on]
+        moments = first[:, active], second[:, active]
+        first[:, active], second[:, active], mean, scale = adam(*moments, grad, step)
+        pace = goal.learning_rate * size[:, active] / model.width**0.5
+        moved = delta[:, active] - pace * mean / scale
+        radius = goal.clamp * reach * size[:, active]
+        delta[:, active] = moved * (radius / moved.norm(dim=-1, keepdim=True).clamp(min=1e-30)).clamp(max=1)
+        if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
+            problem = problem.select(going_on.nonzero().flatten())
+            batch = active
+            inject.use(problem)
+    return delta, losses, steps
 
 
 def _sizes(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> Tensor:

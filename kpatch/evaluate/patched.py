@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from kpatch.errors import BadInput, Refused
 from kpatch.evaluate.wrapped import active_adapter, holder, network, parameter
-from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.fingerprint import tokenizer_hash
+from kpatch.models.model import Model
 from kpatch.models.offload import can_hold, held
 from kpatch.patch.combine import counted_twice
 from kpatch.patch.delta import Delta, Dense, LowRank, patched_weight

@@ -20,7 +20,8 @@ from kpatch.cache import atomic_write
 from kpatch.errors import BadInput, Damaged
 from kpatch.mend.network import Network, Settings
 from kpatch.mend.places import Place, places
-from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.fingerprint import tokenizer_hash
+from kpatch.models.model import Model
 from kpatch.outputs import check_new_file
 from kpatch.patch.fingerprint import sketch
 from kpatch.reporter import SILENT, Reporter

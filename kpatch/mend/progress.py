@@ -23,8 +23,8 @@ from kpatch.facts.fact import Fact
 from kpatch.mend.network import Network
 from kpatch.mend.places import Place
 from kpatch.mend.settings import TrainHyper
-from kpatch.models.fingerprint import weights_fingerprint
-from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.fingerprint import tokenizer_hash, weights_fingerprint
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF, open_corpus
 from kpatch.stats.covariance import whole_steps

@@ -1,4 +1,4 @@
-"""Which weights a model has, as one hash: of its files where it came from a directory, else of its parameters."""
+"""One hash of a model's weights (of its files, where it came from a directory), and one of its tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -137,3 +137,11 @@ def _update(digest: hashlib._Hash, tensor: Tensor) -> None:
     for begin in range(0, flat.numel(), _CHUNK):
         # numpy knows bytes where it does not know bfloat16
         digest.update(flat[begin : begin + _CHUNK].cpu().contiguous().view(torch.uint8).numpy().data)
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """SHA-256 of everything that decides how text becomes ids."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("padding", None)  # set anew by every call, no part of what the tokenizer is
+    state.pop("truncation", None)
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

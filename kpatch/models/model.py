@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +26,7 @@ from kpatch.models.complete import (
 )
 from kpatch.models.families import Family, choices, family_for, require_editable, require_own_code
 from kpatch.models.fingerprint import weight_files
+from kpatch.models.mixed_precision import MIXED, mixes
 from kpatch.models.module_names import fit_names, require_any_place
 from kpatch.models.offload import main_device, prepare, read
 from kpatch.models.placement import Limits, device_named, dtype_named, limits_checked, spread
@@ -45,8 +44,8 @@ _NO_ADAPTER = ".kpatch/no-adapter"
 class Model:
     """A causal language model ready for editing: frozen, in evaluation mode, with its family's module names.
 
-    Dimensions: width d, mlp_width f, n_layers L. `editable` are the layers that have a W^l: all of them, except for
-    mixtures of experts without a shared expert.
+    Dimensions: width d, mlp_width f, n_layers L. `editable` are the layers that have a W^l: all but mixtures of
+    experts without a shared expert.
     """
 
     net: Any
@@ -56,6 +55,7 @@ class Model:
     revision: str | None = None
     path: Path | None = None
     weights_id: str | None = None  # names the weights where they are not those of the files
+    mixed: bool = False  # work that stands it may multiply in bfloat16: see `kpatch.models.mixed_precision`
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +65,11 @@ class Model:
     @property
     def dtype(self) -> torch.dtype:
         return self.weight(self.editable[0]).dtype
+
+    @property
+    def precision(self) -> str:
+        """What this model's results are computed in, as `load_model` calls it: mixed, float32, bfloat16 or float16."""
+        return MIXED if self.mixed else str(self.dtype).removeprefix("torch.")
 
     @property
     def config(self) -> Any:
@@ -305,9 +310,10 @@ def load_model(
 ) -> Model:
     """Load a checkpoint directory for editing.
 
-    `dtype` auto is float32 on a CPU and the checkpoint's own elsewhere. A model that is larger than the device, or
-    than `max_memory` (bytes for its weights on each device, or by device), is spread over devices, memory and disk
-    (`kpatch.models.placement`); layers above `upto` are then left on the disk, since they will not be run.
+    `dtype` auto is the checkpoint's own on a GPU and float32 on a CPU, or mixed (`kpatch.models.mixed_precision`).
+    A model that is larger than the device, or than `max_memory` (bytes for its weights on each device, or by device),
+    is spread over devices, memory and disk (`kpatch.models.placement`); layers above `upto` are then left on the
+    disk, since they will not be run.
     Raises BadInput for an unknown family, a tokenizer without offsets or of another vocabulary, a bad device, one
     that the model does not fit on, and where accelerate is needed and not installed.
     """
@@ -358,7 +364,9 @@ def load_model(
         raise
     except Exception as error:  # the code of some hundred families raises all kinds
         raise unbuilt(resolved.name, path, error) from error
-    return wrap(net, tokenizer, family, name=resolved.name, revision=resolved.revision, path=resolved.path)
+    model = wrap(net, tokenizer, family, name=resolved.name, revision=resolved.revision, path=resolved.path)
+    model.mixed = places is None and mixes(model, dtype, where)
+    return model
 
 
 def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -> Model:
@@ -387,11 +395,3 @@ def wrap(net: Any, tokenizer: Any, family: Family | None = None, **about: Any) -
             hint="use the tokenizer files that came with the checkpoint",
         )
     return model
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """SHA-256 of everything that decides how text becomes ids."""
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state.pop("padding", None)  # set anew by every call, no part of what the tokenizer is
-    state.pop("truncation", None)
-    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()

@@ -22,6 +22,7 @@ from kpatch.cache import cache_dir
 from kpatch.errors import BadInput
 from kpatch.memory import free_memory
 from kpatch.models.families import Family
+from kpatch.models.mixed_precision import MIXED
 from kpatch.models.text_part import find_layers, loader
 from kpatch.text import format_size
 
@@ -51,10 +52,13 @@ def device_named(name: str) -> torch.device:
 
 
 def dtype_named(name: str, device: torch.device) -> torch.dtype | str:
-    """The dtype called float32, bfloat16 or float16; auto is float32 on a CPU, the checkpoint's own elsewhere."""
+    """What weights are held in under the dtype called float32, mixed, bfloat16 or float16.
+
+    auto is float32 on a CPU, the checkpoint's own elsewhere.
+    """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else "auto"
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtypes = {"float32": torch.float32, MIXED: torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     name = str(name).removeprefix("torch.")
     if name not in dtypes:
         raise BadInput(f"Unknown dtype {name!r}", details=[f"expected one of auto, {', '.join(dtypes)}"])

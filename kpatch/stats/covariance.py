@@ -21,6 +21,7 @@ from torch import Tensor
 from kpatch import distributed
 from kpatch.errors import BadInput
 from kpatch.memory import free_memory
+from kpatch.models.mixed_precision import mixed_precision
 from kpatch.models.model import Model
 from kpatch.models.module_names import require_places
 from kpatch.models.partial_forward import Batch, run_to
@@ -199,8 +200,9 @@ class _Pass:
         task = f"Covariance of {_layers([one.layer for one in sums])}"
         with whole_steps() as steps, self.report.task(task, self.tokens, "token") as advance:
             advance(begun * self.row)
-            self._batches(sums, steps, advance)
-            self._tails(sums, advance)
+            with mixed_precision(self.model):
+                self._batches(sums, steps, advance)
+                self._tails(sums, advance)
 
     def _batches(self, sums: list[LayerSums], steps: Steps, advance: Advance) -> None:
         """Whole batches, each for the layers that have not seen it; the sums are kept now and then."""

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kpatch.errors import BadInput
+from kpatch.models.fast_forward import few_columns_attention
+from kpatch.models.mixed_precision import mixed_precision
 from kpatch.models.model import Model
 from kpatch.reporter import Advance
 from kpatch.stats.corpus import row_start
@@ -70,20 +72,21 @@ def sample_group(model: Model, row: int, seed: int, group: int, advance: Advance
         if model.family.attention_only
         else DynamicCache(config=model.config)  # its layers keep more than keys and values
     )
-    while done < row:
-        logits = model.net(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits[:, -1]
-        if forbidden is None:
-            forbidden = _forbidden(model, logits.shape[-1])
-        ids = _draw(logits.index_fill_(1, forbidden, -torch.inf), draws[:, done, None])
-        out[:, done] = ids[:, 0]
-        done += 1
-        advance(size)
-        if bool((ids < 0).any()):
-            raise BadInput(
-                f"No text could be sampled from {model.name}",
-                details=["expected finite logits", f"found NaN or infinity in {model.dtype}"],
-                hint="load the model in a wider type: `dtype=float32` or `dtype=bfloat16`",
-            )
+    with few_columns_attention(model), mixed_precision(model):
+        while done < row:
+            logits = model.net(input_ids=ids, past_key_values=kept, use_cache=True, logits_to_keep=1).logits[:, -1]
+            if forbidden is None:
+                forbidden = _forbidden(model, logits.shape[-1])
+            ids = _draw(logits.index_fill_(1, forbidden, -torch.inf), draws[:, done, None])
+            out[:, done] = ids[:, 0]
+            done += 1
+            advance(size)
+            if bool((ids < 0).any()):
+                raise BadInput(
+                    f"No text could be sampled from {model.name}",
+                    details=["expected finite logits", f"found NaN or infinity in {model.dtype}"],
+                    hint="load the model in a wider type: `dtype=float32` or `dtype=bfloat16`",
+                )
     return out.to("cpu", torch.int32)
 
 
@@ -97,7 +100,7 @@ def _draw(logits: Tensor, uniform: Tensor) -> Tensor:
     if p.shape[-1] % _BLOCK:
         p = torch.nn.functional.pad(p, (0, -p.shape[-1] % _BLOCK))
     p = p.view(len(p), -1, _BLOCK)  # (G, blocks, 256)
-    sums = p.sum(-1, dtype=wide)  # (G, blocks)
+    sums = p.sum(-1).to(wide)  # (G, blocks); 256 numbers add up to 1e-7 in float32, and a copy of all is slow
     ends = sums.cumsum(-1)
     block = _invert(ends, uniform * ends[:, -1:])  # (G, 1)
     inside = p[torch.arange(len(p), device=p.device), block[:, 0]].cumsum(-1, dtype=wide)  # (G, 256)

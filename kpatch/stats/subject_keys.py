@@ -16,8 +16,9 @@ from torch import Tensor
 from kpatch.facts.conflicts import words_of
 from kpatch.facts.fact import Fact
 from kpatch.facts.tokens import Encoded, Item, encode_many
-from kpatch.models.fingerprint import weights_fingerprint
-from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.fingerprint import tokenizer_hash, weights_fingerprint
+from kpatch.models.mixed_precision import mixed_precision
+from kpatch.models.model import Model
 from kpatch.models.partial_forward import align, run_to
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.cache import LayerSums, StatisticsCache
@@ -74,7 +75,7 @@ def _whole(
         "statements": hashlib.sha256(json.dumps(everyone).encode()).hexdigest(),
         "weights": weights_fingerprint(model, report),
         "tokenizer": tokenizer_hash(model.tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
     }
     cache = StatisticsCache(settings, {"model": model.name, "corpus": "subjects"}, keep=True, report=report)
     with cache.locked():
@@ -96,7 +97,7 @@ def _sums(
     sums = {layer: SecondMoment(model.key_width(layer)) for layer in layers}
     rows = encode_many(model.tokenizer, [Item(template, name) for template, name in spoken])
     rows = sorted((row for row in rows if row.subject_last > 0), key=lambda row: row.subject_last)
-    with report.task("Keys of other subjects", len(rows), "subject") as advance:
+    with report.task("Keys of other subjects", len(rows), "subject") as advance, mixed_precision(model):
         for begin in range(0, len(rows), _ROWS):
             some = rows[begin : begin + _ROWS]
             for layer, keys in keys_of(model, layers, some).items():

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.models.fingerprint import weights_fingerprint
-from kpatch.models.model import Model, tokenizer_hash
+from kpatch.models.fingerprint import tokenizer_hash, weights_fingerprint
+from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.stats.cache import StatisticsCache, canonical
 from kpatch.stats.corpus import SELF, Corpus, open_corpus, pack
@@ -120,8 +120,8 @@ def _settings(model: Model, source: Corpus | None, row: int, seed: int, report: 
         "weights": weights_fingerprint(model, report),
         "config": hashlib.sha256(canonical(config).encode()).hexdigest(),
         "tokenizer": tokenizer_hash(model.tokenizer),
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "corpus": source.identity if source is not None else SELF,
         "row": row,
     }
-    return settings if source is not None else {**settings, "seed": seed, "group": group_rows(model, row)}
+    return settings if source is not None else {**settings, "seed": seed, "group": group_rows(model, row), "draws": 2}

@@ -20,6 +20,7 @@ from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact, facts_in
 from kpatch.memory import bytes_given
 from kpatch.models.fingerprint import weights_fingerprint
+from kpatch.models.mixed_precision import mixed_precision
 from kpatch.models.model import Model, require_loaded
 from kpatch.reporter import SILENT, Advance, Reporter
 from kpatch.trace.cells import Cell, cells_of, sections, shape
@@ -123,7 +124,7 @@ def trace(
         facts=tuple(found),
         seconds=time.monotonic() - started,
         device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=model.precision,
     )
 
 
@@ -185,7 +186,9 @@ class _Work:
                     done += self._trace(facts, [cells[index] for index in facts], memory, advance)
                 return [self.kept[index] for index in batch]
 
-            for batch, found in zip(batches, distributed.share(batches, run), strict=True):
+            with mixed_precision(self.model):
+                shared = distributed.share(batches, run)
+            for batch, found in zip(batches, shared, strict=True):
                 for index, kept in zip(batch, found, strict=True):
                     self.kept[index] = kept
         return [self._result(index) for index in range(len(self.known))]
@@ -251,7 +254,7 @@ class _Work:
 
     def _path(self, known: Known, section: str) -> Path:
         item, settings = known.item, self.settings
-        content = [_CODE, self.weights, str(self.model.dtype), self.model.device.type, item.ids, item.first, item.last]
+        content = [_CODE, self.weights, self.model.precision, self.model.device.type, item.ids, item.first, item.last]
         content += [item.answer, self.level, settings.samples, settings.seed, section]
         content += [settings.window] if section in ("mlp", "attn") else []
         return self.folder / f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()}.json"

@@ -31,7 +31,7 @@ def keep(judge: Judge, setting: Setting, inputs: Inputs, verdict: Verdict) -> No
 
 def _path(judge: Judge, setting: Setting, inputs: Inputs) -> Path:
     model = judge.model
-    content = [_CODE, weights_fingerprint(model, inputs.report), str(model.dtype), model.device.type]
+    content = [_CODE, weights_fingerprint(model, inputs.report), model.precision, model.device.type]
     content += [judge.method.name, setting.hyper.to_dict(), list(setting.hyper.layers), setting.wordings]
     content += [[fact.to_dict() for fact in judge.facts], inputs.corpus, inputs.tokens, inputs.seed, inputs.budget]
     name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -61,6 +61,26 @@ def test_the_json_of_make(made: tuple[Path, Ran], model: Path) -> None:
     assert str(model) in done.err, "what was resolved is printed"
 
 
+def test_the_precision_is_chosen_and_recorded(
+    made: tuple[Path, Ran], model: Path, facts: Path, tmp_path: Path
+) -> None:
+    def make(name: str, *more: str) -> Ran:
+        return run("make", facts, "--model", model, "-o", tmp_path / f"{name}.patch", *QUICK, *more)
+
+    identities = {
+        name: make(name, *more, "--json").json["patch"]["id"]
+        for name, more in {"exact": ["--exact"], "mixed": ["--dtype", "mixed"]}.items()
+    }
+    # A model as small as this one gains nothing by bfloat16, on any processor
+    assert identities["exact"] == made[1].json["patch"]["id"] != identities["mixed"]
+    for name, dtype in (("exact", "float32"), ("mixed", "mixed")):
+        assert run("show", tmp_path / f"{name}.patch", "--json").json["hyperparameters"]["dtype"] == dtype
+    wrong = make("wrong", "--exact", "--dtype", "bfloat16")
+    assert wrong.code == 2
+    assert "--exact is float32, and --dtype is bfloat16" in wrong.err
+    assert not (tmp_path / "wrong.patch").exists()
+
+
 @pytest.mark.parametrize("method", ["rome", "ft"])
 def test_other_methods(method: str, model: Path, facts: Path, tmp_path: Path) -> None:
     path = tmp_path / "x.patch"

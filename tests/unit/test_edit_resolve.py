@@ -157,6 +157,17 @@ def test_a_stack_is_solved_as_the_patches_in_it(world: World, tmp_path: Path) ->
     refused(lambda: solve_again([both], tmp_path / "z.patch", model=str(world.model)), Refused, "at a scale")
 
 
+def test_in_which_precision_a_patch_was_made_decides_no_solution(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "mixed.patch"
+    make(SECOND, out=out, model=str(world.model), dtype="mixed", **QUICK)
+    dtypes = {}
+    for other in (world.patch("first"), out):
+        both, model = [out, other][: 1 + (other != out)], str(world.model)
+        again = solve_again(both, tmp_path / "again.patch", model=model, force=True)
+        dtypes[other] = read_patch(again.made.path).manifest.hyperparameters["dtype"]
+    assert dtypes == {world.patch("first"): "float32", out: "mixed"}
+
+
 def test_the_weights_of_the_model_come_back(world: World, tmp_path: Path) -> None:
     model = kpatch.edit.make._load([], str(world.model), None, "cpu", "auto", None, Recorder())  # type: ignore[attr-defined]
     before = {name: tensor.clone() for name, tensor in model.net.state_dict().items()}

@@ -25,6 +25,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed samples the same text.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    exact: opt.Exact = False,
     max_memory: opt.MaxMemory = None,
     modules: opt.Modules = None,
     json: opt.Json = False,
@@ -40,7 +41,7 @@ def command(
 
     start = time.monotonic()
     upto = max(wanted) if wanted and corpus != "self" else None  # text that is given needs no layer above
-    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory), upto)
+    loaded = open_model(output, model, device, parse.dtype(dtype, exact), names, parse.max_memory(max_memory), upto)
 
     from kpatch.edit.methods import hyper_for, method_named
     from kpatch.stats.covariance import collect

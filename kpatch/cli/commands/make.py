@@ -92,6 +92,7 @@ def command(
     seed: opt.Seed = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    exact: opt.Exact = False,
     max_memory: opt.MaxMemory = None,
     memory: opt.Memory = None,
     modules: opt.Modules = None,
@@ -116,8 +117,8 @@ def command(
 
     given: dict[str, Any] = {
         **{"model": model, "method": method, "preset": preset, "layers": chosen, "wordings": wordings},
-        **{"corpus": corpus, "tokens": tokens, "settings": settings, "seed": seed, "device": device, "dtype": dtype},
-        **{"memory": budget, "modules": names, "report": say},
+        **{"corpus": corpus, "tokens": tokens, "settings": settings, "seed": seed, "device": device},
+        **{"dtype": parse.dtype(dtype, exact), "memory": budget, "modules": names, "report": say},
     }
     if plan:
         if on is not None or layers_from is not None or editor is not None:

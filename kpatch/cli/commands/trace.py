@@ -56,6 +56,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same facts and noise.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    exact: opt.Exact = False,
     max_memory: opt.MaxMemory = None,
     memory: Annotated[
         str | None,
@@ -72,7 +73,7 @@ def command(
     budget, names = parse.memory(memory), parse.modules(modules)
     _check_outputs(output, out, html)
     given = _facts(output, facts)
-    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
+    loaded = open_model(output, model, device, parse.dtype(dtype, exact), names, parse.max_memory(max_memory))
 
     from kpatch.trace.files import write_folder, write_html
     from kpatch.trace.run import TraceSettings, trace

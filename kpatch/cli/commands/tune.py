@@ -39,6 +39,7 @@ def command(
     seed: Annotated[int, typer.Option(min=0, metavar="N", help="The same seed gives the same file.")] = 0,
     device: opt.Device = "auto",
     dtype: opt.Dtype = "auto",
+    exact: opt.Exact = False,
     max_memory: opt.MaxMemory = None,
     memory: opt.Memory = None,
     modules: opt.Modules = None,
@@ -50,7 +51,7 @@ def command(
     output = begin(json, quiet, verbose)
     path = check_new_file(out or _default_name(model), force=force, what="a preset file")
     budget, names = parse.memory(memory), parse.modules(modules)
-    loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
+    loaded = open_model(output, model, device, parse.dtype(dtype, exact), names, parse.max_memory(max_memory))
 
     from kpatch.tune.search import tune
 
