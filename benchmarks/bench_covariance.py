@@ -22,7 +22,7 @@ import torch
 
 from kpatch.models.address import resolve
 from kpatch.models.model import load_model
-from kpatch.reporter import SILENT, Advance
+from kpatch.reporter import Advance
 from kpatch.stats.covariance import BATCH_TOKENS, collect
 
 
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--layers", default="4-8")
     parser.add_argument("--batch-tokens", default=str(BATCH_TOKENS), help="one or more, with commas")
     parser.add_argument("--row", type=int)
+    parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--skip-self", action="store_true")
     options = parser.parse_args()
@@ -64,8 +65,11 @@ def main() -> None:
     layers = range(int(first), int(last or first) + 1)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["KPATCH_CACHE"] = cache
-        model = load_model(resolve(str(Path(options.model)), SILENT))
-        print(f"{model.name}: layers {options.layers}, f = {model.mlp_width}, {model.dtype}, {model.device}, ", end="")
+        model = load_model(resolve(options.model), dtype=options.dtype)
+        print(
+            f"{model.name}: layers {options.layers}, f = {model.mlp_width}, {model.precision}, {model.device}, ",
+            end="",
+        )
         print(f"{torch.get_num_threads()} threads; {megabytes():.0f} MB with the model loaded")
         row = options.row or "the usual length"
         if options.text:

@@ -139,7 +139,7 @@ def measure(shape: Shape, device: torch.device, facts: int, steps: int, samples:
     return {
         "model": model.name,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "dtype": model.precision,
         "steps": steps,
         "values_per_second": facts / timed(values, device),
         "covariance_tokens_per_second": rows * columns / timed(covariance_work(model, rows, columns), device),

@@ -122,7 +122,7 @@ def main() -> None:
     contexts = contexts_for(model, hyper.lead_ins, 0, 0, seed=0)
     groups = whole_groups(model, facts, contexts, options.count)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    print(f"{model.name}, {model.dtype}, {model.device}, {threads} threads, load {load:.1f}")
+    print(f"{model.name}, {model.precision}, {model.device}, {threads} threads, load {load:.1f}")
     print(f"{len(groups)} subjects, layers {hyper.layers}, {len(contexts)} contexts; {peak()} with the model loaded")
 
     seconds, covariance = timed(lambda: collect(model, hyper.layers, corpus=options.corpus, tokens=options.tokens))

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from kpatch.models.address import resolve  # noqa: E402
+from kpatch.models.mixed_precision import mixed_precision  # noqa: E402
 from kpatch.models.model import Model, load_model  # noqa: E402
 from kpatch.trace.cells import Cell, severed, state, window  # noqa: E402
 from kpatch.trace.clean_corrupted import run_clean_and_corrupted  # noqa: E402
@@ -108,12 +109,15 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     model = load_model(resolve(options.model), device=options.device, dtype=options.dtype)
     threads, load = torch.get_num_threads(), os.getloadavg()[0]
-    print(f"{model.name}, {model.dtype}, {model.device}, {threads} threads, load {load:.1f}; {peak()} with the model")
+    print(
+        f"{model.name}, {model.precision}, {model.device}, {threads} threads, load {load:.1f}; {peak()} with the model"
+    )
     level = 3.0 * spread_of_embeddings(model, subject_items(model, built_in()))
     warm = ask_one(model, *PROMPTS[0]).item  # what only the first run does is not what is asked
     run_clean_and_corrupted(model, [warm], [draw(model, warm, level, options.samples, 0)])
     for prompt in PROMPTS:
-        one_prompt(model, prompt, level, options)
+        with mixed_precision(model):  # as the command does
+            one_prompt(model, prompt, level, options)
     if options.facts:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["KPATCH_CACHE"] = cache
