@@ -29,6 +29,7 @@ __all__ = [
     "stack_resolved",
     "status",
     "trace_facts",
+    "train_editor",
     "tune_settings",
     "verify",
     "verify_fit",
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from kpatch.facts.question_files import load_questions
     from kpatch.memories.patch_view import view_patch
     from kpatch.memories.run import find_memories
+    from kpatch.mend.editor import train_editor
     from kpatch.models.model import open_model as load_model
     from kpatch.patch.check import verify
     from kpatch.patch.compare import diff_patches
@@ -86,6 +88,7 @@ _HOMES = {
     "stack_resolved": ("kpatch.edit.resolve", "solve_again"),
     "status": ("kpatch.checkpoint.status", "status"),
     "trace_facts": ("kpatch.trace.run", "trace"),
+    "train_editor": ("kpatch.mend.editor", "train_editor"),
     "tune_settings": ("kpatch.tune.search", "tune"),
     "verify": ("kpatch.patch.check", "verify"),
     "verify_fit": ("kpatch.checkpoint.fit", "verify_fit"),

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+import kpatch
+from kpatch.errors import Refused
 from kpatch.patch.format import read_patch
 from tests.support.checkpoints import snapshot
 from tests.support.cli import run
@@ -47,6 +49,12 @@ def test_an_editor_from_training_to_an_adapter(model: Path, data: Path, tmp_path
     again = run("train", "mend", model, data, "-o", tmp_path / "b.safetensors", "--set", "steps=10", *SETTINGS)
     assert again.code == 0, again.err
     assert (tmp_path / "b.safetensors").read_bytes() == editor.read_bytes(), "the same inputs give the same file"
+    numbers = {"steps": "10", **dict(word.split("=") for word in SETTINGS[1::2])}
+    out = tmp_path / "c.safetensors"
+    made = kpatch.train_editor(kpatch.load_model(str(model)), training_facts(), out, settings=numbers)
+    assert (made.path, made.sha256, made.trained.steps) == (out, told["sha256"], 10)
+    with pytest.raises(Refused, match="exists"):
+        kpatch.train_editor(kpatch.load_model(str(model)), training_facts(), out)
     for said in ("−log P", "written", "all 10 steps were taken", "kpatch make FACTS"):
         assert said in again.out + again.err, said
 

@@ -136,6 +136,7 @@ def test_memory_is_a_number_of_bytes(memory: Any, tmp_path: Path) -> None:
         "again": lambda: kpatch.stack_resolved(patch, out, model=model, memory=memory),
         "tune": lambda: kpatch.tune_settings(model, memory=memory),
         "trace": lambda: kpatch.trace_facts(model, [FACT], budget=memory),
+        "train": lambda: kpatch.train_editor(model, [FACT], out, memory=memory),
     }
     for name, call in calls.items():
         with pytest.raises(BadInput, match=f"`{'budget' if name == 'trace' else 'memory'}={memory}` is no number of"):

@@ -78,40 +78,28 @@ def command(
     from kpatch.edit.methods import with_settings
     from kpatch.mend.settings import TrainHyper
 
-    hyper = with_settings(TrainHyper(), settings)
+    with_settings(TrainHyper(), settings)  # what is wrong with them shows before a model is loaded
     loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
-    from kpatch.mend.file import write_editor
-    from kpatch.mend.train import train
+    from kpatch.mend.editor import train_editor
 
-    trained = train(
+    made = train_editor(
         loaded,
         facts,
-        hyper,
+        path,
+        settings=settings,
         layers=chosen,
         corpus=corpus,
         minutes=minutes,
         seed=seed,
         memory=budget,
         resume=resume,
+        force=force,
         report=output,
     )
-    digest = write_editor(path, loaded, trained.network, {**trained.to_dict(), **hyper.to_dict(), "seed": seed}, force)
-    trained.written()
-    output.result(
-        {
-            "model": loaded.name,
-            "editor": str(path),
-            "sha256": digest,
-            "bytes": path.stat().st_size,
-            "layers": sorted({place.layer for place in trained.network.places}),
-            "settings": hyper.to_dict(),
-            **trained.to_dict(),
-            "seconds": {"total": trained.seconds},
-        }
-    )
-    _print(output, trained)
-    output.line(f"{path}  {trained.steps:,} steps, {trained.ended}")
+    output.result({"model": loaded.name, **made.to_dict()})
+    _print(output, made.trained)
+    output.line(f"{path}  {made.trained.steps:,} steps, {made.trained.ended}")
     output.note(f"next: kpatch make FACTS --model {model} --method mend --editor {path}")
 
 
