@@ -88,7 +88,7 @@ Tokens = Annotated[
     int | None, typer.Option(min=1, metavar="N", help="Tokens of the corpus to use. Default: 10 × MLP width.")
 ]
 Memory = Annotated[
-    str | None, typer.Option(metavar="SIZE", help="How much memory activations may take, as in 2GB. Default: 800MB.")
+    str | None, typer.Option(metavar="SIZE", help="How much memory activations may take, as in 2GB. Default: 1.5GB.")
 ]
 
 

@@ -97,7 +97,7 @@ def make(
     where the other arguments say nothing. `editor` is the file of a trained editor, which mend needs.
 
     `model` is an address or a loaded Model; `on` is a checkpoint directory that already carries patches and stands for
-    the model. `memory` is the bytes that activations may take (default 800 MB), `max_memory` those that
+    the model. `memory` is the bytes that activations may take (default 1.5 GB), `max_memory` those that
     weights may (`kpatch.models.model.load_model`). `layers_from` is a trace.json that
     names the layers. `wordings` says in which other words facts are learned (`kpatch.facts.wordings`).
     The same inputs, seed and machine give the same patch, however many ranks (`kpatch.distributed`) share the work.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kpatch.stats.covariance import Covariance
 
 GROUP = "kpatch.methods"
-DEFAULT_BUDGET = 800_000_000  # bytes of activations
+DEFAULT_BUDGET = 1_500_000_000  # bytes of activations
 _OWN = {
     "memit": "kpatch.edit.memit:Memit",
     "memit-paper": "kpatch.edit.memit_paper:MemitPaper",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kpatch.edit.requests import Group
+from kpatch.facts.tokens import Encoded
 from kpatch.models.fast_forward import packed_mlps
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls, align, record_suffix
@@ -52,10 +53,10 @@ class Search(Protocol):
 
 
 @dataclass
-class Problem:
-    """One batch of groups with everything δ cannot change computed once.
+class Rows:
+    """Rows of m groups that run side by side, with everything δ cannot change computed once.
 
-    Rows B are the groups' fact rows, then one drift row a group; S columns from the subject's last token on.
+    B rows; S columns from the subject's last token on.
     """
 
     calls: Calls
@@ -64,15 +65,20 @@ class Problem:
     owner: Tensor  # (B,) the group of each row
     spots: Tensor  # (M, 2) row and column of each predicted target token
     tokens: Tensor  # (M,) the target tokens
-    weights: Tensor  # (M,) so that a group's weighted sum is its mean negative log-likelihood
-    drift_spots: Tensor  # (m, 2)
+    weights: Tensor  # (M,) so that a group's weighted sum over all its rows is its mean negative log-likelihood
+    drift_spots: Tensor  # (m, 2), or (0, 2) where these rows have no drift rows
     drift_before: Tensor  # (m, V) log-probabilities without δ
-    bare: Tensor  # (m,) the row of each group's bare prompt
+    groups: int  # m
 
-    def select(self, keep: Tensor) -> Problem:
-        """The problem of the groups in `keep` (sorted indices), renumbered."""
+    @property
+    def read(self) -> Tensor:
+        """Where the network's answer is read, (M + m, 2): at the targets, then at the drift rows."""
+        return torch.cat([self.spots, self.drift_spots])
+
+    def select(self, keep: Tensor) -> tuple[Rows, Tensor]:
+        """The rows of the groups in `keep` (sorted indices), renumbered, and where each old row is now, or -1."""
         device = self.owner.device
-        renumber = torch.full((int(self.owner.max()) + 1,), -1, device=device)
+        renumber = torch.full((self.groups,), -1, device=device)
         renumber[keep] = torch.arange(len(keep), device=device)
         rows = (renumber[self.owner] >= 0).nonzero().flatten()
         moved = torch.full((len(self.owner),), -1, device=device)
@@ -80,32 +86,59 @@ class Problem:
         spots = self.spots.clone()
         spots[:, 0] = moved[self.spots[:, 0]]
         mine = spots[:, 0] >= 0
-        drift = self.drift_spots[keep].clone()
-        drift[:, 0] = moved[drift[:, 0]]
-        return Problem(
-            self.calls.select(rows),
-            self.hidden[rows],
-            self.real[rows],
-            renumber[self.owner[rows]],
-            spots[mine],
-            self.tokens[mine],
-            self.weights[mine],
-            drift,
-            self.drift_before[keep],
-            moved[self.bare[keep]],
+        drift = self.drift_spots[keep] if len(self.drift_spots) else self.drift_spots
+        drift = torch.stack([moved[drift[:, 0]], drift[:, 1]], dim=1)
+        return (
+            Rows(
+                self.calls.select(rows),
+                self.hidden[rows],
+                self.real[rows],
+                renumber[self.owner[rows]],
+                spots[mine],
+                self.tokens[mine],
+                self.weights[mine],
+                drift,
+                self.drift_before[keep] if len(drift) else self.drift_before,
+                len(keep),
+            ),
+            moved,
         )
 
     def losses(self, logp: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean negative log-likelihood of the targets and drift of each group, [m] both.
+        """What these rows add to each group's mean negative log-likelihood and drift, [m] both.
 
-        logp [M + m, V] at the spots of the targets and then those of the drift rows.
+        logp [M + m, V] where the rows are `read`.
         """
-        m = len(self.drift_before)
-        at_target = logp[:-m].gather(1, self.tokens[:, None])[:, 0] * self.weights  # (M,)
-        nll = -torch.zeros(m, device=logp.device).index_add(0, self.owner[self.spots[:, 0]], at_target)
-        now = logp[-m:]
-        drift = (now.exp() * (now - self.drift_before)).sum(-1)  # (m,)
-        return nll, drift
+        count = len(self.tokens)
+        at_target = logp[:count].gather(1, self.tokens[:, None])[:, 0] * self.weights  # (M,)
+        nothing = torch.zeros(self.groups, device=logp.device)
+        nll = -nothing.index_add(0, self.owner[self.spots[:, 0]], at_target)
+        if not len(self.drift_spots):
+            return nll, nothing
+        now = logp[count:]
+        return nll, (now.exp() * (now - self.drift_before)).sum(-1)
+
+
+@dataclass
+class Problem:
+    """One batch of groups: their fact rows and one drift row each.
+
+    Rows with far more columns than most run apart, or all would be padded to their length. `bare` (m,) are the rows of
+    each group's bare prompt in the first part, where all bare and drift rows are.
+    """
+
+    parts: list[Rows]
+    bare: Tensor
+
+    @property
+    def first(self) -> Rows:
+        return self.parts[0]
+
+    def select(self, keep: Tensor) -> Problem:
+        """The problem of the groups in `keep` (sorted indices), renumbered."""
+        first, moved = self.first.select(keep)
+        rest = [part.select(keep)[0] for part in self.parts[1:]]
+        return Problem([first, *(part for part in rest if len(part.owner))], moved[self.bare[keep]])
 
 
 _BETAS, _EPS = (0.9, 0.999), 1e-8  # Adam's usual constants
@@ -120,46 +153,96 @@ def adam(first: Tensor, second: Tensor, grad: Tensor, step: int) -> tuple[Tensor
     return first, second, mean, scale
 
 
+@dataclass(frozen=True)
+class _Row:
+    """A row of a group on its way into a part."""
+
+    encoded: Encoded
+    group: int
+    weight: float = 0.0  # of each of its target tokens; a drift row has none
+    bare: bool = False
+    drift: bool = False
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The last target token is predicted, never read."""
+        ids = self.encoded.ids
+        return ids[:-1] if len(ids) > self.encoded.prompt_len else ids
+
+    @property
+    def columns(self) -> int:
+        return len(self.ids) - self.encoded.subject_last
+
+
 def prepare(model: Model, groups: Sequence[Group], above: int) -> Problem:
     """The problem of a batch in which nothing changes up to layer `above` (−1: everything may)."""
-    rows = [row for group in groups for row in group.rows] + [group.drift for group in groups]
-    owner = [g for g, group in enumerate(groups) for _ in group.rows] + list(range(len(groups)))
-    device = model.device
-    # The last target token is predicted, never read.
-    ids = [row.ids[:-1] if len(row.ids) > row.prompt_len else row.ids for row in rows]
-    batch = align(ids, [row.subject_last for row in rows], model.pad_id, device)
-    calls, hidden = record_suffix(model, batch, above)
-
-    spots, tokens, weights, bare, first = [], [], [], [], 0
-    for group in groups:
-        bare.append(first + group.bare)
+    rows: list[_Row] = []
+    for number, group in enumerate(groups):
         for index, row in enumerate(group.rows):
-            targets = row.ids[row.prompt_len :]
-            start = row.prompt_len - 1 - row.subject_last
-            for offset, token in enumerate(targets):
-                spots.append((first + index, start + offset))
-                tokens.append(token)
-                weights.append(1.0 / (len(targets) * len(group.rows)))
-        first += len(group.rows)
-    drift = [(first + g, group.drift.prompt_len - 1 - group.drift.subject_last) for g, group in enumerate(groups)]
-    return Problem(
+            weight = 1.0 / (max(1, len(row.ids) - row.prompt_len) * len(group.rows))
+            rows.append(_Row(row, number, weight, bare=index == group.bare))
+    rows += [_Row(group.drift, number, drift=True) for number, group in enumerate(groups)]
+    width = _widest(rows)
+    parts = [[row for row in rows if row.columns <= width], [row for row in rows if row.columns > width]]
+    bare = [place for place, row in enumerate(parts[0]) if row.bare]
+    several = [_side_by_side(model, part, len(groups), above) for part in parts if part]
+    return Problem(several, torch.tensor(bare, device=model.device))
+
+
+_WORTH_IT = 0.85  # a second run pays where it leaves this share of the columns, padding included
+
+
+def _widest(rows: Sequence[_Row]) -> int:
+    """The most columns of a row in the first part; all of them, where two runs do not pay."""
+    least = max(row.columns for row in rows if row.bare or row.drift)
+    widths = sorted(row.columns for row in rows)
+    most, count = widths[-1], len(widths)
+    best, area = most, _WORTH_IT * most * count
+    for number, width in enumerate(widths[:-1], 1):
+        if least <= width < widths[number] and number * width + (count - number) * most < area:
+            best, area = width, number * width + (count - number) * most
+    return best
+
+
+def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -> Rows:
+    device = model.device
+    batch = align([row.ids for row in rows], [row.encoded.subject_last for row in rows], model.pad_id, device)
+    calls, hidden = record_suffix(model, batch, above)
+    spots, tokens, weights, drift = [], [], [], []
+    for index, row in enumerate(rows):
+        start = row.encoded.prompt_len - 1 - row.encoded.subject_last
+        if row.drift:
+            drift.append((index, start))
+            continue
+        for offset, token in enumerate(row.encoded.ids[row.encoded.prompt_len :]):
+            spots.append((index, start + offset))
+            tokens.append(token)
+            weights.append(row.weight)
+    return Rows(
         calls,
         hidden,
         batch.mask[:, batch.column :].bool(),
-        torch.tensor(owner, device=device),
+        torch.tensor([row.group for row in rows], device=device),
         torch.tensor(spots, device=device),
         torch.tensor(tokens, device=device),
         torch.tensor(weights, device=device),
-        torch.tensor(drift, device=device),
+        torch.tensor(drift, dtype=torch.long, device=device).view(-1, 2),
         torch.empty(0, device=device),
-        torch.tensor(bare, device=device),
+        groups,
     )
 
 
-def log_probabilities(model: Model, problem: Problem, hidden: Tensor, spots: Tensor, above: int) -> Tensor:
+def log_probabilities(model: Model, rows: Rows, hidden: Tensor, spots: Tensor, above: int) -> Tensor:
     """Next-token log-probabilities [M, V] at `spots` [M, 2] after running the layers above layer `above`."""
-    real = problem.real.flatten().nonzero().flatten()
+    real = rows.real.flatten().nonzero().flatten()
     read = torch.unique(spots[:, 0] * hidden.shape[1] + spots[:, 1])
     with packed_mlps(model, above + 1, model.n_layers, real, read):
-        out = problem.calls.run(hidden, above + 1, model.n_layers)  # (B, S, d)
+        out = rows.calls.run(hidden, above + 1, model.n_layers)  # (B, S, d)
     return model.logits(out[spots[:, 0], spots[:, 1]]).float().log_softmax(-1)
+
+
+@torch.no_grad()
+def measure_drift(model: Model, problem: Problem, above: int) -> None:
+    """Let the problem know what its drift rows say without δ."""
+    rows = problem.first
+    rows.drift_before = log_probabilities(model, rows, rows.hidden, rows.drift_spots, above)

@@ -98,7 +98,15 @@ class Group:
     @property
     def columns(self) -> int:
         """The widest row's columns from the subject's last token on."""
-        return max(len(row.ids) - row.subject_last for row in (*self.rows, self.drift))
+        return max(self._columns())
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all rows from the subject's last one on."""
+        return sum(self._columns())
+
+    def _columns(self) -> list[int]:
+        return [len(row.ids) - row.subject_last for row in (*self.rows, self.drift)]
 
 
 def group_facts(

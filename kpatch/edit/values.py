@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kpatch.edit.problem import Problem, Values, adam, log_probabilities, prepare
+from kpatch.edit.problem import Problem, Values, adam, log_probabilities, measure_drift, prepare
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention
 from kpatch.models.mixed_precision import mixed_precision
@@ -50,14 +50,14 @@ class Objective:
 
 def _losses(model: Model, problem: Problem, delta: Tensor, h: Tensor, goal: Objective) -> Tensor:
     """The objective of each group, [m]; delta and h are [m, d]."""
-    # index_select, since the gradient of delta[owner] is summed by all threads at once, in an order left to chance
-    shift = delta.index_select(0, problem.owner).to(problem.hidden.dtype)  # (B, d)
-    first = problem.hidden[:, :1] + shift[:, None]  # (B, 1, d)
-    hidden = torch.cat([first, problem.hidden[:, 1:]], dim=1)  # (B, S, d)
-    spots = torch.cat([problem.spots, problem.drift_spots])
-    nll, drift = problem.losses(log_probabilities(model, problem, hidden, spots, goal.layer))
-    decay = delta.norm(dim=-1) / h.norm(dim=-1) ** 2
-    total: Tensor = nll + goal.kl * drift + goal.weight_decay * decay
+    total: Tensor = goal.weight_decay * delta.norm(dim=-1) / h.norm(dim=-1) ** 2
+    for rows in problem.parts:
+        # index_select, since the gradient of delta[owner] is summed by all threads at once, in an order left to chance
+        shift = delta.index_select(0, rows.owner).to(rows.hidden.dtype)  # (B, d)
+        first = rows.hidden[:, :1] + shift[:, None]  # (B, 1, d)
+        hidden = torch.cat([first, rows.hidden[:, 1:]], dim=1)  # (B, S, d)
+        nll, drift = rows.losses(log_probabilities(model, rows, hidden, rows.read, goal.layer))
+        total = total + nll + goal.kl * drift
     return total
 
 
@@ -73,9 +73,8 @@ def optimize(model: Model, groups: Sequence[Group], goal: Objective, advance: Ad
 
 
 def _optimize(model: Model, problem: Problem, goal: Objective, advance: Advance) -> Values:
-    with torch.no_grad():
-        problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, goal.layer)
-    h = problem.hidden[problem.bare, 0].float()  # (m, d)
+    measure_drift(model, problem, goal.layer)
+    h = problem.first.hidden[problem.bare, 0].float()  # (m, d)
     m = len(h)
     delta = torch.zeros_like(h)
     first, second = torch.zeros_like(h), torch.zeros_like(h)

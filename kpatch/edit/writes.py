@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from kpatch.edit.problem import Problem, Values, adam, log_probabilities, prepare
+from kpatch.edit.problem import Problem, Rows, Values, adam, log_probabilities, measure_drift, prepare
 from kpatch.edit.requests import Group
 from kpatch.models.fast_forward import few_columns_attention
 from kpatch.models.mixed_precision import mixed_precision
@@ -65,19 +65,18 @@ class _Injection:
     `written[i]` [B, d] is what W^l itself put out there in the last run.
     """
 
-    def __init__(self, model: Model, problem: Problem, layers: Sequence[int]) -> None:
+    def __init__(self, model: Model, rows: Rows, layers: Sequence[int]) -> None:
         self.model, self.layers = model, layers
         self.delta: Tensor | None = None
         self.written: dict[int, Tensor] = {}
-        self.use(problem)
+        self.use(rows)
 
-    def use(self, problem: Problem) -> None:
-        """Take the rows of `problem` for those that run."""
-        rows, columns = problem.hidden.shape[:2]
-        self.owner, self.rows, self.columns = problem.owner, rows, columns
-        real = problem.real
-        self.packed = real.flatten().cumsum(0).view(rows, columns)[:, 0] - 1  # (B,) where only real tokens are run
-        self.n_real = int(real.sum())
+    def use(self, rows: Rows) -> None:
+        """Take `rows` for those that run."""
+        self.owner, (self.rows, self.columns) = rows.owner, rows.hidden.shape[:2]
+        tokens = rows.real.flatten().cumsum(0)
+        self.packed = tokens.view(self.rows, self.columns)[:, 0] - 1  # (B,) where only real tokens are run
+        self.n_real = int(tokens[-1])
 
     def _places(self, tokens: int) -> Tensor:
         """The rows' column 0 among `tokens` tokens that run: the real ones, all of them, or all behind a prefix."""
@@ -130,7 +129,7 @@ def scales(
 
 def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance: Advance) -> Values:
     problem = prepare(model, groups, goal.layers[0] - 1)
-    inject = _Injection(model, problem, goal.layers)
+    inject = _Injection(model, problem.first, goal.layers)
     for layer in goal.layers:  # measured by running the network once, which the hooks below must not see
         model.behind_down(layer)
         model.gated(layer)
@@ -139,7 +138,7 @@ def _search(model: Model, groups: Sequence[Group], goal: JointObjective, advance
             size = _sizes(model, problem, inject, goal.layers)[..., None]  # (R, m, 1)
         with mixed_precision(model):  # δ stands it; what it is measured by, and the targets, are exact
             delta, losses, steps = _descend(model, problem, inject, size, goal, advance)
-        inject.use(problem)
+        inject.use(problem.first)
         inject.delta = delta
         targets = _targets(model, problem, inject, goal.layers)
     return Values(targets.cpu(), tuple(losses.tolist()), tuple(steps.tolist()))
@@ -152,8 +151,7 @@ def _descend(
     below = goal.layers[0] - 1
     count, m = size.shape[:2]
     reach = _BEHIND_A_NORM if model.family.post_norm else 1.0
-    with torch.no_grad():
-        problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, below)
+    measure_drift(model, problem, below)
     delta = torch.zeros(count, m, model.width, device=size.device)
     first, second = torch.zeros_like(delta), torch.zeros_like(delta)
     batch = torch.arange(m, device=size.device)  # groups that `problem` holds
@@ -163,8 +161,11 @@ def _descend(
     for step in range(1, goal.steps + 1):
         variable = delta[:, batch].requires_grad_()
         inject.delta = variable
-        spots = torch.cat([problem.spots, problem.drift_spots])
-        nll, drift = problem.losses(log_probabilities(model, problem, problem.hidden, spots, below))
+        nll, drift = torch.zeros(len(batch), device=size.device), torch.zeros(len(batch), device=size.device)
+        for rows in problem.parts:
+            inject.use(rows)
+            some, more = rows.losses(log_probabilities(model, rows, rows.hidden, rows.read, below))
+            nll, drift = nll + some, drift + more
         loss = nll + goal.kl * drift
         is_active = torch.isin(batch, active)
         losses[active], steps[active] = nll.detach()[is_active], step
@@ -184,12 +185,12 @@ def _descend(
         if len(active) <= 0.8 * len(batch):  # a smaller batch pays for the copy of its caches
             problem = problem.select(going_on.nonzero().flatten())
             batch = active
-            inject.use(problem)
     return delta, losses, steps
 
 
 def _sizes(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> Tensor:
-    leaving = problem.calls.run(problem.hidden, layers[0], layers[-1] + 1)[problem.bare, 0]
+    rows = problem.first
+    leaving = rows.calls.run(rows.hidden, layers[0], layers[-1] + 1)[problem.bare, 0]
     written = [inject.written[i][problem.bare] for i in range(len(layers))]
     return scales(model, layers, leaving, written, _gates(model, problem, inject, layers))
 
@@ -197,17 +198,18 @@ def _sizes(model: Model, problem: Problem, inject: _Injection, layers: Sequence[
 def _gates(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> dict[int, Tensor]:
     """What each gated layer multiplies a write by at the bare rows' column 0, [m] by layer: measured with a write."""
     found: dict[int, Tensor] = {}
-    hidden, at = problem.hidden, layers[0]
+    rows = problem.first
+    hidden, at = rows.hidden, layers[0]
     for index, layer in enumerate(layers):
         if not model.gated(layer):
             continue
-        hidden, at = problem.calls.run(hidden, at, layer), layer
+        hidden, at = rows.calls.run(hidden, at, layer), layer
         probe = torch.zeros(len(layers), len(problem.bare), model.width, device=hidden.device)
         probe[index] = 1.0
         inject.delta = None
-        without = problem.calls.run(hidden, layer, layer + 1)
+        without = rows.calls.run(hidden, layer, layer + 1)
         inject.delta = probe
-        moved = problem.calls.run(hidden, layer, layer + 1) - without
+        moved = rows.calls.run(hidden, layer, layer + 1) - without
         inject.delta = None
         found[layer] = moved[problem.bare, 0].float().mean(-1)
     return found
@@ -217,9 +219,10 @@ def _gates(model: Model, problem: Problem, inject: _Injection, layers: Sequence[
 def _targets(model: Model, problem: Problem, inject: _Injection, layers: Sequence[int]) -> Tensor:
     """Targets [m, R, d] under the writes that `inject` holds."""
     assert inject.delta is not None
-    hidden, at, targets = problem.hidden, layers[0], []
+    rows = problem.first
+    hidden, at, targets = rows.hidden, layers[0], []
     for index, layer in enumerate(layers):
-        hidden = problem.calls.run(hidden, at, layer + 1)
+        hidden = rows.calls.run(hidden, at, layer + 1)
         at = layer + 1
         if model.behind_down(layer):
             targets.append(inject.written[index][problem.bare].float() + inject.delta[index])

@@ -13,13 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kpatch.cache import cache_dir
+from kpatch.edit import problem as problem_module
 from kpatch.edit import values
+from kpatch.edit.memit import Memit
 from kpatch.edit.memit_paper import MemitPaper
-from kpatch.edit.presets import MemitPaperHyper
-from kpatch.edit.problem import Values, log_probabilities, prepare
+from kpatch.edit.presets import MemitHyper, MemitPaperHyper
+from kpatch.edit.problem import Values, measure_drift, prepare
 from kpatch.edit.requests import MAX_FACTS_PER_SUBJECT, Group, group_facts
 from kpatch.edit.values import Objective, optimize
-from kpatch.edit.values_cache import find_values, plan, row_bytes
+from kpatch.edit.values_cache import column_bytes, find_values, plan
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
@@ -94,8 +96,8 @@ def test_every_group_is_in_one_batch_and_batches_keep_to_the_budget(budget: int)
     widths = [groups()[index].columns for batch in batches for index in batch]
     assert widths == sorted(widths)
     for batch in batches:
-        rows = sum(len(groups()[index].rows) + 1 for index in batch)
-        assert len(batch) == 1 or rows * row_bytes(model, groups()[batch[0]].columns, 0, 1) <= budget
+        tokens = sum(groups()[index].tokens for index in batch)
+        assert len(batch) == 1 or tokens * column_bytes(model, 1, 0, 1) <= budget
 
 
 def test_a_larger_budget_makes_fewer_batches() -> None:
@@ -105,7 +107,7 @@ def test_a_larger_budget_makes_fewer_batches() -> None:
 
 def test_layers_below_the_values_cost_nothing() -> None:
     assert len(plan(build("llama"), groups(), 1, 400_000)) >= len(plan(build("llama"), groups(), 3, 400_000))
-    assert row_bytes(build("llama"), 5, 2, 3) == 3 * row_bytes(build("llama"), 5, 2, 1)
+    assert column_bytes(build("llama"), 5, 2, 3) == 3 * column_bytes(build("llama"), 5, 2, 1)
 
 
 # What is kept
@@ -271,9 +273,9 @@ def test_no_gradient_is_summed_in_an_order_left_to_chance() -> None:
     model = build("llama")
     some = groups()
     problem = prepare(model, some, 2)
-    problem.drift_before = log_probabilities(model, problem, problem.hidden, problem.drift_spots, 2).detach()
-    h = problem.hidden[problem.bare, 0].float()
-    assert len(problem.owner) > len(some)  # rows share δ, so there is something to be summed
+    measure_drift(model, problem, 2)
+    h = problem.first.hidden[problem.bare, 0].float()
+    assert len(problem.first.owner) > len(some)  # rows share δ, so there is something to be summed
     delta = torch.zeros_like(h).requires_grad_()
     loss = values._losses(model, problem, delta, h, GOAL).sum()
     nodes, seen = [loss.grad_fn], set()
@@ -289,3 +291,42 @@ def test_no_gradient_is_summed_in_an_order_left_to_chance() -> None:
             places = torch.stack([index for index in node._saved_indices if index is not None], 1)
             assert len(places.unique(dim=0)) == len(places)
     assert indexed
+
+
+# Rows that run apart
+
+
+def long_and_short() -> list[Group]:
+    """Six groups, each with a row far longer than its others."""
+    facts = [Fact(name, "In the {}", "Paris", id=str(i)) for i, name in enumerate(SUBJECTS)]
+    more = [Fact(name, "In the {} of all the places that there are in the world", "Rome") for name in SUBJECTS]
+    return group_facts(build("llama"), [*facts, *more], ("", "She said."))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
+def test_long_rows_run_apart_and_nothing_else_changes(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, some = build(family), long_and_short()
+    found, padded = {}, []
+    for share, parts in ((0.0, 1), (0.85, 2)):
+        monkeypatch.setattr(problem_module, "_WORTH_IT", share)
+        problem = prepare(model, some, 1)
+        assert len(problem.parts) == parts
+        padded.append(sum(rows.real.numel() for rows in problem.parts))
+        measure_drift(model, problem, 1)
+        h = problem.first.hidden[problem.bare, 0].float()
+        for keep in (torch.arange(len(some)), torch.tensor([1, 4])):
+            delta = (0.1 * h[keep]).requires_grad_()
+            loss = values._losses(model, problem.select(keep), delta, h[keep], GOAL)
+            (grad,) = torch.autograd.grad(loss.sum(), delta)
+            found[parts, len(keep)] = h[keep], loss.detach(), grad
+        goals = [GOAL, Memit().objective(MemitHyper(layers=(1, 2), steps=4))]
+        found[parts, 0] = tuple(goal.search(model, some, lambda amount: None).values for goal in goals)
+    assert padded[1] < 0.85 * padded[0]
+    for count in (len(some), 2, 0):
+        for one, other in zip(found[1, count], found[2, count], strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * float(other.abs().max()))
+
+
+def test_rows_of_one_length_run_together() -> None:
+    facts = [Fact(name, "In the {}", "Paris", id=str(i)) for i, name in enumerate(SUBJECTS)]
+    assert len(prepare(build("llama"), group_facts(build("llama"), facts, ("",)), 1).parts) == 1
