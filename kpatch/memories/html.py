@@ -11,7 +11,7 @@ from kpatch.cache import atomic_write_text
 from kpatch.memories.predictions import KINDS
 from kpatch.memories.run import Side, UnitMemory
 from kpatch.memories.summary import LayerFigures, Summary
-from kpatch.memories.words import ending, listed, shown
+from kpatch.memories.words import LOSSES, NAMES, ending, listed, shown
 
 _TRIGGERS = 5
 _STYLE = """
@@ -64,7 +64,7 @@ def _keys_and_values(layers: Sequence[LayerFigures]) -> list[tuple[str, Curves]]
         ("Triggers of a unit that end in one token, %", {"": [_percent(one.same_last) for one in layers]}),
         (
             "Change of the coefficient when a trigger loses a token, %",
-            {f"its {which}": [_percent(one.removal[which]) for one in layers] for which in ("first", "last", "other")},
+            {name: [_percent(one.removal[which]) for one in layers] for which, name in LOSSES.items()},
         ),
         (
             "The value promotes the token that followed the strongest trigger, % of units",
@@ -103,7 +103,7 @@ def _predictions(layers: Sequence[LayerFigures]) -> list[tuple[str, Curves]]:
         ),
         (
             "Whose prediction leaves the layer, % of inputs",
-            {kind: [_percent(one.kinds[kind]) for one in layers] for kind in KINDS},
+            {NAMES[kind]: [_percent(one.kinds[kind]) for one in layers] for kind in KINDS},
         ),
     ]
 

@@ -10,16 +10,10 @@ from kpatch.cache import write_error
 from kpatch.memories.predictions import KINDS
 from kpatch.memories.removal import REMOVED
 from kpatch.memories.summary import Summary
+from kpatch.memories.words import LOSSES, NAMES
 from kpatch.pictures import save, style
 
 COLORS = {"residual": "#54278f", "agreement": "#9e9ac8", "ffn": "#238b45", "composition": "#d9d9d9"}
-NAMES = {
-    "residual": "residual stream's",
-    "agreement": "both agree",
-    "ffn": "feed-forward layer's",
-    "composition": "neither's",
-}
-LOSSES = {"first": "its first", "last": "its last", "other": "another"}
 REMOVED_COLORS = {"first": "#238b45", "last": "#a50f15", "other": "#54278f"}
 # Axes without a box, a small legend without a frame
 _PLAIN = {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 8}

@@ -1,10 +1,18 @@
-"""Tokens and texts as people read them in a table: white space made visible, long texts cut to their ends."""
+"""Words for people: what figures are called, and tokens and texts with white space made visible, cut to their ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+# Whose prediction leaves a layer, and which token a trigger loses
+NAMES = {
+    "residual": "residual stream's",
+    "agreement": "both agree",
+    "ffn": "feed-forward layer's",
+    "composition": "neither's",
+}
+LOSSES = {"first": "its first", "last": "its last", "other": "another"}
 _SHOWN = str.maketrans({"\n": "⏎", "\t": "⇥"})
 
 
