@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from kpatch import arguments
-from kpatch.edit.methods import with_settings
 from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.mend.file import write_editor
 from kpatch.mend.settings import TrainHyper
@@ -46,7 +45,7 @@ def train_editor(
     facts: FactFile | Sequence[Fact],
     out: str | Path,
     *,
-    settings: dict[str, str] | None = None,
+    settings: TrainHyper | None = None,
     layers: Sequence[int] | None = None,
     corpus: str = SELF,
     minutes: float | None = None,
@@ -58,14 +57,13 @@ def train_editor(
 ) -> TrainedEditor:
     """Train an editor for `model` on `facts` with `kpatch.mend.train.train` and write it to `out`.
 
-    `settings` are fields of `kpatch.mend.settings.TrainHyper` by name. Raises BadInput as training does, and Refused
-    for a file that exists without `force`, before any work.
+    Raises BadInput as training does, and Refused for a file that exists without `force`, before any work.
     """
     require_loaded(model)
     arguments.whole_number(seed, "seed")
     arguments.path(corpus, "corpus")
     path = check_new_file(out, force=force, what="an editor")
-    hyper = with_settings(TrainHyper(), settings or {})
+    hyper = settings or TrainHyper()
     more: dict[str, Any] = {"seed": seed, "memory": memory, "resume": resume, "report": report}
     trained = train(model, facts_in(facts), hyper, layers=layers, corpus=corpus, minutes=minutes, **more)
     about = {**trained.to_dict(), **hyper.to_dict(), "seed": seed}

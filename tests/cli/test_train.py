@@ -9,7 +9,9 @@ import pytest
 from safetensors.torch import load_file
 
 import kpatch
+from kpatch.edit.methods import with_settings
 from kpatch.errors import Refused
+from kpatch.mend.settings import TrainHyper
 from kpatch.patch.format import read_patch
 from tests.support.checkpoints import snapshot
 from tests.support.cli import run
@@ -50,8 +52,9 @@ def test_an_editor_from_training_to_an_adapter(model: Path, data: Path, tmp_path
     assert again.code == 0, again.err
     assert (tmp_path / "b.safetensors").read_bytes() == editor.read_bytes(), "the same inputs give the same file"
     numbers = {"steps": "10", **dict(word.split("=") for word in SETTINGS[1::2])}
+    hyper = with_settings(TrainHyper(), numbers)
     out = tmp_path / "c.safetensors"
-    made = kpatch.train_editor(kpatch.load_model(str(model)), training_facts(), out, settings=numbers)
+    made = kpatch.train_editor(kpatch.load_model(str(model)), training_facts(), out, settings=hyper)
     assert (made.path, made.sha256, made.trained.steps) == (out, told["sha256"], 10)
     with pytest.raises(Refused, match="exists"):
         kpatch.train_editor(kpatch.load_model(str(model)), training_facts(), out)

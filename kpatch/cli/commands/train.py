@@ -78,7 +78,7 @@ def command(
     from kpatch.edit.methods import with_settings
     from kpatch.mend.settings import TrainHyper
 
-    with_settings(TrainHyper(), settings)  # what is wrong with them shows before a model is loaded
+    hyper = with_settings(TrainHyper(), settings)
     loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.mend.editor import train_editor
@@ -87,7 +87,7 @@ def command(
         loaded,
         facts,
         path,
-        settings=settings,
+        settings=hyper,
         layers=chosen,
         corpus=corpus,
         minutes=minutes,
