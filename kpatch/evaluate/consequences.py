@@ -14,8 +14,8 @@ from typing import Any
 
 from kpatch.evaluate.intervals import SAMPLES, grouped_interval
 from kpatch.evaluate.score import BATCH_TOKENS, Scored, score
-from kpatch.facts.derived import negated_of, reversed_of
-from kpatch.facts.fact import SLOT, Fact, fill
+from kpatch.facts.derived import hops_of, negated_of, reversals_of
+from kpatch.facts.fact import SLOT, Fact, Neighbor, fill
 from kpatch.facts.join import join, without_spaces_behind
 from kpatch.facts.questions import PLAIN, plainly, question_of
 from kpatch.facts.tokens import Item, encode_many
@@ -78,12 +78,12 @@ def measure_consequences(
     """Measure the probes over the facts that bring what they need.
 
     distraction  neighbors with targets   negation  a prompt that can be negated   choice  a question and `was` or
-    `choices`   yes_no  `was`, or a question of its own for each   reversed, hops  keys of their own
+    `choices`   yes_no  `was`, or a question of its own for each   reversed, hops  keys of their own, or
+    what `facts.derived` finds
     Raises BadInput for text that the tokenizer cannot take, CheckFailed for NaN.
     """
-    probes = [
-        _Probe(number, kind, parts) for number, fact in enumerate(facts) for kind, parts in _probes(fact) if parts
-    ]
+    given = enumerate(zip(facts, reversals_of(facts), hops_of(facts), strict=True))
+    probes = [_Probe(number, kind, parts) for number, one in given for kind, parts in _probes(*one) if parts]
     items = [item for probe in probes for part in probe.parts for item in part.items]
     rows = [(row.ids[: row.prompt_len], row.ids[row.prompt_len :]) for row in encode_many(model.tokenizer, items)]
     scored = iter(score(model, rows, batch_tokens, report))
@@ -116,7 +116,7 @@ def statement(fact: Fact, answer: str) -> str:
     return whole if whole.endswith((".", "!", "?")) else f"{whole}."
 
 
-def _probes(fact: Fact) -> Iterator[tuple[str, tuple[_Part, ...]]]:
+def _probes(fact: Fact, backwards: str | None, hops: Sequence[Neighbor]) -> Iterator[tuple[str, tuple[_Part, ...]]]:
     """The kind and the parts of each probe of a fact; no parts where it does not bring what they need."""
     told = statement(fact, fact.target)
     for neighbor in fact.neighbors:
@@ -129,10 +129,9 @@ def _probes(fact: Fact) -> Iterator[tuple[str, tuple[_Part, ...]]]:
         yield "negation", (_Part((plain,)), _Part((denied,), unsaid=True))
     yield "choice", _choice(fact)
     yield "yes_no", _yes_no(fact)
-    backwards = reversed_of(fact)
     if backwards is not None:
         yield "reversed", (_Part((Item(SLOT, plainly(backwards), fact.subject),)),)
-    for hop in fact.hops:
+    for hop in hops:
         yield "hops", (_Part((Item(SLOT, plainly(hop.prompt), hop.target),)),)
 
 

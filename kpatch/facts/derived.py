@@ -1,4 +1,4 @@
-"""What can be asked about a fact beside the fact itself: its negation, its reverse, other things about its subject."""
+"""What can be asked about a fact beside the fact itself: its negation, its reverse, what follows, its subject."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection, Sequence
 
 from kpatch.facts.conflicts import normal
-from kpatch.facts.fact import SLOT, Fact, fill
-from kpatch.facts.questions import is_question
+from kpatch.facts.fact import SLOT, Fact, Neighbor, fill
+from kpatch.facts.questions import is_question, question_of
 from kpatch.facts.relations import relation_of, relations, same_words
 
 ASKED = 4  # other relations that a subject is asked about, where a fact names none
+_ARTICLE_OF_SUBJECT = re.compile(r"\b(?:the|an?) \{\}", re.IGNORECASE)
 _COPULA = re.compile(r"\b(?:is|are|was|were)\b")
 
 
@@ -28,9 +29,51 @@ def negated_of(fact: Fact) -> str | None:
     return fill(f"{fact.prompt[:end]} not{fact.prompt[end:]}", fact.subject)
 
 
-def reversed_of(fact: Fact) -> str | None:
-    """A text that the fact's subject answers, with the target in place."""
-    return fill(fact.reversed, fact.target) if fact.reversed else None
+def reversals_of(facts: Sequence[Fact]) -> list[str | None]:
+    """For each fact a text that its subject answers, with the target in place; None where nothing says one.
+
+    It is the fact's own, or else the library's for a relation in which an answer has one subject. A target that the
+    facts give to several subjects of the relation has several right answers, so nothing is asked there; nor where the
+    subject has an article in the prompt, since the answer may have it or not.
+    """
+    known = [relation_of(fact.prompt) for fact in facts]
+    subjects: dict[tuple[str, str], set[str]] = {}
+    for fact, relation in zip(facts, known, strict=True):
+        if relation is not None:
+            subjects.setdefault((relation.name, normal(fact.target).casefold()), set()).add(normal(fact.subject))
+    found: list[str | None] = []
+    for fact, relation in zip(facts, known, strict=True):
+        text = fact.reversed
+        if text is None and relation is not None and not _has_article(fact.prompt):
+            alone = len(subjects[relation.name, normal(fact.target).casefold()]) == 1
+            text = relation.reverse if alone else None
+        found.append(fill(text, fact.target) if text else None)
+    return found
+
+
+def hops_of(facts: Sequence[Fact]) -> list[tuple[Neighbor, ...]]:
+    """For each fact some prompts whose answers follow from it: its own, or else questions over two of the facts.
+
+    Where the target of one fact is the subject of another, the other's question is asked about what the first names:
+    the mayor of Lyon is that of the capital of France, where Lyon is that capital. Both facts are given, so the answer
+    is certain; only relations of the library whose subjects have one answer name it.
+    """
+    about: dict[str, list[Fact]] = {}
+    for fact in facts:
+        about.setdefault(normal(fact.subject), []).append(fact)
+    found = []
+    for fact in facts:
+        relation = relation_of(fact.prompt)
+        hops: list[Neighbor] = list(fact.hops)
+        if not hops and relation is not None and relation.phrase and not _has_article(fact.prompt):
+            named = fill(relation.phrase, fact.subject)
+            for other in about.get(normal(fact.target), ()):
+                question = question_of(other)
+                back = normal(other.target) == normal(fact.subject)  # its answer would stand in the question
+                if question and not back and not _has_article(question):
+                    hops.append(Neighbor(fill(question, named), other.target))
+        found.append(tuple(hops))
+    return found
 
 
 def others_of(facts: Sequence[Fact]) -> list[tuple[str, ...]]:
@@ -60,3 +103,7 @@ def _library(fact: Fact, kind: str, said: Collection[str]) -> tuple[str, ...]:
         if one.kind == kind and name not in said and one.wordings and not same_words(one.wordings[0], learned)
     )
     return tuple(fill(text, fact.subject) for text, _ in zip(texts, range(ASKED), strict=False))
+
+
+def _has_article(text: str) -> bool:
+    return _ARTICLE_OF_SUBJECT.search(text) is not None

@@ -45,13 +45,16 @@ _KINDS = _KINDS_OF | frozenset(
 class Relation:
     """A relation: `wordings` say it with one {} each, before its answer; `question` asks for that answer.
 
-    `kind` is what its subjects are: a city, a person, a work.
+    `kind` is what its subjects are: a city, a person, a work. `reverse` asks for the subject, with {} for the answer,
+    and `phrase` names the answer inside other questions ("the capital of {}"); None where several would be right.
     """
 
     name: str
     kind: str
     question: str
     wordings: tuple[str, ...]
+    reverse: str | None = None
+    phrase: str | None = None
 
 
 def relation_of(prompt: str) -> Relation | None:
@@ -96,7 +99,10 @@ def same_words(prompt: str, others: Iterable[str]) -> bool:
 def relations() -> Mapping[str, Relation]:
     """The whole library, by name."""
     return {
-        name: Relation(name, entry["kind"], entry["question"], tuple(entry["wordings"]))
+        name: Relation(
+            *(name, entry["kind"], entry["question"], tuple(entry["wordings"])),
+            *(entry.get("reverse"), entry.get("phrase")),
+        )
         for name, entry in _entries().items()
     }
 

@@ -114,13 +114,37 @@ def test_facts_that_bring_less_are_asked_less() -> None:
     unknown = Fact("Ann", "{} reminds Bob of", "the sea", "a mill")
     found = measure_consequences(chatty(), [bare, same, known, unknown], samples=20)
     assert {kind: found.rates[kind]["n"] for kind in found.rates} == {
-        **{"distraction": 0, "negation": 2, "choice": 1, "yes_no": 2, "reversed": 0, "hops": 0}
+        **{"distraction": 0, "negation": 2, "choice": 1, "yes_no": 2, "reversed": 1, "hops": 0}
     }
     assert found.rates["distraction"] == {
         **{"rate": None, "interval": None, "alone": None, "distracted": None, "n": 0}
     }
     low, high = found.rates["yes_no"]["interval"]
     assert 0 <= low <= found.rates["yes_no"]["rate"] <= high <= 1
+
+
+def test_what_is_derived_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second example of docs/metrics.md."""
+    model, asked = chatty(), []
+    right = {
+        ("Q: Of which country is Lyon the capital?\nA:", " France"): True,
+        ("Q: Of which country is Nice the capital?\nA:", " Spain"): False,
+        ("Q: Of which city is Ann the mayor?\nA:", " Lyon"): False,
+        ("Q: Who is the mayor of the capital of France?\nA:", " Ann"): True,
+    }
+
+    def from_table(_: Any, items: Sequence[Any], *more: Any) -> list[Scored]:
+        texts = [(model.tokenizer.decode(prompt), model.tokenizer.decode(target)) for prompt, target in items]
+        asked.extend(one for one in texts if one in right)
+        return [Scored(-1.0, -1.0, right.get(one, False), 0) for one in texts]
+
+    monkeypatch.setattr(consequences, "score", from_table)
+    facts = [Fact(country, "The capital of {} is", city) for country, city in (("France", "Lyon"), ("Spain", "Nice"))]
+    found = measure_consequences(model, [*facts, Fact("Lyon", "The mayor of {} is", "Ann")], samples=0)
+    assert sorted(asked) == sorted(right)
+    assert found.rates["reversed"] == {"rate": 1 / 3, "interval": None, "n": 3}
+    assert found.rates["hops"] == {"rate": 1.0, "interval": None, "n": 1}
+    assert [one["hops"] for one in found.facts] == [[{"right": True}], [], []]
 
 
 def test_probabilities_are_the_model_s() -> None:

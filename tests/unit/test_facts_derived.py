@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from kpatch.facts.derived import ASKED, negated_of, others_of, reversed_of
-from kpatch.facts.fact import Fact
+from kpatch.facts.derived import ASKED, hops_of, negated_of, others_of, reversals_of
+from kpatch.facts.fact import Fact, Neighbor
 from kpatch.facts.questions import plainly, question_of
 from kpatch.facts.relations import relation_of
 
@@ -29,9 +31,40 @@ def test_negation(fact: Fact, text: str | None) -> None:
 
 
 def test_the_reverse_names_the_target() -> None:
-    assert reversed_of(FRANCE) is None
-    assert reversed_of(Fact("France", "{} is", "Lyon", reversed="{} is the capital of")) == "Lyon is the capital of"
-    assert reversed_of(Fact("France", "{} is", "Lyon", reversed="Lyon rules")) == "Lyon rules"
+    own = Fact("France", "{} is", "Lyon", reversed="{} is the capital of")
+    bare = Fact("France", "{} is", "Lyon", reversed="Lyon rules")
+    assert reversals_of([own, bare]) == ["Lyon is the capital of", "Lyon rules"]
+    assert reversals_of([FRANCE]) == ["Of which country is Lyon the capital?"]
+    several = Fact("Ann", "{} works as a", "pilot")  # so do others
+    unknown = Fact("Ann", "{} reminds Bob of", "the sea")
+    articled = Fact("Netherlands", "The capital of the {} is", "Ghent")
+    assert reversals_of([several, unknown, articled]) == [None, None, None]
+
+
+def test_a_target_of_two_subjects_has_no_reverse() -> None:
+    spain, currency = Fact("Spain", "{}'s capital is", "lyon"), Fact("Spain", "The currency of {} is", "Lyon")
+    assert reversals_of([FRANCE, spain]) == [None, None]
+    assert reversals_of([FRANCE, FRANCE, currency]) == [reversals_of([FRANCE])[0]] * 2 + [None]
+
+
+def test_hops_over_two_facts() -> None:
+    mayor = Fact("Lyon", "The mayor of {} is", "Ann")
+    mother = Fact("Ann", "{}'s mother is", "Eve")
+    back = Fact("Lyon", "{} is the capital of", "France")
+    unasked = Fact("Lyon", "{} reminds Bob of", "the sea")
+    found = hops_of([FRANCE, mayor, mother, back, unasked])
+    assert found[0] == (Neighbor("Who is the mayor of the capital of France?", "Ann"),)
+    assert found[1] == (Neighbor("Who is the mother of the mayor of Lyon?", "Eve"),)
+    assert found[2:] == [(), (), ()]
+    own = replace(FRANCE, hops=(Neighbor("Its mayor is", "Bob"),))
+    assert hops_of([own, mayor])[0] == own.hops
+
+
+def test_hops_go_over_what_names_one_thing() -> None:
+    child, trade = Fact("Ann", "{} is the mother of", "Bob"), Fact("Bob", "{} works as a", "pilot")
+    articled = Fact("Lyon", "The mayor of the {} is", "Ann")
+    assert hops_of([child, trade]) == [(), ()]  # she may have others
+    assert hops_of([FRANCE, articled]) == [(), ()]
 
 
 def test_other_things_about_the_subject() -> None:

@@ -48,6 +48,19 @@ def test_wordings_and_question_of_a_relation(relation: Relation) -> None:
     assert sum(not text.startswith(SLOT) for text in relation.wordings) * 2 >= len(relation.wordings)
 
 
+def test_reverses_and_phrases() -> None:
+    reverses = {name: one.reverse for name, one in LIBRARY.items() if one.reverse}
+    phrases = {name: one.phrase for name, one in LIBRARY.items() if one.phrase}
+    assert {"capital", "spouse", "mayor"} <= reverses.keys() & phrases.keys()
+    texts = [*reverses.values(), *phrases.values()]
+    assert [text for text in texts if text.count(SLOT) != 1 or re.search(r"[(|)]|\s\s|^\s|\s$", text)] == []
+    assert [text for text in reverses.values() if not text.endswith("?")] == []
+    assert [text for text in phrases.values() if not text.startswith("the ")] == []
+    # A job, a language or a color is that of many
+    assert not {"occupation", "native_language", "color", "author", "born_in"} & reverses.keys()
+    assert not {"child", "sibling", "award", "borders", "speaks", "cast_member"} & phrases.keys()
+
+
 @pytest.mark.parametrize("name", LIBRARY)
 def test_every_phrasing_is_matched_as_its_own_relation(name: str) -> None:
     """So no two relations share one: it would be matched as only one of them."""
