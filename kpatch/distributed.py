@@ -149,6 +149,12 @@ def mine(index: int) -> bool:
     return group is None or index % group.world == group.rank
 
 
+def ranks() -> int:
+    """How many processes `share` gives tasks to."""
+    group = _active()
+    return 1 if group is None else group.world
+
+
 def share(tasks: Sequence[Task], work: Callable[[Task], Result]) -> list[Result]:
     """work(task) of every task, in their order, on every rank: task i is done by rank i modulo their number.
 

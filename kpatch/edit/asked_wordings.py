@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import torch
 
-from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, folded, plain_ids, says, text_after
+from kpatch.evaluate.answers import ANSWER_TOKENS, first_words, folded, plain_ids, says, text_after
+from kpatch.evaluate.complete import complete
 from kpatch.evaluate.forward import window
 from kpatch.facts.fact import SLOT, Fact, fill
 from kpatch.facts.join import is_unspaced

@@ -5,6 +5,7 @@ Nothing is forced and nothing is sampled. docs/metrics.md says when an answer co
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -97,8 +98,7 @@ def ask_forms(
     """Let the model answer all that is prepared, and count. Empty answers count as wrong, with a warning."""
     rates: dict[str, Any] = {}
     rows: tuple[dict[str, Any], ...] = tuple({} for _ in facts)
-    for one in prepared:
-        texts = _write(model, one, batch_tokens, report)
+    for one, texts in zip(prepared, _write(model, prepared, batch_tokens, report), strict=True):
         given = [_given(asked, text) for asked, text in zip(one.asked, texts, strict=True)]
         empty = sum(not answer.answer for answer in given)
         if empty:
@@ -170,19 +170,20 @@ def _asked(number: int, fact: Fact, form: str) -> Iterator[tuple[int, bool, str 
             yield number, True, None if said is None else SLOT, said or "", neighbor.target, fact.target
 
 
-def _write(model: Model, one: Prepared, batch_tokens: int, report: Reporter) -> list[str]:
-    """The answers to all that is asked in one form."""
-    chat = one.form == "chat"
+def _write(model: Model, prepared: Sequence[Prepared], batch_tokens: int, report: Reporter) -> list[list[str]]:
+    """The answers to all that is asked in each form; the forms are written together (`evaluate.running` says why)."""
+    asked = [(one.form == "chat", asked.row) for one in prepared for asked in one.asked]
     texts = answer_rows(
         model,
-        [asked.row for asked in one.asked],
-        chat,
+        [row for _, row in asked],
+        [chat for chat, _ in asked],
         lambda text: _END.search(text) is not None,
         batch_tokens=batch_tokens,
-        doing=f"Asking in the {one.form} form",
+        doing=f"Asking in {counted(len(prepared), 'form')}",
         report=report,
     )
-    return [text.strip() if chat else first_sentence(text) for text in texts]
+    ends = (text.strip() if chat else first_sentence(text) for (chat, _), text in zip(asked, texts, strict=True))
+    return [list(itertools.islice(ends, len(one.asked))) for one in prepared]
 
 
 def _given(asked: _Asked, text: str) -> _Given:

@@ -9,7 +9,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, says, text_after
+from kpatch.evaluate.answers import ANSWER_TOKENS, first_words, says, text_after
+from kpatch.evaluate.complete import complete
 from kpatch.evaluate.rates import KINDS, Outcome, summarize
 from kpatch.evaluate.score import BATCH_TOKENS, Ids, Scored, score
 from kpatch.facts.fact import SLOT, Fact

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from kpatch.evaluate.answers import ANSWER_TOKENS, complete, first_words, says, text_after
+from kpatch.evaluate.answers import ANSWER_TOKENS, first_words, says, text_after
+from kpatch.evaluate.complete import complete
 from kpatch.evaluate.intervals import SAMPLES, grouped_interval
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.facts.derived import others_of

@@ -9,7 +9,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from kpatch.evaluate.answers import end_ids, text_after
+from kpatch.evaluate.answers import text_after
+from kpatch.evaluate.complete import end_ids
 from kpatch.evaluate.continuations import Prompts
 from kpatch.evaluate.forward import batches, vocabulary
 from kpatch.evaluate.probe import BATCH_TOKENS, Ranked

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from kpatch.evaluate.answers import complete, text_after
+from kpatch.evaluate.answers import text_after
+from kpatch.evaluate.complete import complete
 from kpatch.evaluate.score import BATCH_TOKENS
 from kpatch.evaluate.tfidf import TfIdf
 from kpatch.facts.fact import SLOT, Fact, fill

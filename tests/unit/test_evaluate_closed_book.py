@@ -9,8 +9,8 @@ import torch
 
 from kpatch.errors import BadInput
 from kpatch.evaluate import answers
-from kpatch.evaluate.answers import Greedy
 from kpatch.evaluate.closed_book import Answered, answer_questions, by_group, form_for, judged, normalized, rates
+from kpatch.evaluate.complete import Greedy
 from kpatch.facts.fact import fill
 from kpatch.facts.question_files import Question
 from kpatch.facts.questions import PLAIN

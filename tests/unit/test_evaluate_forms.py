@@ -51,7 +51,7 @@ ASKED["chat"] = ASKED["question"]
 
 def answered(monkeypatch: pytest.MonkeyPatch, texts: Sequence[str]) -> None:
     """Let the model write these texts."""
-    monkeypatch.setattr(forms, "_write", lambda *_: list(texts))
+    monkeypatch.setattr(forms, "_write", lambda *_: [list(texts)])
 
 
 @pytest.mark.parametrize(
@@ -228,3 +228,13 @@ def test_without_forms_nothing_is_new() -> None:
     assert plain.asked == {}
     assert set(more.asked) == {"forms", "consequences"}
     assert set(more.facts[0]) - set(plain.facts[0]) == {"forms", "consequences"}
+
+
+def test_forms_asked_together_answer_as_each_alone() -> None:
+    model = chatty()
+    prepared = prepare(model, FACTS, ["completion", "question", "chat"])
+    together = ask_forms(model, FACTS, prepared, samples=0)
+    for one in prepared:
+        alone = ask_forms(model, FACTS, [one], samples=0)
+        assert alone.rates[one.form] == together.rates[one.form]
+        assert [row[one.form] for row in alone.facts] == [row[one.form] for row in together.facts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kpatch.evaluate.answers import end_ids
+from kpatch.evaluate.complete import end_ids
 from kpatch.evaluate.lama import lama, siblings
 from kpatch.evaluate.vocabulary import in_vocabulary, rank_in_vocabulary
 from kpatch.facts.fact import Fact
