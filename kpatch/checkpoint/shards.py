@@ -13,6 +13,7 @@ from kpatch.checkpoint import files
 from kpatch.errors import BadInput, Damaged, KpatchError, Refused
 from kpatch.patch.canonical_json import JsonError, loads
 from kpatch.patch.container import ContainerError, CutOff, Entry, read_container
+from kpatch.patch.weight_names import WeightNames
 from kpatch.text import printable
 
 SINGLE = "model.safetensors"
@@ -50,16 +51,8 @@ class Checkpoint:
     ambiguous: frozenset[str] = frozenset()
 
     def find(self, name: str) -> str | None:
-        """The stored name of a weight, or None.
-
-        Another prefix is no obstacle where loaders know both: "h.0…" for "transformer.h.0…", and the text model of a
-        wrapper, "model.language_model.layers.0…" or "language_model.model.layers.0…" for "model.layers.0…".
-        """
-        if name in self.tensors:
-            return name
-        prefix, core = _split(name)
-        near = [stored for stored, other in self._by_core.get(core, ()) if _same_place(prefix, other)]
-        return near[0] if len(near) == 1 else None
+        """The stored name of a weight, under another prefix too where loaders know both; None where it has none."""
+        return self._names.find(name)
 
     def why_not(self, name: str) -> str | None:
         """Why no patch can be made for a weight or put onto it, as far as names and files tell; None where one can."""
@@ -68,44 +61,15 @@ class Checkpoint:
             return "it stands in two files: the index names one of them, but transformers reads the other"
         if stored is not None:
             return None
-        near = sorted(other for other in self.tensors if other.endswith("." + _split(name)[1]))
+        near = self._names.near(name)
         if near:
             listed = ", ".join(printable(other, 120) for other in near[:3])
             return f"no tensor has that name or one with a prefix that loaders know; found {listed}"
         return "the checkpoint has no tensor of that name"
 
     @cached_property
-    def _by_core(self) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
-        found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
-        for stored in self.tensors:
-            prefix, core = _split(stored)
-            found.setdefault(core, []).append((stored, prefix))
-        return found
-
-
-# What models put before the names of their text part's modules: the base model's name and that of a wrapper's part.
-_BASES = frozenset({"model", "transformer", "gpt_neox"})
-_PARTS = frozenset({"language_model", "text_model"})
-
-
-def _split(name: str) -> tuple[tuple[str, ...], str]:
-    """A weight's name as the prefixes that differ between the forms in which one model is saved, and the rest."""
-    parts = name.split(".")
-    end = 0
-    while end < len(parts) - 1 and parts[end] in _BASES | _PARTS:
-        end += 1
-    return tuple(parts[:end]), ".".join(parts[end:])
-
-
-def _same_place(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    """True where a loader takes names under both prefixes for the same weight: none and the base model's, the text
-    model's and a wrapper's. No loader knows a base inside a base, "transformer.model.layers…".
-    """
-    bases = [[part for part in prefix if part in _BASES] for prefix in (one, other)]
-    if any(len(found) > 1 or len(prefix) - len(found) > 1 for prefix, found in zip((one, other), bases, strict=True)):
-        return one == other
-    inside = any(part in _PARTS for part in (*one, *other))
-    return inside or not (bases[0] and bases[1]) or bases[0] == bases[1]
+    def _names(self) -> WeightNames:
+        return WeightNames(self.tensors)
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:

@@ -36,12 +36,13 @@ from kpatch.patch.combine import (
     outer_parents,
     parts_of,
     protected_by,
+    read_together,
     refuse_twice,
     rows_of,
     unite,
 )
 from kpatch.patch.format import read_tensor
-from kpatch.patch.header import VALUES, PatchInfo, read_header
+from kpatch.patch.header import VALUES, PatchInfo
 from kpatch.patch.manifest import Base
 from kpatch.patch.sources import PatchSource, patch_list
 from kpatch.reporter import SILENT, Reporter
@@ -218,7 +219,7 @@ def solve_again(
     them, or were made with other settings; BadInput where the model or the corpus cannot be had.
     """
     started = time.monotonic()
-    infos = tuple(read_header(patch) for patch in patch_list(patches))
+    infos = read_together(patch_list(patches))
     if not infos:
         raise BadInput("No patch given")
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")

@@ -18,6 +18,7 @@ from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.checkpoint.store import Store
 from kpatch.edit.weights import restored
 from kpatch.errors import BadInput
+from kpatch.evaluate.wrapped import name_in
 from kpatch.models.fingerprint import weight_files
 from kpatch.models.model import Model
 from kpatch.patch.format import Patch
@@ -39,12 +40,13 @@ def unpatched(model: Model, patches: tuple[Patch, ...], report: Reporter = SILEN
     checkpoint = open_checkpoint(model.path)
     store = Store(checkpoint.path)
     weights = StoredWeights(checkpoint, store, store.applied())
-    names = sorted({name for patch in patches for name in patch.deltas})
-    with restored(model, names):
-        for name in names:
-            stored = checkpoint.find(name)
-            if stored is None:
-                raise BadInput(f"{checkpoint.given} has no tensor {printable(name, 120)}")
+    # a patch of the text model has other names than a wrapper around it
+    here = {name: name_in(model.net, name) for patch in patches for name in patch.deltas}
+    with restored(model, sorted({name for name in here.values() if name is not None})):
+        for given, name in sorted(here.items()):
+            stored = checkpoint.find(given)
+            if stored is None or name is None:
+                raise BadInput(f"{checkpoint.given} has no tensor {printable(given, 120)}")
             with torch.no_grad():
                 parameter = model.net.get_parameter(name)
                 parameter.copy_(weights.tensor(stored).reshape(parameter.shape))

@@ -11,6 +11,7 @@ from torch import nn
 from kpatch.errors import BadInput
 from kpatch.models.model import Model
 from kpatch.patch.delta import Delta, Dense, inner
+from kpatch.patch.weight_names import WeightNames
 
 _SAME = 0.9  # cosine above which an adapter is the patch itself: rounded to bfloat16, or cut to a lower rank
 
@@ -45,13 +46,27 @@ def parameter(net: nn.Module, name: str) -> nn.Parameter | None:
 
 def holder(net: nn.Module, name: str) -> nn.Module | None:
     """The module that has the weight that a checkpoint calls `name`; None where there is none."""
-    try:
-        module = net.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        return None
-    while isinstance(inside := module._modules.get("base_layer"), nn.Module):
+    module = _outermost(net, name)
+    while module is not None and isinstance(inside := module._modules.get("base_layer"), nn.Module):
         module = inside
     return module
+
+
+def name_in(net: nn.Module, name: str) -> str | None:
+    """What the network calls the weight that a checkpoint calls `name`: a wrapper may have it under another prefix."""
+    path, _, last = name.rpartition(".")
+    try:
+        net.get_submodule(path)
+    except AttributeError:
+        found = WeightNames(name for name, _ in net.named_modules()).find(path)
+        return None if found is None else f"{found}.{last}"
+    return name
+
+
+def _outermost(net: nn.Module, name: str) -> nn.Module | None:
+    """The module of a weight, or the layer that PEFT put around it."""
+    here = name_in(net, name)
+    return None if here is None else net.get_submodule(here.rpartition(".")[0])
 
 
 @torch.no_grad()
@@ -81,10 +96,7 @@ def active_adapter(net: nn.Module, deltas: Mapping[str, Delta]) -> str | None:
 
 def _layer(net: nn.Module, name: str) -> nn.Module | None:
     """The layer that PEFT put around a weight."""
-    try:
-        module = net.get_submodule(name.rpartition(".")[0])
-    except AttributeError:
-        return None
+    module = _outermost(net, name)
     known = all(hasattr(module, part) for part in ("lora_A", "active_adapters", "get_delta_weight"))
     return module if known else None
 

@@ -6,15 +6,17 @@ Here are also the two rules for what goes together: no fact may contradict anoth
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kpatch.errors import KpatchError, Refused
 from kpatch.facts.conflicts import contradictions, normal, what_is_shared
 from kpatch.facts.fact import fill
-from kpatch.patch.header import KEYS, VALUES, PatchInfo
+from kpatch.patch.header import KEYS, VALUES, PatchInfo, read_header
 from kpatch.patch.manifest import Base, BaseWeight
+from kpatch.patch.sources import PatchSource
+from kpatch.patch.weight_names import one_name_each
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -45,6 +47,20 @@ class FactUnion:
     facts: tuple[Mapping[str, Any], ...]
     places: tuple[tuple[int, ...], ...]
     repeated: tuple[Repeated, ...]
+
+
+def read_together(patches: Iterable[PatchSource]) -> tuple[PatchInfo, ...]:
+    """The headers of several patches, with one name for each weight: that of the first patch that changes it.
+
+    A patch made for a text model and one made for a model with vision around it name the same weights otherwise.
+    Raises BadInput, Damaged or Refused where one cannot be read.
+    """
+    infos = [read_header(patch) for patch in patches]
+    names = one_name_each(info.manifest.base.weights for info in infos)
+    return tuple(
+        info.renamed(own) if any(name != other for name, other in own.items()) else info
+        for info, own in zip(infos, names, strict=True)
+    )
 
 
 def place(fact: Mapping[str, Any]) -> tuple[str, str]:

@@ -14,10 +14,10 @@ from torch import Tensor, linalg
 
 from kpatch.errors import Refused
 from kpatch.facts.conflicts import normal
-from kpatch.patch.combine import common_base, place, text_of
+from kpatch.patch.combine import common_base, place, read_together, text_of
 from kpatch.patch.delta import Delta, LowRank, inner, total
 from kpatch.patch.format import read_delta
-from kpatch.patch.header import PatchInfo, read_header
+from kpatch.patch.header import PatchInfo
 from kpatch.patch.interference import Interference, interference, stored_keys
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
@@ -99,7 +99,8 @@ def diff_patches(a: PatchSource, b: PatchSource, report: Reporter = SILENT) -> P
 
     Raises BadInput, Damaged or Refused where one cannot be read.
     """
-    infos = (read_header(a), read_header(b))
+    older, newer = read_together((a, b))
+    infos = (older, newer)
     different = None
     try:
         common_base(infos)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,25 @@ class PatchInfo:
     entries: Mapping[str, Entry]
     verified: bool = False
 
+    def renamed(self, names: Mapping[str, str]) -> PatchInfo:
+        """The same patch with other names of its weights, {own name: other}; the same file is read."""
+        tensors = {
+            f"{weight}.{part}": f"{names.get(weight, weight)}.{part}"
+            for weight in self.manifest.deltas
+            for part in ("delta", "left", "right")
+        }
+        manifest = self.manifest
+        return replace(
+            self,
+            manifest=replace(
+                manifest,
+                base=replace(manifest.base, weights=_renamed(manifest.base.weights, names)),
+                deltas=_renamed(manifest.deltas, names),
+                tensors=_renamed(manifest.tensors, tensors),
+            ),
+            entries=_renamed(self.entries, tensors),
+        )
+
     @property
     def name(self) -> str:
         """What to call it: the file's name without suffix, safe to print."""
@@ -62,6 +81,10 @@ class PatchInfo:
             }
             for name, delta in sorted(self.manifest.deltas.items())
         ]
+
+
+def _renamed(by_name: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in by_name.items()}
 
 
 def read_header(patch: PatchSource) -> PatchInfo:

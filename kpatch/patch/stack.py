@@ -23,13 +23,14 @@ from kpatch.patch.combine import (
     outer_parents,
     parts_of,
     protected_by,
+    read_together,
     refuse_twice,
     text_of,
     unite,
 )
 from kpatch.patch.delta import Delta, Dense, LowRank, smaller, total
 from kpatch.patch.format import pack, write_patch
-from kpatch.patch.header import PatchInfo, read_header
+from kpatch.patch.header import PatchInfo
 from kpatch.patch.interference import Interference, interference, solved_together, stored_keys
 from kpatch.patch.joint import Joint
 from kpatch.patch.size import RESOLVE, parts_by_weight, size_of_sum, the_sum, warning
@@ -109,7 +110,7 @@ def stack(
     that exists, Damaged for a patch that is not sound.
     """
     start = time.monotonic()
-    infos = tuple(read_header(patch) for patch in patch_list(patches))
+    infos = read_together(patch_list(patches))
     if not infos:
         raise BadInput("No patch given")
     factors = _scales(scales, infos)

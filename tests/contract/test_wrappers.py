@@ -13,13 +13,16 @@ from transformers import AutoModelForCausalLM
 import kpatch
 from benchmarks.families import FACT, SETTINGS, asked, digest
 from kpatch.errors import BadInput
+from kpatch.facts.fact import Fact
 from kpatch.models.model import Model, open_model
 from kpatch.models.text_part import find_layers, loader, text_config
+from kpatch.patch.compare import diff_patches
 from tests.support.models import WRAPPERS, tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 
 NEW = "model.language_model."
+OTHER = Fact("Eiffel Tower", "By the {}", "Rome", id="eiffel")
 
 
 def save(model: Model, folder: Path) -> Path:
@@ -101,6 +104,54 @@ def test_a_patch_of_one_form_fits_another(
     kpatch.revert(directory)
     assert digest(directory) == base
     assert asked(directory)[0] == pytest.approx(before)
+
+
+@pytest.mark.parametrize(("made", "found"), [("text", "old"), ("new", "text")])
+def test_a_patch_of_one_form_fits_another_in_memory(
+    forms: dict[str, Path], patches: dict[str, Path], made: str, found: str
+) -> None:
+    model = open_model(str(forms[found]), device="cpu")
+    before = model.weight(1).clone()
+    with kpatch.patched(model, patches[made]):
+        inside = model.weight(1).clone()
+    with kpatch.patched(model, patches["new" if made == "text" else "text"]):
+        assert torch.allclose(inside, model.weight(1), atol=1e-6)
+    assert not torch.equal(inside, before)
+    assert torch.equal(model.weight(1), before)
+
+
+def test_a_patch_on_top_of_one_of_another_form(
+    forms: dict[str, Path], patches: dict[str, Path], tmp_path: Path
+) -> None:
+    try:
+        kpatch.apply([patches["text"]], forms["old"])
+        later = tmp_path / "later"
+        settings = {"layers": [1, 2], "tokens": 400, "settings": SETTINGS}
+        kpatch.make([OTHER], out=later, on=str(forms["old"]), **settings)
+        kpatch.apply([later], forms["old"])
+        assert kpatch.status(forms["old"]).state == "clean"
+    finally:
+        kpatch.revert(forms["old"], all=True)
+
+
+def test_patches_of_two_forms_stack_and_compare_by_one_name(
+    forms: dict[str, Path], patches: dict[str, Path], tmp_path: Path
+) -> None:
+    second = tmp_path / "second"
+    kpatch.make([OTHER], out=second, model=str(forms["new"]), layers=[1, 2], tokens=400, settings=SETTINGS)
+    kpatch.stack([patches["text"], second], out=tmp_path / "both")
+    both = kpatch.read_patch(tmp_path / "both")
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)]
+    assert sorted(both.deltas) == names
+    parts = [
+        kpatch.read_patch(patches["text"]).deltas[names[0]],
+        kpatch.read_patch(second).deltas[f"{NEW}{names[0][6:]}"],
+    ]
+    assert both.deltas[names[0]].rank == sum(part.rank or 0 for part in parts)
+    kpatch.apply([tmp_path / "both"], forms["old"], check=True)
+    found = diff_patches(patches["text"], second)
+    assert found.base is None
+    assert [weight.name for weight in found.weights] == names
 
 
 def test_the_patches_say_the_same_of_the_text_part(patches: dict[str, Path]) -> None:
