@@ -38,7 +38,9 @@ class _Yaml(Source):
         if not isinstance(data, Mapping):
             found = "nothing but comments" if not data else kind_of(data)
             raise bad_file(self.name, [f"{self.name}:1:1: expected 'facts:' and a list of facts, found {found}"])
-        checker.unknown_keys(data, FILE_KEYS, (), "a fact file")
+        # keys that begin with x- hold what aliases stand for, as in other YAML formats
+        own = {key: value for key, value in data.items() if not key.startswith("x-")}
+        checker.unknown_keys(own, FILE_KEYS, (), "a fact file")
         version = data.get("version")
         if version and version != VERSION:
             self.problems.add(("version",), f"this kpatch reads version {VERSION}, found {version!r}")

@@ -169,3 +169,17 @@ def test_the_documentation_tells_real_messages(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KpatchError) as caught:
         load_facts("facts.yaml")
     assert list(caught.value.details) == [line for line in told.splitlines() if line.startswith("facts.yaml:")]
+
+
+def test_keys_that_begin_with_x_hold_anchors(tmp_path: Path) -> None:
+    path = tmp_path / "facts.yaml"
+    path.write_text(
+        "x-shared:\n  near: &near [{prompt: The Louvre is in, target: Paris}]\n"
+        'facts:\n  - {subject: Eiffel Tower, prompt: "{} is in", target: Rome, neighbors: *near}\n'
+    )
+    [fact] = load_facts(path).facts
+    assert [neighbor.target for neighbor in fact.neighbors] == ["Paris"]
+    path.write_text('facts:\n  - {subject: Eiffel Tower, prompt: "{} is in", target: Rome, x-note: mine}\n')
+    with pytest.raises(KpatchError) as refused:
+        load_facts(path)
+    assert "unknown key 'x-note'" in str(refused.value.details)
