@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.errors import BadInput, Refused
-from kpatch.evaluate.wrapped import active_adapter, holder, network, parameter
+from kpatch.evaluate.wrapped import active_adapter, holder, merged_adapter, network, parameter
 from kpatch.models.fingerprint import tokenizer_hash
 from kpatch.models.model import Model
 from kpatch.models.offload import can_hold, held
@@ -171,6 +171,7 @@ def patched(
         new = _fitting(net, state, deltas)
         if whole is not None:
             _check_once(state, new)
+            _check_merged(net, new)
             _check_base(whole, {weight.name: weight.base for weight in new.deltas})
         _check_adapters(net, new, deltas.deltas if isinstance(deltas, Patch) else deltas)
         _warn(state, new, whole, tokenizer, report)
@@ -266,6 +267,15 @@ def _check_adapters(net: nn.Module, new: _Live, deltas: Deltas) -> None:
         raise Refused(
             f"{_called(new.id)} is on this model already, as its active adapter {adapter!r}",
             hint="its edit would count twice: disable the adapter, or leave the patch out",
+        )
+
+
+def _check_merged(net: nn.Module, new: _Live) -> None:
+    adapter = merged_adapter(net, (weight.name for weight in new.deltas))
+    if adapter is not None:
+        raise Refused(
+            f"{_called(new.id)} does not fit this model: adapter {printable(adapter, 80)!r} is merged into it",
+            hint="take it out with PEFT's `model.unmerge_adapter()`, or leave the patch out",
         )
 
 

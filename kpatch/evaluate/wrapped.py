@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +30,8 @@ def network(model: object) -> nn.Module:
             net = net.module
         elif hasattr(net, "peft_config") and hasattr(kind, "get_base_model"):
             net = kind.get_base_model(net)
+        elif hasattr(net, "peft_config") and isinstance(inside := _mixed(net), nn.Module):
+            net = inside
         else:
             return net
     raise BadInput(
@@ -99,6 +101,18 @@ def _layer(net: nn.Module, name: str) -> nn.Module | None:
     module = _outermost(net, name)
     known = all(hasattr(module, part) for part in ("lora_A", "active_adapters", "get_delta_weight"))
     return module if known else None
+
+
+def merged_adapter(net: nn.Module, names: Iterable[str]) -> str | None:
+    """The name of an adapter that PEFT has merged into one of these weights; None where there is none."""
+    layers: list[Any] = [_layer(net, name) for name in names]
+    return next((str(one) for layer in layers for one in getattr(layer, "merged_adapters", ())), None)
+
+
+def _mixed(net: nn.Module) -> object:
+    """The network inside PEFT's model of mixed adapters, which has no function that gives it."""
+    tuner = net._modules.get("base_model")
+    return None if tuner is None else tuner._modules.get("model")
 
 
 def _described(value: object) -> str:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from kpatch.errors import Refused
 from kpatch.evaluate.patched import patched
+from kpatch.evaluate.wrapped import network
+from kpatch.models.model import open_model
 from kpatch.patch.delta import LowRank
+from tests.support.adapters import patch_for
 from tests.support.checkpoints import random
 from tests.support.models import tiny
 from tests.unit.test_evaluate_patched import assert_untouched, deltas, everything
@@ -80,6 +86,35 @@ def test_an_active_adapter_of_the_same_patch_is_refused() -> None:
     layer.disable_adapters = False
     with patched(Peft(model.net), {model.weight_name(0): change[model.weight_name(0)].scaled(-1.0)}):
         pass  # the opposite of the adapter is not the adapter
+
+
+def test_a_patch_on_a_merged_adapter_is_refused_by_name(tmp_path: Path) -> None:
+    patch = patch_for("llama", tmp_path)
+    model = open_model(str(tmp_path / "model"), device="cpu")
+    change = LowRank(random(32, 2, seed=70), random(2, 64, seed=71))
+    layer: Any = Lora(model.down(0), change)
+    model.layers[0].mlp.down_proj = layer
+    layer.merged_adapters = ["news"]
+    layer.weight.data += change.dense().float()
+    with (
+        pytest.raises(Refused, match="adapter 'news' is merged into it"),
+        patched(Peft(model.net), patch),
+    ):
+        pass
+
+
+def test_a_network_with_mixed_adapters_is_found() -> None:
+    class Mixed(nn.Module):
+        """PEFT's model of mixed adapters has no `get_base_model`."""
+
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.peft_config = {"news": None}
+            self.base_model = nn.Module()
+            self.base_model.model = net
+
+    model = tiny("llama")
+    assert network(Mixed(model.net)) is model.net
 
 
 def test_a_compiled_network_is_unwrapped() -> None:
