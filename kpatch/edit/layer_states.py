@@ -1,6 +1,7 @@
 """Keys and states of groups below L at the subject's last token, carried from layer to layer while the weights change.
 
-Each batch keeps what enters the current layer, so that nothing runs from the bottom again.
+Each batch keeps what enters the current layer, so that nothing runs from the bottom again, unless all of them together
+take more than the memory that was given: then every layer's keys come from a run of their own.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ class LayerStates:
     """Keys and states of all groups, layer after layer in ascending order.
 
     `start(l)` runs up to layer l once; `at(l, L)` gives keys and h^L under the weights as they are;
-    `advance(l, m)` runs layers l to m - 1 again after W^l has changed. Ranks share the batches.
+    `advance(l, m)` runs layers l to m - 1 again after W^l has changed. Ranks share the batches. `budget` bounds in
+    bytes what one batch takes, and what all of them keep.
     """
 
     def __init__(self, model: Model, groups: Sequence[Group], budget: int) -> None:
@@ -69,9 +71,12 @@ class LayerStates:
         order = [index for batch in self.batches for index in batch]  # as rows come, batch after batch
         self.owner = torch.tensor([index for index in order for _ in groups[index].rows])
         self.shares = torch.tensor([share for index in order for share in key_shares(groups[index])])
-        self.running = {n: self._run(batch) for n, batch in enumerate(self.batches) if distributed.mine(n)}
+        state = model.width * model.dtype.itemsize
+        kept = sum(len(group.rows) * (group.prefix + 1) * state for group in groups)
+        mine = [number for number in range(len(self.batches)) if distributed.mine(number)] if kept <= budget else []
+        self.running = {number: self._begin(self.batches[number]) for number in mine}
 
-    def _run(self, members: list[int]) -> _Batch:
+    def _begin(self, members: list[int]) -> _Batch:
         rows = [row for index in members for row in self.groups[index].rows]
         bare, first = [], 0
         for index in members:
@@ -86,7 +91,7 @@ class LayerStates:
     def start(self, layer: int) -> None:
         """Run every row up to what enters `layer`."""
         for batch in self.running.values():
-            batch.hidden = batch.calls.run(batch.calls.start, 0, layer)
+            self._carry(batch, 0, layer)
 
     @torch.no_grad()
     def at(self, layer: int, last: int) -> tuple[Keys, Tensor]:
@@ -94,7 +99,10 @@ class LayerStates:
         states = torch.empty(len(self.groups), self.model.width)
 
         def run(number: int) -> tuple[Tensor, Tensor]:
-            batch = self.running[number]
+            batch = self.running.get(number)
+            if batch is None:
+                batch = self._begin(self.batches[number])
+                self._carry(batch, 0, layer)
             out, key = batch.calls.run_with_key(batch.hidden, layer)
             above = batch.calls.select(batch.bare).run(out[batch.bare], layer + 1, last + 1)
             return key[:, -1].float().cpu(), above[:, -1].float().cpu()  # (B, f), (m, d)
@@ -110,7 +118,11 @@ class LayerStates:
     def advance(self, layer: int, above: int) -> None:
         """Carry every row from what enters `layer` to what enters `above`, under the weights as they are now."""
         for batch in self.running.values():
-            batch.hidden = batch.calls.run(batch.hidden, layer, above)
+            self._carry(batch, layer, above)
+
+    def _carry(self, batch: _Batch, first: int, last: int) -> None:
+        """Layers first to last - 1; what entered the lowest is not needed any more, and takes as much as the rest."""
+        batch.hidden = batch.calls.start = batch.calls.run(batch.hidden, first, last)
 
 
 @torch.no_grad()
