@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kpatch.models.model import Model
 
 MIXED = "mixed"  # what this is called where a dtype is named
+_LINEAR = ("FalconLinear",)  # linear layers by another name
 _WORTH_IT = 2**18  # numbers in a W^l: smaller products gain nothing
 _ROOM = 0.7  # of the machine's memory that weights and their copy may take
 
@@ -70,7 +71,9 @@ def mixed_precision(model: Model) -> Iterator[None]:
 
 
 def _fits(module: nn.Module) -> bool:
-    if type(module) not in (nn.Linear, Conv1D) or "forward" in module.__dict__:
+    if type(module) not in (nn.Linear, Conv1D) and type(module).__name__ not in _LINEAR:
+        return False  # a layer that does more than multiply
+    if "forward" in module.__dict__:
         return False
     weight = module.weight
     return weight.dtype == torch.float32 and not weight.is_meta and not weight.requires_grad

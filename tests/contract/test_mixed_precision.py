@@ -26,6 +26,11 @@ from tests.support.models import tiny
 ROWS, COLUMNS = [[5, 9, 11, 3, 8, 7, 2], [4, 6, 8, 1], [10, 11, 12, 13, 14, 15, 16, 17, 18]], [4, 1, 5]
 BFLOAT16 = 2.0**-8  # what rounding to 8 significant bits changes in a number at most
 
+# With fewer, the smallest change sends a token to another expert, and no bound holds
+EVERY_EXPERT: dict[str, dict[str, Any]] = {
+    name: {"num_experts_per_tok": 4} for name in ("glm4_moe", "qwen3_5_moe_text", "lfm2_moe")
+}
+
 
 def mixed(family: str = "llama", **overrides: Any) -> Model:
     model = tiny(family, **overrides)
@@ -44,7 +49,7 @@ def outcome(model: Model) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("family", slow_beyond(REPRESENTATIVE, tuple(FAMILIES)))
 def test_states_and_gradients_are_close_and_the_network_is_as_it_was(family: str) -> None:
-    model = mixed(family)
+    model = mixed(family, **EVERY_EXPERT.get(family, {}))
     exact = outcome(model)
     with mixed_precision(model):
         found = outcome(model)

@@ -23,8 +23,8 @@ ROWS = [[*START, 40], [*START, 41, 42, 43, 44, 45], [*START, 46, 47], [*START, *
 def sizes_of(model: Model, *more: Any, **options: Any) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
     """What `complete` writes, and the shape of the ids of each run of the network."""
     shapes: list[tuple[int, ...]] = []
-    handle = model.net.base_model.register_forward_pre_hook(
-        lambda _, args, given: shapes.append(tuple((args[0] if args else given["input_ids"]).shape)), with_kwargs=True
+    handle = model.net.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: shapes.append(tuple(args[0].shape))  # OPT's network passes its base model by
     )
     found = complete(model, *more, **options)
     handle.remove()
