@@ -50,7 +50,7 @@ def has_units() -> bool:
 
 @contextmanager
 def mixed_precision(model: Model) -> Iterator[None]:
-    """While open, the linear layers of a `mixed` model multiply in bfloat16; any other model is left as it is.
+    """While open, linear layers and the head of a `mixed` model multiply in bfloat16; other models stay as they are.
 
     Weights must not change meanwhile: a copy of them is used, two bytes a number. Layers whose forward is another's
     (accelerate's, or that of an outer `mixed_precision`) and weights that are not float32 or have a gradient run as
@@ -60,7 +60,8 @@ def mixed_precision(model: Model) -> Iterator[None]:
     try:
         if model.mixed:
             last = _LastInput()
-            for module in model.net.modules():
+            # Not those of a wrapper's vision part, which never runs
+            for module in (*model.layers.modules(), model.net.get_output_embeddings()):
                 if _fits(module):
                     module.forward = _forward(module, last)
                     changed.append(module)

@@ -38,6 +38,12 @@ def mixed(family: str = "llama", **overrides: Any) -> Model:
     return model
 
 
+def around(layer: nn.Module) -> Any:
+    """What `mixed_precision` asks of a model, with one layer and no head."""
+    net = SimpleNamespace(get_output_embeddings=lambda: None)
+    return SimpleNamespace(mixed=True, net=net, layers=nn.ModuleList([layer]))
+
+
 def outcome(model: Model) -> tuple[Tensor, Tensor]:
     """States behind the last layer, and a gradient through the layers above the first."""
     batch = align(ROWS, COLUMNS, model.pad_id)
@@ -79,9 +85,9 @@ def test_a_product_and_its_gradient_are_those_of_the_rounded_factors(kind: str) 
         layer.bias.normal_()
     weight = (layer.weight.T if kind == "conv1d" else layer.weight).bfloat16().double()  # [out, in]
     x, g = torch.randn(5, 40, requires_grad=True), torch.randn(5, 24)
-    model: Any = SimpleNamespace(mixed=True, net=nn.Sequential(layer))
+    model = around(layer)
     with mixed_precision(model):
-        out = model.net(x)
+        out = layer(x)
         (grad,) = torch.autograd.grad(out, x, g)
     wanted = x.detach().bfloat16().double() @ weight.T
     bias = 0.0 if layer.bias is None else layer.bias.double()
@@ -92,13 +98,22 @@ def test_a_product_and_its_gradient_are_those_of_the_rounded_factors(kind: str) 
     assert ((grad.double() - back).abs() <= BFLOAT16 * back.abs() + 1e-6).all()
 
 
+def test_the_part_that_sees_is_left_alone() -> None:
+    model = mixed("gemma3")
+    with mixed_precision(model):
+        changed = [name for name, one in model.net.named_modules() if "forward" in one.__dict__]
+    assert "lm_head" in changed
+    assert not [name for name in changed if "vision" in name]
+    assert len(changed) > model.n_layers
+
+
 def test_an_input_that_was_changed_in_place_is_rounded_again() -> None:
-    model: Any = SimpleNamespace(mixed=True, net=nn.Linear(8, 8, bias=False).requires_grad_(False))
+    layer = nn.Linear(8, 8, bias=False).requires_grad_(False)
     x = torch.ones(1, 8)
-    with torch.no_grad(), mixed_precision(model):
-        first = model.net(x).clone()
+    with torch.no_grad(), mixed_precision(around(layer)):
+        first = layer(x).clone()
         x.mul_(2)
-        assert torch.equal(model.net(x), 2 * first)
+        assert torch.equal(layer(x), 2 * first)
 
 
 def test_errors_nesting_and_trained_weights() -> None:
