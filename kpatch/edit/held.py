@@ -10,13 +10,14 @@ difference too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kpatch.edit.layer_states import Keys, LayerStates
+from kpatch.edit.keys import Keys
+from kpatch.edit.layer_states import LayerStates
 from kpatch.edit.requests import Group
 from kpatch.models.model import Model
 from kpatch.patch.delta import Delta, patched_weight
@@ -46,32 +47,17 @@ class Rows:
         flags[worst] = share[worst] > MOVED
         return flags
 
-    def columns(self, scale: Tensor, apart: bool) -> Tensor:
-        """What joins C, Σ k k^T over columns [f, p], with the square roots [n, 1] of the facts' weights."""
+    def columns(self, scale: Tensor, apart: bool) -> Iterator[Tensor]:
+        """What joins C, Σ k k^T over blocks of columns [f, p], with the square roots [n, 1] of the facts' weights."""
         if not apart:
-            return (self.keys.means * scale).T
-        return (self.keys.rows * (self.keys.shares.sqrt()[:, None] * scale[self.keys.owner])).T
+            yield (self.keys.means * scale).T
+            return
+        for one in self.keys.blocks:
+            yield (one.rows * (one.shares.sqrt()[:, None] * scale[one.owner])).T
 
     def some(self, wanted: Tensor) -> Rows:
         """The groups whose flag [n] is set."""
-        return Rows(chosen(self.keys, wanted), self.targets[wanted], self.lacking[wanted], self.wrote[wanted])
-
-
-def chosen(keys: Keys, wanted: Tensor) -> Keys:
-    """The keys of the groups whose flag [n] is set, numbered anew."""
-    mine = wanted[keys.owner]
-    number = wanted.long().cumsum(0) - 1
-    return Keys(keys.means[wanted], keys.rows[mine], keys.shares[mine], number[keys.owner[mine]])
-
-
-def joined(one: Keys, other: Keys) -> Keys:
-    """Both, one after the other."""
-    return Keys(
-        torch.cat([one.means, other.means]),
-        torch.cat([one.rows, other.rows]),
-        torch.cat([one.shares, other.shares]),
-        torch.cat([one.owner, other.owner + len(one.means)]),
-    )
+        return Rows(self.keys.chosen(wanted), self.targets[wanted], self.lacking[wanted], self.wrote[wanted])
 
 
 class Held:
@@ -168,4 +154,4 @@ class Standing:
         self.at = layer
         keys, h = self.states.at(layer, layer if self.top is None else self.top)
         members = self.held.members[layer]
-        return chosen(keys, members), h[members]
+        return keys.chosen(members), h[members]

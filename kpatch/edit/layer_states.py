@@ -13,32 +13,20 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
+from kpatch.edit.keys import Block, Keys
 from kpatch.edit.requests import Group, in_batches
+from kpatch.facts.tokens import Encoded
+from kpatch.memory import give_back
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls, align, record
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Batch:
-    """Some groups' rows, cut after the subject's last token, with what enters the current layer [B, P, d]."""
+    """Some groups' rows, cut after the subject's last token."""
 
     calls: Calls
-    hidden: Tensor
     bare: Tensor  # (m,) row of each group's bare prompt
-
-
-@dataclass(frozen=True)
-class Keys:
-    """Every row's key at one layer, float32 on the CPU, and what they are to their groups.
-
-    means [n, f]  the groups' weighted means   rows [B, f]  each row's own key
-    shares [B]  how much a row counts in its group's mean   owner [B]  the group of each row
-    """
-
-    means: Tensor
-    rows: Tensor
-    shares: Tensor
-    owner: Tensor
 
 
 def key_shares(group: Group) -> list[float]:
@@ -68,61 +56,66 @@ class LayerStates:
         self.batches = in_batches(
             groups, lambda group: group.prefix, lambda group: len(group.rows) * (group.prefix + 1) * column, budget
         )
-        order = [index for batch in self.batches for index in batch]  # as rows come, batch after batch
-        self.owner = torch.tensor([index for index in order for _ in groups[index].rows])
-        self.shares = torch.tensor([share for index in order for share in key_shares(groups[index])])
         state = model.width * model.dtype.itemsize
         kept = sum(len(group.rows) * (group.prefix + 1) * state for group in groups)
         mine = [number for number in range(len(self.batches)) if distributed.mine(number)] if kept <= budget else []
-        self.running = {number: self._begin(self.batches[number]) for number in mine}
+        self.running: dict[int, Tensor | None] = dict.fromkeys(mine)  # [B, P, d] that enters the current layer
 
-    def _begin(self, members: list[int]) -> _Batch:
-        rows = [row for index in members for row in self.groups[index].rows]
-        bare, first = [], 0
-        for index in members:
-            bare.append(first + self.groups[index].bare)
-            first += len(self.groups[index].rows)
+    def _begin(self, number: int) -> _Batch:
+        """The calls of a batch are made anew for every run: masks and tables take as much as the states."""
+        rows: list[Encoded] = []
+        bare = []
+        for index in self.batches[number]:
+            bare.append(len(rows) + self.groups[index].bare)
+            rows += self.groups[index].rows
         device = self.model.device
         ids = [row.ids[: row.subject_last + 1] for row in rows]
         calls = record(self.model, align(ids, [row.subject_last for row in rows], self.model.pad_id, device))
-        return _Batch(calls, calls.start, torch.tensor(bare, device=device))
+        return _Batch(calls, torch.tensor(bare, device=device))
 
     @torch.no_grad()
     def start(self, layer: int) -> None:
         """Run every row up to what enters `layer`."""
-        for batch in self.running.values():
-            self._carry(batch, 0, layer)
+        self._carry(0, layer)
 
     @torch.no_grad()
     def at(self, layer: int, last: int) -> tuple[Keys, Tensor]:
         """Keys at `layer` and states h^last [n, d] of the bare rows, float32 on the CPU."""
         states = torch.empty(len(self.groups), self.model.width)
+        means = torch.zeros(len(self.groups), self.model.key_width(layer))
 
         def run(number: int) -> tuple[Tensor, Tensor]:
-            batch = self.running.get(number)
-            if batch is None:
-                batch = self._begin(self.batches[number])
-                self._carry(batch, 0, layer)
-            out, key = batch.calls.run_with_key(batch.hidden, layer)
+            batch, hidden = self._begin(number), self.running.get(number)
+            if hidden is None:
+                hidden = batch.calls.run(batch.calls.start, 0, layer)
+            out, key = batch.calls.run_with_key(hidden, layer)
             above = batch.calls.select(batch.bare).run(out[batch.bare], layer + 1, last + 1)
-            return key[:, -1].float().cpu(), above[:, -1].float().cpu()  # (B, f), (m, d)
+            # Copies: a view of the last column keeps all of them
+            found = key[:, -1].float().cpu().clone(), above[:, -1].float().cpu().clone()  # (B, f), (m, d)
+            del batch, hidden, out, key, above
+            give_back()
+            return found
 
-        found = distributed.share(range(len(self.batches)), run)
-        for members, (_, above) in zip(self.batches, found, strict=True):
+        blocks = []
+        for members, (rows, above) in zip(self.batches, distributed.share(range(len(self.batches)), run), strict=True):
             states[members] = above
-        rows = torch.cat([keys for keys, _ in found])
-        means = torch.zeros(len(self.groups), rows.shape[1]).index_add(0, self.owner, rows * self.shares[:, None])
-        return Keys(means, rows, self.shares, self.owner), states
+            owner = torch.tensor([index for index in members for _ in self.groups[index].rows])
+            shares = torch.tensor([share for index in members for share in key_shares(self.groups[index])])
+            means.index_add_(0, owner, rows * shares[:, None])
+            blocks.append(Block(rows, shares, owner))
+        return Keys(means, tuple(blocks)), states
 
     @torch.no_grad()
     def advance(self, layer: int, above: int) -> None:
         """Carry every row from what enters `layer` to what enters `above`, under the weights as they are now."""
-        for batch in self.running.values():
-            self._carry(batch, layer, above)
+        self._carry(layer, above)
 
-    def _carry(self, batch: _Batch, first: int, last: int) -> None:
-        """Layers first to last - 1; what entered the lowest is not needed any more, and takes as much as the rest."""
-        batch.hidden = batch.calls.start = batch.calls.run(batch.hidden, first, last)
+    def _carry(self, first: int, last: int) -> None:
+        for number, hidden in self.running.items():
+            calls = self._begin(number).calls
+            self.running[number] = calls.run(calls.start if hidden is None else hidden, first, last)
+            del calls, hidden
+            give_back()
 
 
 @torch.no_grad()

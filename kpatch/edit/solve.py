@@ -6,11 +6,13 @@ least squares with several keys a fact.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kpatch.edit.keys import Block
 from kpatch.errors import BadInput
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.moment import ridge_for
@@ -47,10 +49,13 @@ class KeyCovariance:
             )
         return KeyCovariance(factor)
 
-    def with_keys(self, keys: Tensor) -> KeyCovariance:
-        """C + Σ k k^T over more keys [f, p] that must keep their meaning."""
-        k = self.coordinates(keys.double())
-        return KeyCovariance(torch.linalg.cholesky(self.factor @ self.factor.T + k @ k.T), self.basis)
+    def with_keys(self, blocks: Iterable[Tensor]) -> KeyCovariance:
+        """C + Σ k k^T over more keys that must keep their meaning, in blocks [f, p]."""
+        total = self.factor @ self.factor.T
+        for keys in blocks:
+            k = self.coordinates(keys.double())
+            total += k @ k.T
+        return KeyCovariance(torch.linalg.cholesky(total), self.basis)
 
     def coordinates(self, keys: Tensor) -> Tensor:
         """What of keys [f, n] an update can see: U^T k [m, n]."""
@@ -101,25 +106,50 @@ def update(keys: Tensor, residuals: Tensor, preserved: KeyCovariance) -> tuple[T
     return (r @ k.T), preserved.lifted(torch.cholesky_inverse(total))
 
 
-def update_apart(
-    keys: Tensor, shares: Tensor, owner: Tensor, residuals: Tensor, preserved: KeyCovariance
-) -> tuple[Tensor, Tensor]:
+def update_apart(blocks: Iterable[Block], residuals: Tensor, preserved: KeyCovariance) -> tuple[Tensor, Tensor]:
     """Δ = left @ right where each fact has several keys, each of which is asked for the fact's residual by itself.
 
-    keys [f, B] of all facts, shares w [B], owner [B] the fact of each key, residuals [d, n] → left [d, r],
-    right [r, f], r = min(n, f). With M [f, n] the facts' weighted sums Σ_j w_j k_j,
-    Δ = R M^T (C + Σ w k k^T)^{-1} minimizes Σ_i Σ_j w_ij ‖Δ k_ij − r_i‖² + tr(Δ C Δ^T). Woodbury where B < f.
+    blocks of keys k_ij, shares w_ij and owners, the fact of each key; residuals [d, n] → left [d, r], right [r, f],
+    r = min(n, f). With M [f, n] the facts' weighted sums Σ_j w_j k_j, Δ = R M^T (C + Σ w k k^T)^{-1} minimizes
+    Σ_i Σ_j w_ij ‖Δ k_ij − r_i‖² + tr(Δ C Δ^T). Woodbury for fewer than f keys. Of more, sums alone are held, and
+    never more than f keys and one block beside them.
     """
-    roots, r = shares.double().sqrt(), residuals.double()
-    h = preserved.coordinates(keys.double()) * roots  # (f, B), or fewer rows where `preserved` has a basis
-    f, n = len(h), r.shape[1]
-    m = torch.zeros(f, n, dtype=h.dtype, device=h.device).index_add(1, owner, h * roots)  # (f, n)
-    if h.shape[1] < f:
-        ch = preserved.inverse_times(h)  # (f, B)
+    r = residuals.double()
+    f, n = len(preserved.factor), r.shape[1]  # fewer than the keys have where `preserved` has a basis
+    m = r.new_zeros(f, n) if n < f else None
+    left = None if n < f else r.new_zeros(len(r), f)  # R M^T
+    total, waiting, count = None, list[Tensor](), 0
+    for block in blocks:
+        roots = block.shares.double().sqrt()
+        h = preserved.coordinates(block.rows.double().T) * roots  # (f, b)
+        if m is not None:
+            m.index_add_(1, block.owner, h * roots)
+        if left is not None:
+            facts, place = torch.unique(block.owner, return_inverse=True)
+            some = h.new_zeros(f, len(facts)).index_add_(1, place, h * roots)
+            left += r[:, facts] @ some.T
+        waiting.append(h)
+        count += h.shape[1]
+        if count >= f:
+            total = _added(total, waiting, preserved)
+            waiting, count = [], 0
+    if total is None and m is not None:
+        h = torch.cat(waiting, dim=1)  # (f, B)
+        ch = preserved.inverse_times(h)
         gram = torch.eye(h.shape[1], dtype=h.dtype, device=h.device) + h.T @ ch  # (B, B)
         right = preserved.inverse_times(m) - ch @ torch.cholesky_solve(ch.T @ m, torch.linalg.cholesky(gram))  # (f, n)
         return r, preserved.lifted(right.T)
-    total = torch.linalg.cholesky(preserved.factor @ preserved.factor.T + h @ h.T)  # (f, f)
-    if n < f:
-        return r, preserved.lifted(torch.cholesky_solve(m, total).T)
-    return r @ m.T, preserved.lifted(torch.cholesky_inverse(total))
+    factor = torch.linalg.cholesky(_added(total, waiting, preserved))
+    if m is not None:
+        return r, preserved.lifted(torch.cholesky_solve(m, factor).T)
+    assert left is not None
+    return left, preserved.lifted(torch.cholesky_inverse(factor))
+
+
+def _added(total: Tensor | None, columns: list[Tensor], preserved: KeyCovariance) -> Tensor:
+    """C + Σ h h^T: the sum so far [f, f], None for C alone, and more columns."""
+    total = preserved.factor @ preserved.factor.T if total is None else total
+    if columns:
+        h = torch.cat(columns, dim=1)
+        total += h @ h.T
+    return total

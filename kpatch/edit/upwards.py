@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
-from kpatch.edit.held import Rows, Standing, joined
-from kpatch.edit.layer_states import Keys, LayerStates
+from kpatch.edit.held import Rows, Standing
+from kpatch.edit.keys import Keys
+from kpatch.edit.layer_states import LayerStates
 from kpatch.edit.requests import Group
 from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.edit.weights import add, restored, stored
@@ -117,11 +118,11 @@ def _delta(
         c = c.with_keys(held.some(~moved).columns(weights[~moved], apart))
         if bool(moved.any()):
             again = held.some(moved)
-            keys, residual = joined(keys, again.keys), torch.cat([residual, again.lacking])
+            keys, residual = keys.joined(again.keys), torch.cat([residual, again.lacking])
     scale = _scale(c.leverage(keys.means.T), least_leverage)  # (n, 1)
     wanted = (residual * scale).T
     if apart:
-        left, right = update_apart((keys.rows * scale[keys.owner]).T, keys.shares, keys.owner, wanted, c)
+        left, right = update_apart(keys.scaled(scale), wanted, c)
     else:
         left, right = update((keys.means * scale).T, wanted, c)
     if len(residual) > len(left) or len(residual) >= len(c.factor):  # more than Δ's rank, or solved f × f

@@ -23,6 +23,7 @@ from kpatch.edit.methods import DEFAULT_BUDGET
 from kpatch.edit.problem import Search, Values
 from kpatch.edit.requests import Group, in_batches
 from kpatch.errors import BadInput
+from kpatch.memory import give_back
 from kpatch.models.fingerprint import weights_fingerprint
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Advance, Reporter
@@ -87,6 +88,7 @@ def find_values(
             found = _read(path, (len(members), goal.count, model.width)) if path is not None and resume else None
             if found is None:
                 found = _within_memory(model, members, goal, advance, report)
+                give_back()
                 if path is not None:
                     _write(path, found)
             else:

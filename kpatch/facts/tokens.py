@@ -121,19 +121,31 @@ def encode_written(tokenizer: Any, rows: Sequence[Written]) -> list[Encoded]:
     return [spanned.row for spanned in _encode(tokenizer, placed, ())]
 
 
+_AT_ONCE = 2000  # rows: the tokenizer's account of them takes thirty times what is kept
+
+
 def _encode(tokenizer: Any, rows: Sequence[_Row], lead: Sequence[int]) -> list[Spanned]:
+    known: dict[int, int] = {}  # one object for a token, however often it comes
+    return [
+        spanned
+        for begin in range(0, len(rows), _AT_ONCE)
+        for spanned in _encode_some(tokenizer, rows[begin : begin + _AT_ONCE], lead, known)
+    ]
+
+
+def _encode_some(
+    tokenizer: Any, rows: Sequence[_Row], lead: Sequence[int], known: dict[int, int]
+) -> Iterator[Spanned]:
     wanted = dict.fromkeys(text for row in rows for text in (row.text, row.whole))
     tokens = dict(zip(wanted, _tokenize(tokenizer, list(wanted)), strict=True))
     targets = _targets(tokenizer, rows, tokens)
-    result = []
     for row, target_ids in zip(rows, targets, strict=True):
         found = tokens[row.text]
         first, last = _subject_tokens(found.offsets, row)
-        ids = (*lead, *found.ids, *target_ids)
+        ids = tuple(known.setdefault(token, token) for token in (*lead, *found.ids, *target_ids))
         encoded = Encoded(ids, len(lead) + last, len(lead) + len(found.ids))
         beyond = row.text[row.end : found.offsets[last][1]].strip()
-        result.append(Spanned(encoded, len(lead) + first, beyond))
-    return result
+        yield Spanned(encoded, len(lead) + first, beyond)
 
 
 def encode_target(tokenizer: Any, text: str, target: str, space: bool | None = None) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kpatch.checkpoint.apply import apply
 from kpatch.edit.alphaedit import null_space, require_null_space
+from kpatch.edit.keys import Block
 from kpatch.edit.make import make
 from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.errors import BadInput
@@ -94,7 +95,7 @@ def test_earlier_keys_are_held(seed: int, n: int) -> None:
 def test_keys_kept_apart_are_confined_too(seed: int, f: int, n: int) -> None:
     k, r, _, moment, threshold = problem(seed, f, 2 * n, 1)
     owner, shares = torch.arange(n).repeat_interleave(2), torch.full((2 * n,), 0.5, dtype=torch.float64)
-    left, right = update_apart(k, shares, owner, r[:, :n], confined(moment, threshold, 0.1))
+    left, right = update_apart([Block(k.T, shares, owner)], r[:, :n], confined(moment, threshold, 0.1))
     p = projector(moment, threshold)
     torch.testing.assert_close(right @ p, right, rtol=1e-9, atol=1e-9)
     inner = p @ (k * shares) @ k.T @ p + 0.1 * torch.eye(f, dtype=torch.float64)

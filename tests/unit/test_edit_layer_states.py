@@ -36,3 +36,13 @@ def test_less_memory_than_the_states_take_changes_no_key(family: str) -> None:
             model.weight(layer).mul_(1.5)
             for states in (large, small):
                 states.advance(layer, above)
+
+
+def test_keys_and_states_hold_no_columns_but_the_subjects_last() -> None:
+    torch.set_num_threads(1)
+    model = tiny("llama")
+    groups = group_facts(model, FACTS, ("", "She said."))
+    states = LayerStates(model, groups, 1)
+    keys, h = states.at(1, 3)
+    for tensor in (keys.means, h, *(one.rows for one in keys.blocks)):
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * 4

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
+from kpatch.edit.keys import Block
 from kpatch.edit.norms import nearest_on_norm, pull_back
 from kpatch.edit.solve import KeyCovariance, update, update_apart
 from kpatch.errors import BadInput
@@ -27,6 +33,12 @@ def dense(k: Tensor, r: Tensor, c: Tensor) -> Tensor:
     """R K^T (C + K K^T)^{-1} as it is written."""
     inverse: Tensor = torch.linalg.inv(c + k @ k.T)
     return r @ k.T @ inverse
+
+
+def in_blocks(k: Tensor, shares: Tensor, owner: Tensor, size: int) -> list[Block]:
+    """Keys [f, B] with their shares and owners, `size` keys at a time."""
+    cuts = (slice(begin, begin + size) for begin in range(0, len(owner), size))
+    return [Block(k[:, cut].T, shares[cut], owner[cut]) for cut in cuts]
 
 
 def solved(k: Tensor, r: Tensor, preserved: KeyCovariance) -> Tensor:
@@ -77,15 +89,24 @@ def test_leverage_is_the_share_of_its_residual_that_a_fact_gets_alone(seed: int,
         torch.testing.assert_close(solved(one_k, one_r, preserved) @ one_k, one_r * q[i] / (1 + q[i]))
 
 
-@given(seed=seeds, f=st.integers(1, 20), n=st.integers(1, 12), each=st.integers(1, 5), d=st.integers(1, 6))
-def test_keys_apart_are_the_weighted_least_squares(seed: int, f: int, n: int, each: int, d: int) -> None:
+@given(
+    seed=seeds,
+    f=st.integers(1, 20),
+    n=st.integers(1, 30),
+    each=st.integers(1, 5),
+    d=st.integers(1, 6),
+    size=st.integers(1, 70),
+)
+def test_keys_apart_are_the_weighted_least_squares_whatever_the_blocks(
+    seed: int, f: int, n: int, each: int, d: int, size: int
+) -> None:
     k, _, moment = problem(seed, f, n * each, d)
     g = torch.Generator().manual_seed(seed + 1)
     r = torch.randn(d, n, generator=g, dtype=torch.float64)
     shares = torch.rand(n, each, generator=g, dtype=torch.float64)
     shares = shares / shares.sum(1, keepdim=True)
     owner = torch.arange(n).repeat_interleave(each)
-    left, right = update_apart(k, shares.flatten(), owner, r, KeyCovariance.of(moment, 2.0))
+    left, right = update_apart(in_blocks(k, shares.flatten(), owner, size), r, KeyCovariance.of(moment, 2.0))
     assert left.shape == (d, min(n, f))
     # The same problem with a fact for every key, which counts as much as the root of its share says
     roots = shares.flatten().sqrt()
@@ -97,8 +118,37 @@ def test_keys_apart_are_the_weighted_least_squares(seed: int, f: int, n: int, ea
 def test_one_key_a_fact_is_the_plain_update(seed: int, n: int) -> None:
     k, r, moment = problem(seed, 8, n, 4)
     preserved = KeyCovariance.of(moment, 3.0)
-    left, right = update_apart(k, torch.ones(n), torch.arange(n), r, preserved)
+    left, right = update_apart(in_blocks(k, torch.ones(n), torch.arange(n), 5), r, preserved)
     torch.testing.assert_close(left @ right, solved(k, r, preserved))
+
+
+@pytest.mark.parametrize("n", [6, 100])
+def test_the_sums_over_many_keys_hold_no_more_than_f_of_them_and_a_block(n: int) -> None:
+    """Counted by what of the blocks is alive when the next one is asked for: they are made one at a time."""
+    f, size, alive = 8, 5, list[weakref.ref[Tensor]]()
+    largest = 0
+
+    class Count(TorchFunctionMode):
+        def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            found = function(*args, **(kwargs or {}))
+            if isinstance(found, Tensor) and found.ndim == 2 and len(found) == f:
+                largest = max(largest, found.shape[1])
+            return found
+
+    def one_at_a_time() -> Iterator[Block]:
+        for block in in_blocks(k, torch.full((5 * n,), 0.2), torch.arange(n).repeat_interleave(5), size):
+            assert sum(one() is not None for one in alive) <= 1
+            rows = block.rows.clone()
+            alive.append(weakref.ref(rows))
+            yield Block(rows, block.shares, block.owner)
+            del rows
+
+    k, r, moment = problem(3, f, 5 * n, 4)
+    preserved = KeyCovariance.of(moment, 2.0)
+    with Count():
+        update_apart(one_at_a_time(), r[:, :n], preserved)
+    assert largest <= f + size - 1
 
 
 def test_float32_keys_are_solved_in_float64() -> None:
