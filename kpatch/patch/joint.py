@@ -12,17 +12,22 @@ A patch made on top of others has their keys in its C and asks only for what the
 back at it from theirs, and it asks for R_a and what those others, together, gave at its keys when it was made. A chain
 is therefore its plain sum. Rows of two patches about one subject share a key, and one key cannot be asked for two
 residuals: they are added, unless they are the same fact.
+
+The equations have a row for every row of every patch. Where there are more than f and the patches are plain, they are
+solved by `kpatch.patch.joint_blocks`; chains, replaced rows and shared subjects take the whole N × N matrix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kpatch.patch.delta import one_thread
+from kpatch.patch.joint_blocks import solved_without_blocks
 
 # Rows of a patch that were replaced: patch id → positions of its rows, by the id of the patch that replaces them.
 Replaced = Mapping[str, Mapping[str, frozenset[int]]]
@@ -74,41 +79,81 @@ class Joint:
         # known[a, b]: the keys of a are in b's own solution
         known = [[a is b or bool(a.holds & b.parents) for b in self.patches] for a in self.patches]
         self.known = torch.tensor(known, dtype=torch.bool)
-        with one_thread():
-            keys = torch.cat([one.keys.double() for one in self.patches])
-            given = keys @ self.right.T  # (N, N): what a unit of column j gives at the key of row i
-        inside = self.known[self.owner][:, self.owner]
-        apart = self._apart()
-        # Only rows that are replaced ask for what their own solution gives
-        self.own = given.masked_fill(~inside | apart, 0) if self.replaced else given
-        self.met = given.masked_fill(inside | apart, 0)
+        self.keys = torch.cat([one.keys.double() for one in self.patches])  # (N, f)
+        self.labels = [label for one in self.patches for label in one.rows]
+        self.first = torch.tensor([label.first for label in self.labels], dtype=torch.bool)
         self._solved: dict[tuple[tuple[int, ...], frozenset[str]], Tensor] = {}
 
+    @cached_property
+    def given(self) -> Tensor:
+        """What a unit of column j gives at the key of row i, [N, N]."""
+        with one_thread():
+            return self.keys @ self.right.T
+
+    @cached_property
+    def own(self) -> Tensor:
+        """`given` of rows that a patch knows, [N, N]. Only rows that are replaced ask for it."""
+        return self.given.masked_fill(~self._inside | self._apart, 0)
+
+    @cached_property
+    def met(self) -> Tensor:
+        """`given` of rows that are solved together, [N, N]."""
+        return self.given.masked_fill(self._inside | self._apart, 0)
+
+    @property
+    def _inside(self) -> Tensor:
+        return self.known[self.owner][:, self.owner]
+
+    @cached_property
     def _apart(self) -> Tensor:
         """Pairs of rows [N, N] that are added and not solved together."""
-        labels = [label for one in self.patches for label in one.rows]
-        first = torch.tensor([label.first for label in labels])
-        result = first[:, None] != first[None]
-        by_subject: dict[str, list[int]] = {}
-        for index, label in enumerate(labels):
+        result = self.first[:, None] != self.first[None]
+        for i, j in self._one_subject():
+            result[i, j] = True
+        return result
+
+    def _one_subject(self) -> Iterator[tuple[int, int]]:
+        """Pairs of rows of two patches about one subject that are not the same fact."""
+        owner, by_subject = self.owner.tolist(), dict[str, list[int]]()
+        for index, label in enumerate(self.labels):
             by_subject.setdefault(label.subject, []).append(index)
         for members in by_subject.values():
             for i in members:
                 for j in members:
-                    if self.owner[i] != self.owner[j] and labels[i].facts != labels[j].facts:
-                        result[i, j] = True
-        return result
+                    if owner[i] != owner[j] and self.labels[i].facts != self.labels[j].facts:
+                        yield i, j
+
+    @cached_property
+    def _plain(self) -> bool:
+        """Whether the equations are worth solving without their matrix, and can be."""
+        few = len(self.owner) <= self.right.shape[1] or len(self.patches) == 1
+        if few or self.replaced or int(self.known.sum()) > len(self.patches):
+            return False
+        return all(self.labels[i].first != self.labels[j].first for i, j in self._one_subject())
+
+    def _by_blocks(self, u: Tensor, v: Tensor, columns: Tensor) -> Tensor:
+        """(I + U V^T where rows are solved together)^-1 columns, [N, c]; rows that open a text, and others, apart."""
+        found = columns.clone()
+        for some in (self.first, ~self.first):
+            if bool(some.any()):
+                found[some] = solved_without_blocks(u[some], v[some], self.owner[some], columns[some])
+        return found
 
     def amounts(self) -> list[Tensor]:
         """X_a [d, n] of every patch, in the order of their ids."""
         with one_thread():
-            solved = self._amounts(tuple(range(len(self.patches))), frozenset(self.replaced))
+            if self._plain:
+                solved = self._by_blocks(self.keys, self.right, self.left.T).T
+            else:
+                solved = self._amounts(tuple(range(len(self.patches))), frozenset(self.replaced))
         return list(torch.split(solved, [len(one.rows) for one in self.patches], dim=1))
 
     def as_one(self) -> tuple[Tensor, Tensor]:
         """What one patch of all rows would store: R [d, N] and B^T [N, f], rows in the order of the patches' ids."""
         everything = tuple(range(len(self.patches)))
         with one_thread():
+            if self._plain:
+                return self.left, self._by_blocks(self.right, self.keys, self.right)
             asked = self._asked(everything)
             right = torch.linalg.solve(self._matrix(everything, frozenset()).T, self.right)
         return asked, right
