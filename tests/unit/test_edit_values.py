@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kpatch.cache import cache_dir
 from kpatch.edit import problem as problem_module
-from kpatch.edit import values
+from kpatch.edit import values, values_cache
 from kpatch.edit.memit import Memit
 from kpatch.edit.memit_paper import MemitPaper
 from kpatch.edit.presets import MemitHyper, MemitPaperHyper
@@ -123,6 +123,16 @@ def test_a_second_call_finds_everything_kept(counted: Counted) -> None:
     assert len(counted.calls) == len(groups())
     assert told.tasks["Finding values"] == (18, 18)
     assert told.warnings == []
+
+
+def test_freed_memory_goes_back_after_every_batch_that_was_found(
+    counted: Counted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: list[int] = []
+    monkeypatch.setattr(values_cache, "give_back", lambda: batches.append(len(counted.calls)))
+    seek()
+    seek()
+    assert batches == [1, 2, 3, 4, 5, 6]
 
 
 def test_kept_values_are_those_that_were_found() -> None:

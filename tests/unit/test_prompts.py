@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from kpatch.errors import BadInput
+from kpatch.facts import tokens
 from kpatch.facts.fact import Fact
 from kpatch.facts.join import join, without_spaces_behind
 from kpatch.facts.tokens import (
@@ -351,3 +352,26 @@ def test_targets_that_are_too_long_are_all_named() -> None:
     assert [line.split(": ")[0] for line in caught.value.details] == ["f.yaml:3:5", "c"]
     assert caught.value.details[0].endswith("has 50 tokens")
     check_lengths(tokens, facts, limit=50)
+
+
+def test_many_texts_are_tokenized_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, seen = kinds.byte_level(), []
+
+    class Counting:
+        is_fast = True
+
+        def __call__(self, texts: Any, **settings: Any) -> Any:
+            seen.append(1 if isinstance(texts, str) else len(texts))
+            return tokenizer(texts, **settings)
+
+    items = [Item("{} is in", f"Tower {number}", "Rome") for number in range(11)]
+    whole = encode_many(tokenizer, items)
+    monkeypatch.setattr(tokens, "_AT_ONCE", 4)
+    assert encode_many(Counting(), items) == whole
+    assert max(seen) == 8, "a prompt, and the same with its target, of four rows"
+
+
+def test_a_token_is_one_object_however_many_rows_have_it() -> None:
+    rows = encode_many(kinds.byte_level(), [Item("{} is in", f"Tower {number}", "Rome") for number in range(50)])
+    values = [token for row in rows for token in row.ids]
+    assert len({id(token) for token in values}) == len(set(values))
