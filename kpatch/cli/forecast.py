@@ -17,6 +17,8 @@ def print_forecast(output: Output, found: Forecast) -> None:
     output.line(
         f"{found.model}, {found.method}: {found.facts} facts in {found.rows} rows, layers {ranges(found.layers)}"
     )
+    if found.earlier:
+        output.line(f"earlier patches: {found.earlier} facts that are held or learned again")
     missing = found.covariance["missing"]
     text = f"{found.covariance['tokens']:,} tokens of {found.covariance['corpus']}"
     output.line(f"covariance, {text}: {'layers ' + ranges(missing) + ' to collect' if missing else 'in the cache'}")

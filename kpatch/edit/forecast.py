@@ -15,11 +15,13 @@ from typing import Any
 
 import torch
 
-from kpatch.edit.make import method_wanted, model_named
+from kpatch.edit.earlier import facts_to_hold, facts_to_learn_again
+from kpatch.edit.make import method_wanted, model_named, refuse_two
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, hyper_for, method_named
 from kpatch.edit.preset_file import read_preset
 from kpatch.edit.requests import Group, group_facts
+from kpatch.edit.unpatched import base_fingerprint, carried_by
 from kpatch.edit.values_cache import plan
 from kpatch.errors import BadInput
 from kpatch.evaluate.answers import ANSWER_TOKENS
@@ -29,7 +31,7 @@ from kpatch.facts.wordings import with_grammar, with_wordings
 from kpatch.memory import bytes_given
 from kpatch.models.address import resolve
 from kpatch.models.model import Model
-from kpatch.models.placement import device_named
+from kpatch.models.placement import Limits, device_named, limits_checked, spread
 from kpatch.models.skeleton import skeleton
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF
@@ -37,6 +39,7 @@ from kpatch.stats.covariance import BATCH_TOKENS, sums_size
 from kpatch.stats.self_text import group_rows
 from kpatch.stats.subject_keys import told
 from kpatch.stats.text import Text, open_text
+from kpatch.trace.files import read_layers
 
 _BASE = 600_000_000  # the interpreter and its libraries, in bytes
 _HOW = "counted multiply-adds over rates measured now; attention and norms are not counted"
@@ -44,13 +47,17 @@ _HOW = "counted multiply-adds over rates measured now; attention and norms are n
 
 @dataclass(frozen=True)
 class Forecast:
-    """What making a patch will take. Memory and disk in bytes, seconds by step, rates in multiply-adds a second."""
+    """What making a patch will take. Memory and disk in bytes, seconds by step, rates in multiply-adds a second.
+
+    `earlier` counts the facts of patches that the checkpoint carries, which are held or learned again.
+    """
 
     model: str
     method: str
     layers: tuple[int, ...]
     facts: int
     rows: int
+    earlier: int
     covariance: dict[str, Any]
     memory: dict[str, int]
     disk: dict[str, int]
@@ -69,14 +76,17 @@ def forecast(
     method: str | None = None,
     preset: str | Path | None = None,
     layers: Sequence[int] | None = None,
+    layers_from: str | Path | None = None,
     wordings: str | None = None,
     corpus: str = SELF,
     tokens: int | None = None,
     settings: dict[str, str] | None = None,
+    on: str | Path | None = None,
     seed: int = 0,
     device: str = "auto",
     dtype: str = "auto",
     memory: int | None = None,
+    max_memory: Limits = None,
     modules: dict[str, str] | None = None,
     report: Reporter = SILENT,
 ) -> Forecast:
@@ -85,7 +95,8 @@ def forecast(
     Raises BadInput as `make` does before it loads a model, and for a method whose rows only the model can tell.
     """
     file = None if preset is None else read_preset(preset)
-    named = model_named(facts, model)
+    refuse_two(on, model)
+    named = model_named(facts, on or model)
     way = method_named(method_wanted(method, file))
     if not isinstance(way, Memit) or type(way).contexts is not Memit.contexts:
         raise BadInput(
@@ -99,14 +110,23 @@ def forecast(
     if wording == "auto":  # what the model itself would be asked for is not known
         chosen = with_grammar(chosen, report)
     empty = skeleton(resolve(str(named), report), device=device, dtype=dtype, modules=modules)
+    if layers_from is not None:
+        layers = read_layers(layers_from, empty)
+    carried, gone = carried_by(empty.path) if on is not None and empty.path is not None else ((), {})
+    if carried and empty.path is not None:  # C is the base's
+        empty.weights_id = base_fingerprint(empty.path, report)
+    told = [*chosen, *facts_to_learn_again(carried, chosen, report, gone)]
+    beside = [fact for some in facts_to_hold(carried, chosen, gone) for fact in some]
     hyper = hyper_for(way, empty, layers, settings or {}, report, file)
     inputs = Inputs(corpus=corpus, tokens=tokens, seed=seed, report=report)
     contexts = way.contexts(empty, hyper, inputs)
-    groups = group_facts(empty, chosen, contexts, way.spare(hyper), way.chat(hyper))
+    groups = group_facts(empty, told, contexts, way.spare(hyper), way.chat(hyper))
+    held = group_facts(empty, beside, contexts, way.spare(hyper), min(1, way.chat(hyper))) if beside else []
     edited = tuple(sorted({layer for part in way.parts(groups, hyper) for layer in part.hyper.layers}))
     wanted = tokens or 10 * max(map(empty.key_width, edited))
     text = open_text(empty, corpus, wanted, seed=seed, report=report)
     missing = [layer for layer in edited if not text.cache.has_layer(layer, wanted)]
+    offloaded = _offloaded(empty, device, max_memory)
     rates = _rates(empty, device_named(device), group_rows(empty, text.row))
     cached = [layer for layer in edited if layer not in missing]
     return Forecast(
@@ -115,33 +135,50 @@ def forecast(
         layers=edited,
         facts=len(chosen),
         rows=sum(len(group.rows) for group in groups),
+        earlier=len(told) - len(chosen) + len(beside),
         covariance={"tokens": wanted, "corpus": text.name, "cached": cached, "missing": missing},
-        memory=_memory(empty, edited, missing, budget),
-        disk=_disk(empty, groups, edited, missing),
-        seconds=_seconds(empty, text, chosen, groups, hyper, edited, missing, rates),
+        memory=_memory(empty, edited, missing, budget, offloaded, bool(carried)),
+        disk=_disk(empty, groups, edited, missing, offloaded),
+        seconds=_seconds(empty, text, [*told, *beside], groups, held, hyper, edited, missing, rates),
         rates=rates,
     )
 
 
-def _memory(model: Model, edited: Sequence[int], missing: Sequence[int], budget: int) -> dict[str, int]:
+def _offloaded(model: Model, device: str, limits: Limits) -> int:
+    """Bytes of weights that stay on the disk."""
+    where = device_named(device)
+    placed = spread(model.net.config, model.family, where, model.dtype, device, limits_checked(limits), model.name)
+    return 0 if placed is None else placed.taken.get("disk", 0)
+
+
+def _memory(
+    model: Model, edited: Sequence[int], missing: Sequence[int], budget: int, offloaded: int, chain: bool
+) -> dict[str, int]:
     seen = {id(one): one for one in model.net.parameters()}
-    weights = sum(one.numel() * (one.dtype.itemsize + 2 * model.mixed) for one in seen.values())  # and a bfloat16 copy
-    copies = 2 * sum(model.weight(layer).numel() * model.dtype.itemsize for layer in edited)
+    copied = 2 * (model.mixed and not offloaded)  # in bfloat16; the layers of a spread model have none
+    weights = sum(one.numel() * (one.dtype.itemsize + copied) for one in seen.values()) - offloaded
+    copies = (4 if chain else 2) * sum(model.weight(layer).numel() * model.dtype.itemsize for layer in edited)
     widest = max(map(model.key_width, edited))
     moments = (len(edited) + len(missing)) * sums_size(model.key_width(edited[0])) + 3 * widest * widest * 8
     parts = {"weights": weights, "edited_weights": copies, "covariance": moments, "activations": budget, "base": _BASE}
     return {**parts, "total": sum(parts.values())}
 
 
-def _disk(model: Model, groups: Sequence[Group], edited: Sequence[int], missing: Sequence[int]) -> dict[str, int]:
-    """The patch, at most: factors, values and keys of every group. The cache: moments of text and of subjects."""
+def _disk(
+    model: Model, groups: Sequence[Group], edited: Sequence[int], missing: Sequence[int], offloaded: int
+) -> dict[str, int]:
+    """The patch, at most: factors, values and keys of every group. The cache: moments of text and of subjects.
+
+    Weights that stay on the disk may be written there once more, in the dtype in which they are held.
+    """
     n = len(groups)
     patch = 0
     for layer in edited:
         f, d = model.key_width(layer), model.width
         patch += 4 * (min(n * (f + d), f * d) + n * (f + d))
     cache = 2 * sum(sums_size(model.key_width(layer)) for layer in missing)
-    return {"patch": patch, "cache": cache, "total": patch + cache}
+    parts = {"patch": patch, "cache": cache, **({"weights": offloaded} if offloaded else {})}
+    return {**parts, "total": sum(parts.values())}
 
 
 def _seconds(
@@ -149,6 +186,7 @@ def _seconds(
     text: Text,
     facts: Sequence[Fact],
     groups: Sequence[Group],
+    held: Sequence[Group],
     hyper: Any,
     edited: Sequence[int],
     missing: Sequence[int],
@@ -177,7 +215,8 @@ def _seconds(
             step += sum(len(row.ids) - row.subject_last for row in rows) * above * a_layer
             step += sum(max(1, len(row.ids) - row.prompt_len) for row in rows) * head
     values = (once + 2 * hyper.steps * step) / rates["rows_of_facts"]  # forward, and back to what is written
-    keys = sum(row.subject_last + 1 for group in groups for row in group.rows) * (edited[-1] + 1) * a_layer
+    reached = [*groups, *held, *held]  # keys of held facts with the earlier patches, and without
+    keys = sum(row.subject_last + 1 for group in reached for row in group.rows) * (edited[-1] + 1) * a_layer
     solves = sum(model.key_width(layer) ** 3 / 3 for layer in edited)
     update = keys / rates["rows_of_facts"] + solves / rates["float64"]
     asked = [item for fact in facts for item in _questions(fact)]

@@ -17,12 +17,11 @@ import torch
 
 from kpatch import arguments, distributed
 from kpatch.checkpoint.fit import base_weights
-from kpatch.checkpoint.shards import open_checkpoint
-from kpatch.checkpoint.store import Store
 from kpatch.edit.asked_wordings import ask_for_wordings
 from kpatch.edit.earlier import facts_of, protected
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.preset_file import PresetFile, read_preset
+from kpatch.edit.unpatched import carried_by
 from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import Measurement, effect, measure
@@ -36,7 +35,7 @@ from kpatch.models.model import Model, open_model
 from kpatch.models.placement import Limits
 from kpatch.outputs import check_new_file
 from kpatch.patch.build import build_manifest
-from kpatch.patch.format import Patch, pack, read_patch, write_patch
+from kpatch.patch.format import pack, write_patch
 from kpatch.patch.manifest import BaseWeight, Manifest
 from kpatch.reporter import SILENT, Reporter
 from kpatch.trace.files import read_layers
@@ -129,7 +128,7 @@ def make(
         chosen = with_grammar(ask_for_wordings(edited, chosen, LEARNED, seed, report), report)
     check_lengths(edited.tokenizer, chosen)
     hyper = hyper_for(chosen_method, edited, layers, settings or {}, report, file)
-    carried, gone = _carried(edited) if on is not None else ((), {})
+    carried, gone = carried_by(edited.path) if on is not None and edited.path is not None else ((), {})
     protect = facts.protect if isinstance(facts, FactFile) else ()
     protect = protected(protect, carried, chosen)
     inputs = Inputs(str(corpus), tokens, seed, budget, resume, carried, gone, protect, report=report)
@@ -197,6 +196,16 @@ def method_wanted(name: str | None, file: PresetFile | None) -> str:
     return name or (file.method if file else "memit")
 
 
+def refuse_two(on: object, model: object) -> None:
+    """Raise BadInput where both `on` and `model` name the model."""
+    if on is not None and model is not None:
+        raise BadInput(
+            "`on` and `model` exclude each other",
+            details=["`on` names the checkpoint that the patch is made for"],
+            hint="leave `model` out",
+        )
+
+
 def model_named(facts: FactFile | Sequence[Fact], model: str | Path | None) -> str | Path:
     """The address of the model: the one that is given, else the fact file's. Raises BadInput where there is none."""
     named = model or (facts.model if isinstance(facts, FactFile) else None)
@@ -222,12 +231,7 @@ def _load(
     max_memory: Limits = None,
 ) -> Model:
     """The model in memory. Raises BadInput where none is named, two are, or it has no checkpoint directory."""
-    if on is not None and model is not None:
-        raise BadInput(
-            "`on` and `model` exclude each other",
-            details=["`on` names the checkpoint that the patch is made for"],
-            hint="leave `model` out",
-        )
+    refuse_two(on, model)
     if not isinstance(model, Model):
         address = on if on is not None else model_named(facts, model)
         model = open_model(address, device=device, dtype=dtype, modules=modules, max_memory=max_memory, report=report)
@@ -237,14 +241,6 @@ def _load(
             hint="give the model's address instead",
         )
     return model
-
-
-def _carried(model: Model) -> tuple[tuple[Patch, ...], dict[str, set[int]]]:
-    """The patches that the model's checkpoint directory carries, and their facts that later ones stand for."""
-    assert model.path is not None
-    store = Store(open_checkpoint(model.path).path)
-    applied = store.applied()
-    return tuple(read_patch(store.copy(identity)) for identity in sorted(applied.ids)), applied.gone
 
 
 def _measured(model: Model, facts: Sequence[Fact], inputs: Inputs) -> Measurement | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,7 @@ from kpatch.errors import BadInput
 from kpatch.evaluate.wrapped import name_in
 from kpatch.models.fingerprint import weight_files
 from kpatch.models.model import Model
-from kpatch.patch.format import Patch
+from kpatch.patch.format import Patch, read_patch
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -58,8 +59,22 @@ def unpatched(model: Model, patches: tuple[Patch, ...], report: Reporter = SILEN
             model.weights_id = before
 
 
+def carried_by(path: Path) -> tuple[tuple[Patch, ...], dict[str, set[int]]]:
+    """The patches that a checkpoint directory carries, and their facts that later ones stand for."""
+    store = Store(open_checkpoint(path).path)
+    applied = store.applied()
+    return tuple(read_patch(store.copy(identity)) for identity in sorted(applied.ids)), applied.gone
+
+
+def base_fingerprint(path: Path, report: Reporter = SILENT) -> str:
+    """What `weights_fingerprint` gives for the checkpoint in `path` as it is without its patches."""
+    checkpoint = open_checkpoint(path)
+    store = Store(checkpoint.path)
+    return _fingerprint(StoredWeights(checkpoint, store, store.applied()), report)
+
+
 def _fingerprint(weights: StoredWeights, report: Reporter) -> str:
-    """What `weights_fingerprint` gives for the same files before any patch was applied."""
+    """The hash of the files' bytes before any patch was applied."""
     files = weight_files(weights.checkpoint.path)
     digest = hashlib.sha256()
     with report.task("Identifying the weights", sum(path.stat().st_size for path in files), "B") as advance:

@@ -168,12 +168,17 @@ class Spread:
     where: Mapping[str, str]
 
     @property
+    def taken(self) -> dict[str, int]:
+        """Bytes by device."""
+        found: dict[str, int] = {}
+        for name, size in (*self.sizes.around.items(), *self.sizes.layers.items()):
+            found[self.where[name]] = found.get(self.where[name], 0) + size
+        return found
+
+    @property
     def said(self) -> str:
         """How much lies where: `cpu 2.1 GB, disk 9.9 GB`."""
-        taken: dict[str, int] = {}
-        for name, size in (*self.sizes.around.items(), *self.sizes.layers.items()):
-            taken[self.where[name]] = taken.get(self.where[name], 0) + size
-        return ", ".join(f"{device} {format_size(size)}" for device, size in taken.items() if size)
+        return ", ".join(f"{device} {format_size(size)}" for device, size in self.taken.items() if size)
 
     def arguments(self) -> dict[str, Any]:
         """What from_pretrained is told. Weights that are stored otherwise than they are held go to the folder."""

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kpatch.checkpoint.apply import apply
 from kpatch.edit.forecast import forecast
 from kpatch.edit.make import make
 from kpatch.errors import BadInput
@@ -53,3 +54,30 @@ def test_more_steps_take_longer(folder: Path) -> None:
 def test_a_method_that_needs_the_model_is_named(folder: Path, method: str) -> None:
     with pytest.raises(BadInput, match=method):
         forecast(FACTS, model=folder, method=method, layers=[1])
+
+
+def test_a_chain_counts_the_facts_it_holds_and_finds_the_base_covariance(folder: Path, tmp_path: Path) -> None:
+    make(FACTS, model=str(folder), out=tmp_path / "one.patch", **GIVEN)  # type: ignore[arg-type]
+    apply(tmp_path / "one.patch", folder)
+    again = Fact(subject="Basel", prompt="Near {} lies", target="Bern")  # learns the first fact of the two again
+    alone = forecast([again], model=folder, **GIVEN)  # type: ignore[arg-type]
+    found = forecast([again], on=folder, **GIVEN)  # type: ignore[arg-type]
+    assert (found.facts, found.earlier, alone.earlier) == (1, 2, 0)
+    assert found.rows == alone.rows + 2
+    assert found.covariance["missing"] == [], "C is the base's, which the first patch collected"
+    assert alone.covariance["missing"] == [0, 1], "the patched weights are other weights"
+    assert found.memory["edited_weights"] == 2 * alone.memory["edited_weights"]
+
+
+def test_weights_that_stay_on_the_disk_take_no_memory(folder: Path) -> None:
+    pytest.importorskip("accelerate")
+    whole = forecast(FACTS, model=folder, **GIVEN)  # type: ignore[arg-type]
+    found = forecast(FACTS, model=folder, max_memory=whole.memory["weights"] // 2, **GIVEN)  # type: ignore[arg-type]
+    assert 0 < found.memory["weights"] <= whole.memory["weights"] // 2
+    assert found.memory["weights"] + found.disk["weights"] == whole.memory["weights"]
+    assert "weights" not in whole.disk
+
+
+def test_two_models_are_refused(folder: Path) -> None:
+    with pytest.raises(BadInput, match="exclude each other"):
+        forecast(FACTS, model=folder, on=folder, **GIVEN)  # type: ignore[arg-type]

@@ -190,7 +190,7 @@ def test_a_patch_on_a_patched_directory_preserves_the_earlier_keys(
     kpatch.apply([shared.patch], directory)
     settings = {**QUICK, "settings": {**QUICK["settings"], "leverage": "5000"}}
     on = make(LATER, out=tmp_path / "on.patch", on=directory, **settings)
-    monkeypatch.setattr(make_module, "_carried", lambda model: ((), {}))
+    monkeypatch.setattr(make_module, "carried_by", lambda path: ((), {}))
     make(LATER, out=tmp_path / "plain.patch", on=directory, **settings)
     kept, plain = read_patch(tmp_path / "on.patch"), read_patch(tmp_path / "plain.patch")
     assert kept.manifest.parents == (shared.result.patch_id,)

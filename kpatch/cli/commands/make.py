@@ -116,13 +116,14 @@ def command(
         say.warn(warning)
 
     given: dict[str, Any] = {
+        **{"layers_from": layers_from, "on": on, "max_memory": limits},
         **{"model": model, "method": method, "preset": preset, "layers": chosen, "wordings": wordings},
         **{"corpus": corpus, "tokens": tokens, "settings": settings, "seed": seed, "device": device},
         **{"dtype": parse.dtype(dtype, exact), "memory": budget, "modules": names, "report": say},
     }
     if plan:
-        if on is not None or layers_from is not None or editor is not None:
-            raise BadInput("`plan` takes no `on`, `layers_from` or `editor`", hint="leave them out")
+        if editor is not None:
+            raise BadInput("`plan` takes no `editor`", hint="leave it out")
         from kpatch.edit.forecast import forecast
 
         print_forecast(say, forecast(file, **given))
@@ -130,8 +131,7 @@ def command(
 
     from kpatch.edit.make import make
 
-    more: dict[str, Any] = {"editor": editor, "layers_from": layers_from, "on": on, "max_memory": limits}
-    result = make(file, out=path, resume=resume, force=force, **given, **more)
+    result = make(file, out=path, resume=resume, force=force, editor=editor, **given)
     if not distributed.is_main():
         return
     print_made(say, result)
