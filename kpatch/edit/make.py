@@ -34,6 +34,7 @@ from kpatch.models.fingerprint import tokenizer_hash
 from kpatch.models.model import Model, open_model
 from kpatch.models.placement import Limits
 from kpatch.outputs import check_new_file
+from kpatch.patch import size
 from kpatch.patch.build import build_manifest
 from kpatch.patch.format import pack, write_patch
 from kpatch.patch.manifest import BaseWeight, Manifest
@@ -166,13 +167,16 @@ def write_edit(
         measured = effect(before, after)
         manifest = _manifest(model, facts, method, hyper, inputs, found, base, measured, stack)
         tensors = pack(found.deltas, found.values, found.keys)
-        identity, size = distributed.main_does(
+        identity, length = distributed.main_does(
             lambda: (write_patch(out, manifest, tensors, force), Path(out).stat().st_size)
         )
+        large = size.warning(Path(out).name, size.size_of(manifest), size.FEWER)
+        if large:
+            inputs.report.warn(large)
         return MakeResult(
             patch_id=identity,
             path=Path(out),
-            bytes=size,
+            bytes=length,
             model=model.name,
             method=method.name,
             layers=found.layers,

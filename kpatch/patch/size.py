@@ -55,9 +55,9 @@ def weight_norm(manifest: Manifest, weight: str) -> float:
     return delta.norm / delta.relative_norm if delta.relative_norm else 0.0
 
 
-def size_of(patch: PatchInfo) -> float:
-    """The size of one patch, from its header. A patch without facts is no edit, and counts as 0."""
-    return size(delta.relative_norm for delta in patch.manifest.deltas.values()) if patch.manifest.facts else 0.0
+def size_of(manifest: Manifest) -> float:
+    """The size of one patch. A patch without facts is no edit, and counts as 0."""
+    return size(delta.relative_norm for delta in manifest.deltas.values()) if manifest.facts else 0.0
 
 
 def size_of_sum(

@@ -27,10 +27,12 @@ from kpatch.facts.fact import Fact, Neighbor
 from kpatch.facts.wordings import with_wordings
 from kpatch.models.address import resolve
 from kpatch.models.model import Model, load_model
+from kpatch.patch import size
 from kpatch.patch.check import verify
 from kpatch.patch.format import read_patch
 from tests.support.checkpoints import snapshot
 from tests.support.models import MLP_WIDTH, WIDTH, tiny
+from tests.support.reports import Recorder
 
 pytestmark = pytest.mark.usefixtures("shared_statistics")
 
@@ -205,6 +207,17 @@ def test_a_patch_on_a_patched_directory_preserves_the_earlier_keys(
     # and it goes on top, where the directory says it does
     kpatch.apply([tmp_path / "on.patch"], directory)
     assert on.facts[0]["after"]["probability"] > on.facts[0]["before"]["probability"]
+
+
+def test_a_patch_as_large_as_those_that_break_a_model_is_warned_of(
+    shared: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = size.size_of(read_patch(shared.patch).manifest)
+    for limit, warned in ((found * 0.9, 1), (found * 1.1, 0)):
+        monkeypatch.setattr(size, "WARN_ABOVE", limit)
+        report = Recorder()
+        make(FACTS, out=tmp_path / f"{warned}.patch", model=str(shared.directory), report=report, **QUICK)
+        assert sum(f"changes weights by {found:.0%}" in text for text in report.warnings) == warned
 
 
 # What it refuses, and what it leaves alone

@@ -58,8 +58,8 @@ def test_the_size_of_a_patch_from_its_header(tmp_path: Path, names: tuple[str, .
     model = make_checkpoint(tmp_path / "model", conv1d=names is CONV1D)
     make_patch(tmp_path / "a.patch", model, weights=names)
     info = read_header(tmp_path / "a.patch")
-    assert size_of(info) == pytest.approx(dense_size(model, info.path), rel=1e-6)
-    assert size_of_sum(parts_by_weight([info])) == size_of(info)
+    assert size_of(info.manifest) == pytest.approx(dense_size(model, info.path), rel=1e-6)
+    assert size_of_sum(parts_by_weight([info])) == size_of(info.manifest)
 
 
 def test_the_size_of_a_sum_is_that_of_what_is_added(tmp_path: Path, model: Path) -> None:
@@ -87,7 +87,7 @@ def test_a_large_patch_is_warned_of_and_an_ordinary_one_is_not(tmp_path: Path, m
         said = [text for text in report.warnings if SAID in text]
         assert len(said) == warned
         if warned:
-            found = size_of(read_header(tmp_path / "large.patch"))
+            found = size_of(read_header(tmp_path / "large.patch").manifest)
             assert said[0].startswith(f"large changes weights by {found:.0%} of their norm")
 
 
@@ -97,7 +97,7 @@ def test_a_sum_is_warned_of_where_no_patch_is_large(tmp_path: Path, model: Path)
         make_patch(
             path, model, scale=0.1, seed=1, facts=[{"subject": f"S{number}", "prompt": "{} is in", "target": "X"}]
         )
-    alone = size_of(read_header(paths[0]))
+    alone = size_of(read_header(paths[0]).manifest)
     factor = 0.9 * WARN_ABOVE / alone
     for count, warned in ((1, False), (3, True)):
         report = Recorder()
@@ -118,4 +118,4 @@ def test_what_a_warning_says() -> None:
 def test_a_difference_of_checkpoints_is_no_edit(tmp_path: Path, model: Path) -> None:
     make_patch(tmp_path / "a.patch", model, scale=1.0, facts=[])
     info = read_header(tmp_path / "a.patch")
-    assert (size_of(info), size_of_sum(parts_by_weight([info]))) == (0.0, 0.0)
+    assert (size_of(info.manifest), size_of_sum(parts_by_weight([info]))) == (0.0, 0.0)

@@ -193,7 +193,7 @@ def _sizes(output: Output, found: PatchDiff) -> None:
     """Warn of a patch that is as large as changes that break a model, else of both together where they can be."""
     from kpatch.patch.size import FEWER, RESOLVE, parts_by_weight, size_of, size_of_sum, the_sum, warning
 
-    large = [text for info in found.patches if (text := warning(info.name, size_of(info), FEWER))]
+    large = [text for info in found.patches if (text := warning(info.name, size_of(info.manifest), FEWER))]
     # Two versions of one patch share facts, and nobody applies both
     if not large and found.base is None and not found.facts.same and not found.facts.changed:
         both = warning(the_sum(found.patches), size_of_sum(parts_by_weight(found.patches)), RESOLVE)

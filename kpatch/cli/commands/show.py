@@ -39,7 +39,7 @@ def command(
     _summary(output, manifest, f"{info.path}  {info.id if verbose else info.id[:12]}  {format_size(info.bytes)}")
     _facts(output, manifest, None if verbose else _FACTS_SHOWN)
     _weights(output, info.weights())
-    large = warning(info.name, size_of(info), FEWER)
+    large = warning(info.name, size_of(info.manifest), FEWER)
     if large:
         output.warn(large)
     if memories is not None:
