@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from kpatch.checkpoint.records import AppliedPatch, replaced_by
 from kpatch.errors import Refused
-from kpatch.facts.conflicts import contradictions
+from kpatch.facts.conflicts import contradicted
 from kpatch.patch.combine import called, refuse_contradictions, text_of
 from kpatch.patch.header import PatchInfo
 from kpatch.patch.manifest import Manifest
@@ -41,31 +41,20 @@ def replacing(
         refuse_contradictions(named, _HINT, gone)
     stack, result = list(applied), []
     for patch in new:
-        found = {other.id: _contradicted(patches[other.id], patches[patch.id]) for other in stack}
-        patch = replace(patch, replaces={identity: facts for identity, facts in found.items() if facts})
+        new_facts = patches[patch.id].manifest.facts
+        found = {other.id: contradicted(patches[other.id].manifest.facts, new_facts) for other in stack}
+        patch = replace(patch, replaces={one: tuple(sorted(facts)) for one, facts in found.items() if facts})
         fresh = {one: set(facts) - gone.get(one, set()) for one, facts in patch.replaces.items()}
         for other in stack:
             if facts := fresh.get(other.id):
                 _require_rows(other, patches)
-                _say(printable(other.name, 80), patches[other.id].manifest, patch, facts, report)
+                on_top = other.id in patches[patch.id].manifest.parents
+                _say(printable(other.name, 80), patches[other.id].manifest, patch, facts, on_top, report)
         for identity, facts in fresh.items():
             gone[identity] = gone.get(identity, set()) | facts
         stack.append(patch)
         result.append(patch)
     return tuple(result)
-
-
-def _contradicted(earlier: PatchInfo, later: PatchInfo) -> tuple[int, ...]:
-    """Positions of the facts of one patch that another one's contradict."""
-    found: set[int] = set()
-    while True:  # a list of contradictions names only the first of several facts that say the same
-        left = [(index, fact) for index, fact in enumerate(earlier.manifest.facts) if index not in found]
-        facts = [*(fact for _, fact in left), *later.manifest.facts]
-        owners = [0] * len(left) + [1] * len(later.manifest.facts)
-        clashes = [clash.earlier for clash in contradictions(facts, owners) if clash.earlier < len(left)]
-        if not clashes:
-            return tuple(sorted(found))
-        found |= {left[place][0] for place in clashes}
 
 
 def _require_rows(earlier: AppliedPatch, patches: Mapping[str, PatchInfo]) -> None:
@@ -82,8 +71,11 @@ def _require_rows(earlier: AppliedPatch, patches: Mapping[str, PatchInfo]) -> No
             )
 
 
-def _say(name: str, earlier: Manifest, later: AppliedPatch, facts: set[int], report: Reporter) -> None:
-    """Note what is replaced in the patch called `name`, and warn of other facts that go with it."""
+def _say(name: str, earlier: Manifest, later: AppliedPatch, facts: set[int], on_top: bool, report: Reporter) -> None:
+    """Note what is replaced in the patch called `name`, and warn of other facts that go with it.
+
+    A later patch that was made `on_top` has learned those again.
+    """
     from kpatch.patch.summands import without_facts
 
     for index in sorted(facts):
@@ -91,7 +83,7 @@ def _say(name: str, earlier: Manifest, later: AppliedPatch, facts: set[int], rep
         text = f"{printable(text_of(fact), 120)} {printable(str(fact['target']), 80)}"
         report.note(f"{printable(later.name, 80)} replaces a fact of {name}: {text}")
     others = without_facts(earlier, facts) - facts
-    if others:
+    if others and not on_top:
         text = printable(text_of(earlier.facts[min(others)]), 120)
         report.warn(
             f"{counted(len(others), 'more fact')} of {name} about the same subjects cannot stay without what"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
-from kpatch.facts.conflicts import contradictions, normal
+from kpatch.facts.conflicts import contradicted
 from kpatch.facts.fact import Fact, Protected
+from kpatch.facts.subjects import by_subject, names_of
 from kpatch.patch.combine import protected_by
 from kpatch.patch.format import Patch
 from kpatch.reporter import SILENT, Reporter
@@ -29,36 +30,51 @@ def facts_of(patches: Sequence[Patch], gone: Gone = _NONE) -> tuple[Fact, ...]:
     )
 
 
+def facts_that_stay(patches: Sequence[Patch], facts: Sequence[Fact], gone: Gone = _NONE) -> list[Fact]:
+    """All facts of the patches but those that `facts` contradict: what retention is about."""
+    earlier = facts_of(patches, gone)
+    against = contradicted(earlier, facts)
+    return [fact for index, fact in enumerate(earlier) if index not in against]
+
+
 def facts_to_learn_again(
     patches: Sequence[Patch], facts: Sequence[Fact], report: Reporter = SILENT, gone: Gone = _NONE
 ) -> list[Fact]:
     """Earlier facts about the subjects of `facts`. One that a new fact contradicts is left out, with a warning."""
-    subjects = {normal(fact.subject) for fact in facts}
-    earlier = [fact for fact in facts_of(patches, gone) if normal(fact.subject) in subjects]
-    clashes = contradictions([*facts, *earlier], [0] * len(facts) + [1] * len(earlier))
-    contradicted = {clash.later - len(facts) for clash in clashes}
-    for index in sorted(contradicted):
+    earlier = facts_of(patches, gone)
+    against = contradicted(earlier, facts)
+    for index in sorted(against):
         report.warn(
             f"a new fact contradicts {earlier[index].text()!r} of a patch that the checkpoint carries;"
             " `kpatch apply --replace` lets it stand for that one"
         )
-    again = [fact for index, fact in enumerate(earlier) if index not in contradicted]
+    shared = _about_subjects_of(facts, earlier)
+    again = [fact for index, fact in enumerate(earlier) if index in shared and index not in against]
     if again:
-        report.note(f"{len(again)} earlier facts about the same subjects are learned again with the new ones")
+        what = "fact about the same subjects is" if len(again) == 1 else "facts about the same subjects are"
+        report.note(f"{len(again)} earlier {what} learned again with the new ones")
     return again
 
 
 def facts_to_hold(patches: Sequence[Patch], facts: Sequence[Fact], gone: Gone = _NONE) -> list[tuple[Fact, ...]]:
-    """The facts of each patch about other subjects than `facts`: what is learned beside them must stay."""
-    subjects = {normal(fact.subject) for fact in facts}
-    found = (
-        tuple(fact for fact in facts_of([patch], gone) if normal(fact.subject) not in subjects) for patch in patches
-    )
+    """The facts of each patch that stay as they are beside `facts`: about other subjects, and not contradicted."""
+    every = [facts_of([patch], gone) for patch in patches]
+    earlier = [fact for some in every for fact in some]
+    out = _about_subjects_of(facts, earlier) | contradicted(earlier, facts)
+    kept = iter(index not in out for index in range(len(earlier)))
+    found = (tuple(fact for fact in some if next(kept)) for some in every)
     return [some for some in found if some]
 
 
 def protected(own: Sequence[Protected], patches: Sequence[Patch], facts: Sequence[Fact]) -> tuple[Protected, ...]:
     """Whom a patch of `facts` holds: its own file's subjects, and those of the patches but where it edits them."""
-    subjects = {normal(fact.subject) for fact in facts}
+    edited = {name for fact in facts for name in names_of(fact.subject, fact.prompt)}
     theirs = [Protected.from_dict(one) for one in protected_by(patches)]
-    return (*own, *(one for one in theirs if one not in own and normal(one.subject) not in subjects))
+    return (*own, *(one for one in theirs if one not in own and not names_of(one.subject) & edited))
+
+
+def _about_subjects_of(facts: Sequence[Fact], earlier: Sequence[Fact]) -> set[int]:
+    """Positions of the `earlier` facts about subjects of `facts`."""
+    count = len(facts)
+    groups = by_subject([*facts, *earlier])
+    return {index - count for group in groups if group[0] < count for index in group if index >= count}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
+from kpatch.edit.earlier import facts_to_learn_again
 from kpatch.edit.ft_layer import find_layer
 from kpatch.edit.ft_rows import Check, held_rows, learned_rows, other_rows
 from kpatch.edit.ft_tuning import tune
@@ -40,6 +41,7 @@ class FineTune(Method):
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: FineTuneHyper, inputs: Inputs) -> Edit:
         """Tune W^l; no keys or values, so the facts can't be solved again."""
+        facts = [*facts, *facts_to_learn_again(inputs.on, facts, inputs.report, inputs.gone)]
         with inputs.timed("update"):
             rows = learned_rows(model, facts, hyper)
             check = None

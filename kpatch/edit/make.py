@@ -18,7 +18,7 @@ import torch
 from kpatch import arguments, distributed
 from kpatch.checkpoint.fit import base_weights
 from kpatch.edit.asked_wordings import ask_for_wordings
-from kpatch.edit.earlier import facts_of, protected
+from kpatch.edit.earlier import facts_that_stay, protected
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.preset_file import PresetFile, read_preset
 from kpatch.edit.unpatched import carried_by
@@ -156,7 +156,7 @@ def write_edit(
 
     def run() -> MakeResult:
         base = _base(model, method.weights(model, method.layers(hyper)), inputs.report)
-        earlier = facts_of(inputs.on, inputs.gone)
+        earlier = facts_that_stay(inputs.on, facts, inputs.gone)
         before, earlier_before = measure(model, facts, report=inputs.report), _measured(model, earlier, inputs)
         found = method.edit(model, facts, hyper, inputs)
         with restored(model, found.deltas):

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kpatch.edit.earlier import facts_to_learn_again
 from kpatch.edit.ft import stored_small
 from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, MendHyper
@@ -83,6 +84,7 @@ class Mend(Method):
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: MendHyper, inputs: Inputs) -> Edit:
         """One gradient a fact, and what the editor makes of them all; no keys or values are kept."""
+        facts = [*facts, *facts_to_learn_again(inputs.on, facts, inputs.report, inputs.gone)]
         network = self.trained.network.to(model.device)
         gathered = [Gathered(place, bool(hyper.regression)) for place in network.places]
         below = Below(model, network.places[0].layer, 0)

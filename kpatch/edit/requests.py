@@ -16,6 +16,7 @@ import torch
 from kpatch.errors import BadInput
 from kpatch.facts.chat import Turn, chat_rows
 from kpatch.facts.fact import Fact
+from kpatch.facts.subjects import by_subject
 from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align
@@ -132,10 +133,8 @@ def group_facts(
             details=[f"the first says {silent[0].text()!r}"],
             hint="give the facts or their relations a `question`, or leave the setting chat at 1",
         )
-    by_subject: dict[str, list[int]] = {}
-    for index, fact in enumerate(facts):
-        by_subject.setdefault(" ".join(fact.subject.split()), []).append(index)
-    for subject, members in by_subject.items():
+    subjects = [(" ".join(facts[members[0]].subject.split()), members) for members in by_subject(facts)]
+    for subject, members in subjects:
         if len(members) > MAX_FACTS_PER_SUBJECT:
             raise BadInput(
                 f"{len(members)} facts about {subject!r} are more than one value vector can carry",
@@ -143,8 +142,8 @@ def group_facts(
                 details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
                 hint="keep the ones that matter, or split the subject by what its prompts call it",
             )
-    told = {subject: _items(facts, members, contexts, spare) for subject, members in by_subject.items()}
-    encoded = iter(encode_many(model.tokenizer, [item for rows in told.values() for item, _ in rows]))
+    told = [_items(facts, members, contexts, spare) for _, members in subjects]
+    encoded = iter(encode_many(model.tokenizer, [item for rows in told for item, _ in rows]))
     turns = {
         index: Turn(fact.question, fact.subject, fact.target)
         for index, fact in enumerate(facts)
@@ -152,8 +151,8 @@ def group_facts(
     }
     in_chat = dict(zip(turns, chat_rows(model.tokenizer, list(turns.values())), strict=True)) if turns else {}
     groups = []
-    for subject, members in by_subject.items():
-        rows = [(next(encoded), context) for _, context in told[subject]]
+    for (subject, members), items in zip(subjects, told, strict=True):
+        rows = [(next(encoded), context) for _, context in items]
         if chat == 2:
             rows = [(row, context) for row, context in rows if context == _DRIFT]
         rows += [(in_chat[index], _CHAT) for index in members if index in in_chat]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kpatch.edit.earlier import facts_to_learn_again
 from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.norms import before_norm, require_one_way
 from kpatch.edit.presets import PRESETS, RomeHyper
@@ -50,8 +51,12 @@ class Rome(Method):
         require_one_way(model, layers)
 
     def edit(self, model: Model, facts: Sequence[Fact], hyper: RomeHyper, inputs: Inputs) -> Edit:
-        """C = E[k k^T] of the layer, contexts, then one rank-one change a fact; rank n in all."""
+        """C = E[k k^T] of the layer, contexts, then one rank-one change a fact; rank n in all.
+
+        Earlier facts about the same subjects are written again, each before the new facts.
+        """
         report = inputs.report
+        again = facts_to_learn_again(inputs.on, facts, report, inputs.gone)
         with inputs.timed("covariance"):
             covariance = collect(
                 model, hyper.layers, corpus=inputs.corpus, tokens=inputs.tokens, seed=inputs.seed, report=report
@@ -60,13 +65,15 @@ class Rome(Method):
         with report.task("Sampling contexts"):
             contexts = rome_contexts(model, hyper, inputs.seed)
         with inputs.timed("values"):
-            edits = edit_all(model, facts, hyper, contexts, preserved, report)
+            edits = edit_all(model, [*again, *facts], hyper, contexts, preserved, report)
+        owns = [*([] for _ in again), *([index] for index in range(len(facts)))]
         return Edit(
             {model.weight_name(hyper.layer): smaller(together(model, edits))},
             hyper.layers,
             {hyper.layer: torch.stack([edit.key for edit in edits])},
             torch.stack([edit.value for edit in edits]),
-            covariance=covariance,
+            tuple({"facts": own, "layers": [hyper.layer]} for own in owns) if again else (),
+            covariance,
         )
 
 

@@ -94,6 +94,19 @@ def contradictions(
     return found
 
 
+def contradicted(earlier: Sequence[AnyFact], later: Sequence[AnyFact]) -> set[int]:
+    """Positions of all `earlier` facts that `later` ones contradict; facts of one list are not compared."""
+    found: set[int] = set()
+    while True:  # a list of contradictions names only the first of several facts that say the same
+        left = [index for index in range(len(earlier)) if index not in found]
+        facts = [*(earlier[index] for index in left), *later]
+        clashes = contradictions(facts, [0] * len(left) + [1] * len(later))
+        new = {left[clash.earlier] for clash in clashes if clash.earlier < len(left)}
+        if not new:
+            return found
+        found |= new
+
+
 def _sentence(template: str, subject: str) -> str:
     text = fill(template, subject)
     return text if text.isascii() else text.translate(_SAME_SIGNS)

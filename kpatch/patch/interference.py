@@ -19,6 +19,7 @@ from kpatch.patch.delta import Delta, LowRank
 from kpatch.patch.fingerprint import tensor_from
 from kpatch.patch.format import read_delta, read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
+from kpatch.patch.joint import RowLabel
 from kpatch.patch.manifest import Manifest
 from kpatch.patch.summands import Part, labels, solvable
 
@@ -169,26 +170,26 @@ def added_subjects(
     first, most = len(patches) - new, dict[tuple[int, int], int]()
     for names in weights:
         together = sorted(solved_together(patches, names))
-        about = {number: _subjects(patches[number].manifest, names[number]) for number in together}
+        about = {number: labels(patches[number].manifest, names[number]) for number in together}
         for place, one in enumerate(together):
             for other in together[place + 1 :]:
                 ids = [{patches[n].id, *patches[n].manifest.holds(patches[n].id)} for n in (one, other)]
                 related = ids[0] & set(patches[other].manifest.parents) or ids[1] & set(patches[one].manifest.parents)
                 if max(one, other) < first or related:
                     continue
-                shared = about[one].keys() & about[other].keys()
-                count = sum(about[one][subject] != about[other][subject] for subject in shared)
+                count = _other_facts(about[one], about[other])
                 if count:
                     most[one, other] = max(count, most.get((one, other), 0))
     return [(one, other, count) for (one, other), count in sorted(most.items())]
 
 
-def _subjects(manifest: Manifest, weight: str) -> dict[str, set[tuple[str, str]]]:
-    """The facts of each subject that has a row in a weight's layer."""
-    found: dict[str, set[tuple[str, str]]] = {}
-    for label in labels(manifest, weight):
-        found.setdefault(label.subject, set()).update(label.facts)
-    return found
+def _other_facts(rows: Sequence[RowLabel], others: Sequence[RowLabel]) -> int:
+    """How many subjects two patches' rows say other facts about, in the layer of one weight."""
+    by_name: dict[str, set[frozenset[tuple[str, str]]]] = {}
+    for row in others:
+        for name in row.about:
+            by_name.setdefault(name, set()).add(row.facts)
+    return len({row.subject for row in rows if any(by_name.get(name, set()) - {row.facts} for name in row.about)})
 
 
 def warning(by: str, on: str) -> str:

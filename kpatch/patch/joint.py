@@ -35,11 +35,17 @@ Replaced = Mapping[str, Mapping[str, frozenset[int]]]
 
 @dataclass(frozen=True)
 class RowLabel:
-    """What a row is about: its subject, the facts it carries, and whether the subject opens its text."""
+    """What a row is about: its subject, the facts it carries, whether the subject opens its text, and other names."""
 
     subject: str
     facts: frozenset[tuple[str, str]] = frozenset()
     first: bool = False
+    names: frozenset[str] = frozenset()
+
+    @property
+    def about(self) -> frozenset[str]:
+        """All names of the subject; none for a row that no fact of the patch belongs to."""
+        return self.names | {self.subject} if self.subject else self.names
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +99,7 @@ class Joint:
     @cached_property
     def own(self) -> Tensor:
         """`given` of rows that a patch knows, [N, N]. Only rows that are replaced ask for it."""
-        return self.given.masked_fill(~self._inside | self._apart, 0)
+        return self.given.masked_fill(~self._inside | self._apart | self._told_again(), 0)
 
     @cached_property
     def met(self) -> Tensor:
@@ -113,14 +119,16 @@ class Joint:
         return result
 
     def _one_subject(self) -> Iterator[tuple[int, int]]:
-        """Pairs of rows of two patches about one subject that are not the same fact."""
-        owner, by_subject = self.owner.tolist(), dict[str, list[int]]()
+        """Pairs of rows about one subject that are not the same fact, of patches of which neither knows the other."""
+        owner, by_name = self.owner.tolist(), dict[str, list[int]]()
+        related = (self.known | self.known.T).tolist()
         for index, label in enumerate(self.labels):
-            by_subject.setdefault(label.subject, []).append(index)
-        for members in by_subject.values():
+            for name in label.about:
+                by_name.setdefault(name, []).append(index)
+        for members in by_name.values():
             for i in members:
                 for j in members:
-                    if owner[i] != owner[j] and self.labels[i].facts != self.labels[j].facts:
+                    if not related[owner[i]][owner[j]] and self.labels[i].facts != self.labels[j].facts:
                         yield i, j
 
     @cached_property
@@ -138,6 +146,17 @@ class Joint:
             if bool(some.any()):
                 found[some] = solved_without_blocks(u[some], v[some], self.owner[some], columns[some])
         return found
+
+    def _told_again(self) -> Tensor:
+        """Pairs (i, j) [N, N] where the patch of j was made on that of i and has a row about the subject of i.
+
+        Then the key of i is no part of C there.
+        """
+        names = [frozenset[str]().union(*(label.about for label in one.rows)) for one in self.patches]
+        told = torch.tensor(
+            [[bool(label.about & theirs) for theirs in names] for label in self.labels], dtype=torch.bool
+        )
+        return told[:, self.owner] & (self.owner[:, None] != self.owner[None])
 
     def amounts(self) -> list[Tensor]:
         """X_a [d, n] of every patch, in the order of their ids."""

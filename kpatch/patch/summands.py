@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kpatch.facts.conflicts import normal
+from kpatch.facts.subjects import names_of
 from kpatch.patch.delta import Delta, LowRank
 from kpatch.patch.format import Patch, read_delta, read_tensor
 from kpatch.patch.header import KEYS, PatchInfo
@@ -149,7 +150,10 @@ def labels(manifest: Manifest, weight: str) -> tuple[RowLabel, ...]:
     for positions, first in key_rows(manifest, manifest.layer_of(weight)):
         about = frozenset(facts[index] for index in positions)
         subject = facts[min(positions)][0] if positions else ""
-        found.append(RowLabel(subject, about, first))
+        names = (
+            names_of(str(fact["subject"]), str(fact["prompt"])) for fact in (manifest.facts[i] for i in positions)
+        )
+        found.append(RowLabel(subject, about, first, frozenset[str]().union(*names)))
     return tuple(found)
 
 

@@ -152,6 +152,25 @@ def test_a_replaced_fact_is_out_of_the_solution(on_top: bool) -> None:
     assert close(got, plain.solution(base, [fact for some in own for fact in some if fact is not own[0][1]]))
 
 
+@pytest.mark.parametrize("same_facts", [True, False])
+@pytest.mark.parametrize("with_others", [True, False])
+def test_a_fact_that_a_patch_on_top_replaces_is_out_of_the_solution(same_facts: bool, with_others: bool) -> None:
+    """The patch on top holds the earlier facts about other subjects alone, and asks its own subject's key anew."""
+    base, own = covariance(), facts(4, 0)
+    first = patch("p0", base, own)
+    (key, _), wanted = own[1], numbers(D, seed=7)
+    again = (key + 0.1 * numbers(F, seed=8), wanted)
+    others = [fact for number, fact in enumerate(own) if number != 1]
+    more = facts(2, 3) if with_others else []
+    below = plain.with_keys(base, others)
+    second = patch("p1", below, plain.on_top(first.left @ first.right, [again, *more]), ["p0"])
+    label = first.rows[1] if same_facts else replace(second.rows[0], subject=first.rows[1].subject)
+    second = replace(second, rows=(label, *second.rows[1:]))
+    got = summed([first, second], replaced={"p1": {"p0": frozenset({1})}})
+    assert close(got, plain.solution(base, [*others, again, *more]))
+    assert torch.equal(summed([first, second]), first.left @ first.right + second.left @ second.right)
+
+
 def test_the_same_fact_in_two_patches_is_one_fact_of_twice_the_weight() -> None:
     c, own = covariance(), facts(2, 5)
     one, two = patch("a", c, own), patch("b", c, own)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +13,12 @@ import torch
 
 import kpatch
 from kpatch.edit import memit
-from kpatch.edit.earlier import facts_of, facts_to_hold, facts_to_learn_again, protected
+from kpatch.edit.earlier import facts_of, facts_that_stay, facts_to_hold, facts_to_learn_again, protected
 from kpatch.edit.make import make
-from kpatch.evaluate.metrics import Measurement
+from kpatch.evaluate.metrics import Measurement, measure
 from kpatch.evaluate.retention import retention
 from kpatch.facts.fact import Fact, Protected
+from kpatch.models.model import open_model
 from kpatch.patch.format import Patch, read_patch
 from tests.support.cli import run
 from tests.support.models import tiny
@@ -80,7 +82,7 @@ def test_which_earlier_facts_are_learned_again(first: Patch) -> None:
     heard = Recorder()
     assert [fact.id for fact in facts_of([first])] == ["mona", "moon"]
     assert [fact.id for fact in facts_to_learn_again([first], SECOND, heard)] == ["mona"]
-    assert "1 earlier facts" in heard.notes[0]
+    assert "1 earlier fact about" in heard.notes[0]
     assert facts_to_learn_again([first], [Fact("Chicago", "In {}", "Rome")], heard) == []
 
 
@@ -88,6 +90,67 @@ def test_an_earlier_fact_that_is_contradicted_is_not_learned_again(first: Patch)
     heard = Recorder()
     assert facts_to_learn_again([first], [Fact("Mona Lisa", "In the {}", "Rome")], heard) == []
     assert "contradicts 'In the Mona Lisa'" in heard.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("fact", "again"),
+    [
+        (Fact("The Mona Lisa", "{} is near", "Rome"), True),  # the same text to the subject's end
+        (Fact("the Mona Lisa", "Near {}, the", "Rome"), True),
+        (Fact("Lisa", "In the Mona {}, a", "Rome"), True),
+        (Fact("mona lisa", "Near the {}, the", "Rome"), False),  # other tokens, another key
+        (Fact("Lisa", "Near the {}, the", "Rome"), False),
+    ],
+)
+def test_an_earlier_fact_that_shares_a_key_is_about_the_same_subject(first: Patch, fact: Fact, again: bool) -> None:
+    assert [one.id for one in facts_to_learn_again([first], [fact])] == (["mona"] if again else [])
+    held = [one.id for some in facts_to_hold([first], [fact]) for one in some]
+    assert held == (["moon"] if again else ["mona", "moon"])
+
+
+def test_a_contradicted_sentence_is_neither_held_nor_learned_again_nor_measured(first: Patch) -> None:
+    heard, fact = Recorder(), Fact("the Mona Lisa", "In {}", "Rome")
+    assert facts_to_learn_again([first], [fact], heard) == []
+    assert "contradicts 'In the Mona Lisa'" in heard.warnings[0]
+    assert [[one.id for one in some] for some in facts_to_hold([first], [fact])] == [["moon"]]
+    assert [one.id for one in facts_that_stay([first], [fact])] == ["moon"]
+
+
+@pytest.mark.parametrize(
+    ("fact", "settings"),
+    [(Fact("the Mona Lisa", "In {}, said the man, is", "Rome", id="past"), {}), (SECOND[0], {"method": "ft"})],
+)
+def test_an_earlier_fact_under_another_name_or_method_is_kept(
+    carrying: Path, tmp_path: Path, fact: Fact, settings: dict[str, Any]
+) -> None:
+    how = {"method": "ft", "layers": [1]} if settings else QUICK
+    heard = Recorder()
+    kept = make([fact], out=tmp_path / "a.patch", on=carrying, report=heard, **how)
+    assert any("1 earlier fact about the same subjects is learned again" in note for note in heard.notes)
+    assert kept.retention is not None
+    assert (kept.retention.held, kept.retention.kept) == (1, 1)
+    assert [one["id"] for one in read_patch(tmp_path / "a.patch").manifest.facts] == ["past"]
+
+
+def test_rome_writes_an_earlier_fact_about_the_same_subject_again(carrying: Path, tmp_path: Path) -> None:
+    how = {"layers": [1], "tokens": 400, "settings": {"steps": "2", "prefixes": "0"}}
+    make(SECOND, out=tmp_path / "a.patch", on=carrying, method="rome", **how)
+    patch = read_patch(tmp_path / "a.patch")
+    assert [group["facts"] for group in patch.manifest.groups] == [[], [0]]
+    assert patch.keys[1].shape[0] == 2
+
+
+def test_a_fact_that_stands_for_an_earlier_one_does_what_was_measured(carrying: Path, tmp_path: Path) -> None:
+    """The patch on top has no key of the fact that it contradicts in its C: there is nothing to take out of it."""
+    made = make([Fact("Mona Lisa", "In the {}", "Rome")], out=tmp_path / "a.patch", on=carrying, **QUICK)
+    assert made.retention is not None
+    assert made.retention.n == 1, "what is contradicted is not lost, but replaced"
+    model = tmp_path / "model"
+    shutil.copytree(carrying, model)
+    report = kpatch.apply([tmp_path / "a.patch"], model, replace=True)
+    assert report.state == "clean"
+    found = measure(open_model(str(model)), [Fact("Mona Lisa", "In the {}", "Rome")]).facts[0]["probability"]
+    assert found == pytest.approx(made.facts[0]["after"]["probability"], rel=0.3)
 
 
 def test_facts_about_other_subjects_are_held_patch_by_patch(first: Patch) -> None:
