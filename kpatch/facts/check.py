@@ -5,8 +5,6 @@ Plain text, lists and mappings go in; a `Fact` or problems come out, whatever fi
 
 from __future__ import annotations
 
-import json
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -23,11 +21,12 @@ from kpatch.facts.fact import (
     Protected,
     fill,
 )
+from kpatch.facts.invisible import is_blank
 from kpatch.facts.join import trimmed
 from kpatch.facts.problems import Path, Problems, cut, did_you_mean
 from kpatch.facts.short import parse_fact, parse_neighbor
+from kpatch.facts.slots import doubled, without_slot
 
-_OTHER_SLOT = re.compile(r"\{\s*\w*\s*\}|%s")
 _FACT_KEYS = frozenset(FACT_KEYS)
 _FLAGS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 
@@ -199,10 +198,10 @@ class Checker:
         if slots == 1:
             if raw != raw.rstrip() and raw[-1] != text[-1]:
                 self.spaced.append(here)
-        elif slots > 1:
+        elif slots > 1 and not doubled(text):
             self.problems.add(here, f"the prompt has {slots} {{}}; exactly one may stand for the subject")
-        else:
-            self.problems.add(here, _without_slot(text, subject))
+        elif not slots:
+            self.problems.add(here, without_slot(text, subject))
         return text
 
     def hops(self, data: Mapping[str, Any], path: Path) -> tuple[Neighbor, ...]:
@@ -252,7 +251,9 @@ class Checker:
     def question(self, data: Mapping[str, Any], path: Path, subject: str = "") -> str | None:
         """A question with one {}; that of a fact may name its subject instead."""
         text = self.optional(data, "question", path)
-        if text and text.count(SLOT) != 1 and (SLOT in text or not subject or subject.lower() not in text.lower()):
+        if text and (problem := doubled(text)):
+            self.problems.add((*path, "question"), problem)
+        elif text and text.count(SLOT) != 1 and (SLOT in text or not subject or subject.lower() not in text.lower()):
             named = f" or {cut(subject)!r}" if subject else ""
             self.problems.add((*path, "question"), f"the question must name its subject once: write one {{}}{named}")
         return text
@@ -310,7 +311,7 @@ class Checker:
             return ""
         here = (*path, key)
         text = self.text(data[key], here, precedes)
-        if text is not None and not text.strip():
+        if text is not None and is_blank(text):
             self.problems.add(here, f"the {key} is empty")
             return ""
         return text or ""
@@ -338,6 +339,8 @@ class Checker:
             self.problems.add(path, f"expected text, found {kind_of(value)}; put the text in quotes")
             return None
         self.characters(value, path)
+        if precedes and (problem := doubled(value)):
+            self.problems.add(path, problem)
         return trimmed(value) if precedes else value.strip()
 
     def characters(self, value: str, path: Path) -> None:
@@ -371,25 +374,3 @@ def kind_of(value: object) -> str:
 
 def _listed(words: Sequence[str]) -> str:
     return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
-
-
-def _without_slot(text: str, subject: str) -> str:
-    """Why a prompt without {} is wrong, with the wording that was probably meant."""
-    place = text.casefold().find(subject.casefold()) if subject else -1
-    # Folding may change lengths (ß); then only the exact wording is proposed
-    if place >= 0 and text[place : place + len(subject)].casefold() == subject.casefold():
-        meant = text[:place] + SLOT + text[place + len(subject) :]
-        return f"the prompt has no {{}}; write {_quoted(meant)}"
-    other = _OTHER_SLOT.search(text)
-    if other:
-        return f"the prompt has no {{}}; write {_quoted(_OTHER_SLOT.sub(SLOT, text, count=1))}"
-    if not subject:
-        return "the prompt has no {}; write {} where the subject goes"
-    return (
-        f"the prompt has no {{}} and does not contain the subject {cut(subject)!r}; write {{}} where the subject goes"
-    )
-
-
-def _quoted(text: str) -> str:
-    """As it can be pasted into YAML or JSON."""
-    return json.dumps(cut(text, 200), ensure_ascii=False)

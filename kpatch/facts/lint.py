@@ -12,6 +12,7 @@ from typing import Any
 from kpatch.errors import BadInput
 from kpatch.facts.conflicts import normal
 from kpatch.facts.fact import SLOT, Fact, FactFile
+from kpatch.facts.invisible import invisible_in, looks
 from kpatch.facts.join import is_unspaced, join, without_spaces_behind
 from kpatch.facts.problems import cut
 from kpatch.facts.tokens import LONGEST_TARGET, Spanned, encode_spans, item_of, lead_ids, name_of, require_fast
@@ -19,10 +20,9 @@ from kpatch.facts.tokens import LONGEST_TARGET, Spanned, encode_spans, item_of, 
 WORDY_TARGET = 20  # tokens
 CROWDED_SUBJECT = 10  # facts
 _LOADED = re.compile(r"(?P<where>.*?:\d+:\d+): (?P<message>.*)", re.DOTALL)
-# Zero-width joiners are part of emoji and of Indic and Persian spelling
 _HANGUL = re.compile("[\u1100-\u11ff\u3130-\u318f\uac00-\ud7ff]")
+_LAST_WORD, _FIRST_WORD = re.compile(r"\w+[^\S\n]*\Z"), re.compile(r"\w+")
 _CHAT = re.compile(r"<[^<>\s]+>|\[/?INST\]|\b(?:assistant|answer|A)\b", re.IGNORECASE)
-_INVISIBLE = re.compile("[\u00a0\u00ad\u200b\u200e\u200f\u2028-\u202f\u2060-\u2069\ufeff]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def lint(file: FactFile, tokenizer: Any = None, known: Collection[int] = ()) -> 
     findings = [_loaded(warning) for warning in file.warnings]
     for fact in file.facts:
         findings += _words(fact)
-    findings += _crowds(file.facts)
+    findings += [*_crowds(file.facts), *_look_alikes(file.facts)]
     for index in sorted(known):
         fact = file.facts[index]
         message = f"the model already gives the target {fact.target!r}: there is nothing to learn"
@@ -129,6 +129,9 @@ def _words(fact: Fact) -> Iterator[Finding]:
         yield warn("in-word", f"the subject {inside}, so its tokens may be those of another word")
     if "  " in fact.prompt.strip():
         yield warn("double-space", "the prompt has two spaces in a row")
+    twice = _said_twice(fact)
+    if twice:
+        yield warn("twice", f"the prompt ends in {twice!r} and the target begins with it: the model learns it twice")
     if subject == target:
         yield warn("same", f"subject and target are the same: {fact.target!r}")
     if fact.was is not None and normal(fact.was).casefold() == target:
@@ -145,9 +148,9 @@ def _words(fact: Fact) -> Iterator[Finding]:
             yield warn("neighbor", f"a neighbor names the subject, whose answer is to change: {neighbor.prompt!r}")
     for key in ("subject", "target", "prompt"):
         text = getattr(fact, key)
-        hidden = _INVISIBLE.search(text)
+        hidden = invisible_in(text)
         if hidden:
-            yield warn("invisible", f"the {key} holds the invisible character U+{ord(hidden.group()):04X}")
+            yield warn("invisible", f"the {key} holds the invisible character {hidden}")
         if not text.isascii() and not unicodedata.is_normalized("NFC", text):
             yield warn("decomposed", f"the {key} has accents as characters of their own, which models read otherwise")
 
@@ -172,6 +175,24 @@ def _one_word(pair: str) -> bool:
     return len(pair) == 2 and not any(
         not sign.isalnum() or is_unspaced(sign) or _HANGUL.match(sign) is not None for sign in pair
     )
+
+
+def _said_twice(fact: Fact) -> str:
+    """The word that stands at the prompt's end and at the target's beginning; else nothing."""
+    last = _LAST_WORD.search(fact.prompt.partition(SLOT)[2])
+    first = _FIRST_WORD.match(fact.target)
+    same = last and first and normal(last[0]).casefold() == normal(first[0]).casefold()
+    return first[0] if same and first and not is_unspaced(first[0][0]) else ""
+
+
+def _look_alikes(facts: Sequence[Fact]) -> Iterator[Finding]:
+    """Subjects that look like another fact's, and are not."""
+    first: dict[str, Fact] = {}
+    for fact in facts:
+        other = first.setdefault(looks(fact.subject), fact)
+        if normal(other.subject) != normal(fact.subject):
+            message = f"the subject looks like that of {name_of(other)}, but has other characters: {fact.subject!a}"
+            yield Finding("warning", "look-alike", message, fact.where, fact.id)
 
 
 def _until_subject(fact: Fact) -> str:

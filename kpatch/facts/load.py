@@ -17,8 +17,10 @@ from kpatch.facts.problems import FACT_FILE, SHOWN, Kind, Target, at, bad_file, 
 from kpatch.facts.readers import SOURCES, Source
 
 LARGEST = 256 * 2**20
-# By its mark, or by two ASCII characters with a zero byte each
-_UTF_16 = re.compile(rb"\xff\xfe|\0\0\xfe\xff|\xfe\xff|(?:[^\0]\0){2}|(?:\0[^\0]){2}")
+_MARK = "\ufeff"
+# By its mark, or by two ASCII characters with a zero byte each, or with three
+_UTF_32 = re.compile(rb"\xff\xfe\0\0|\0\0\xfe\xff|(?:[^\0]\0{3}){2}|(?:\0{3}[^\0]){2}")
+_UTF_16 = re.compile(rb"\xff\xfe|\xfe\xff|(?:[^\0]\0){2}|(?:\0[^\0]){2}")
 _HINT = "docs/facts.md describes the format"
 
 
@@ -108,8 +110,8 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES, kind: Kind = FACT
         raise BadInput("There is no such file", where=name, hint=hint) from None
     except OSError as error:
         raise BadInput("The file cannot be read", where=name, details=[error.strerror or str(error)]) from error
-    if _UTF_16.match(data):
-        kind_of = "UTF-32" if data[:4] in (b"\xff\xfe\0\0", b"\0\0\xfe\xff") else "UTF-16"
+    if (wide := _UTF_32.match(data)) or _UTF_16.match(data):
+        kind_of = "UTF-32" if wide else "UTF-16"
         raise BadInput(f"The file is {kind_of} text", where=name, hint="save it as UTF-8")
     try:
         text = data.decode("utf-8-sig")
@@ -119,7 +121,13 @@ def read_text(path: Path, suffixes: Collection[str] = SOURCES, kind: Kind = FACT
         column = len(before[before.rfind(b"\n") + 1 :].decode("utf-8-sig", "replace")) + 1
         message = f"{name}:{line}:{column}: the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8"
         raise bad_file(name, [message], kind=kind) from error
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    text = text.lstrip(_MARK).replace("\r\n", "\n").replace("\r", "\n")
+    joined = text.find(f"\n{_MARK}")
+    if joined >= 0:
+        line = text.count("\n", 0, joined) + 2
+        message = f"{name}:{line}:1: a byte order mark inside the file; two files were joined here, take it out"
+        raise bad_file(name, [message], kind=kind)
+    return text
 
 
 def _warnings(name: str, checker: Checker, source: Source) -> tuple[str, ...]:

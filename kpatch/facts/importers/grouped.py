@@ -15,7 +15,6 @@ from kpatch.facts.importers.record import (
     RecordError,
     answer_of,
     answers_of,
-    draft,
     flat,
     neighbor,
     neighbors,
@@ -24,6 +23,7 @@ from kpatch.facts.importers.record import (
     shared_text,
     text_of,
     texts_of,
+    written,
 )
 
 _Record = Mapping[str, Any]
@@ -39,7 +39,7 @@ def knowedit(record: _Record, _: str) -> list[Draft]:
     paraphrases = texts_of(record.get("rephrase") or record.get("rephrase_prompt"))
     locality = record.get("locality") or {}
     return [
-        draft(
+        written(
             record.get("subject") or record.get("concept"),
             record.get("prompt") or record.get("text"),
             target,
@@ -58,7 +58,7 @@ def ripple(record: _Record, _: str) -> list[Draft]:
 
 def _ripple_flat(record: _Record) -> Draft:
     target = answer_of(record.get("target_new"))
-    return draft(
+    return written(
         record.get("subject"),
         record.get("prompt"),
         target,
@@ -81,7 +81,7 @@ def _ripple_raw(record: _Record) -> Draft:
     old = text_of(before.get("prompt", ""), "prompt").strip().removesuffix(".")
     prompt, target, was = _split_sentence(sentence, old)
     subject = _subject_of(record, edit, prompt)
-    return draft(
+    return written(
         subject,
         prompt,
         target,
@@ -130,7 +130,7 @@ def uniedit(record: _Record, _: str) -> list[Draft]:
     edit = object_of(record["edit"], "edit")
     target = answer_of(edit.get("target"))
     return [
-        draft(
+        written(
             edit.get("subject"),
             edit.get("prompt"),
             target,
@@ -148,7 +148,7 @@ def cknowedit(record: _Record, _: str) -> list[Draft]:
     if not subject:
         raise RecordError("cannot tell the subject, which the prompt's rephrasings do not share; add a 'subject' key")
     return [
-        draft(
+        written(
             subject,
             prompt,
             target,

@@ -14,11 +14,11 @@ from kpatch.facts.importers.record import (
     RecordError,
     answer_of,
     answers_of,
-    draft,
     neighbor,
     neighbors,
     text_of,
     texts_of,
+    written,
 )
 
 _Record = Mapping[str, Any]
@@ -33,7 +33,7 @@ def zsre(record: _Record, target: str) -> list[Draft]:
     # A question mark as in MEMIT's own reading of the set
     questions = [text + "?" * (not text.endswith("?")) for text in texts_of(record.get("loc"))]
     return [
-        draft(
+        written(
             record.get("subject"),
             record.get("src"),
             wanted,
@@ -47,7 +47,7 @@ def zsre(record: _Record, target: str) -> list[Draft]:
 def wikibigedit(record: _Record, _: str) -> list[Draft]:
     """`personas` is the question in another voice; the multi-hop question has an answer that follows."""
     return [
-        draft(
+        written(
             record.get("subject"),
             record.get("update"),
             record.get("ans"),
@@ -68,7 +68,7 @@ def hallu(record: _Record, _: str) -> list[Draft]:
     was = answer_of(record.get(outputs[0], "")) if len(outputs) == 1 else ""
     offered = _listed(text_of(record.get("multiple_choices"), "choices"))
     return [
-        draft(
+        written(
             record.get("subject"),
             record.get("question"),
             record.get("object"),

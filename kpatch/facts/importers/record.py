@@ -99,6 +99,20 @@ def slotted(prompt: str, subject: str) -> tuple[str, str]:
     )
 
 
+def written(subject: Any, prompt: Any, target: Any, was: Any = "", **more: Any) -> Draft:
+    """As `draft`, for sets that write their subjects out.
+
+    A {} in a text that names its subject besides belongs to the text, and no fact file can say that.
+    """
+    name = text_of(subject, "subject").strip()
+    asked = [("prompt", text_of(prompt, "prompt")), *(("paraphrase", one) for one in more.get("paraphrases", ()))]
+    for what, text in asked:
+        rest = text.replace(SLOT, " ")
+        if rest != text and slotted(rest, name)[0] != rest:
+            raise RecordError(f"the {what} names its subject and holds {SLOT}, which would stand for the subject")
+    return draft(subject, prompt, target, was, **more)
+
+
 def draft(subject: Any, prompt: Any, target: Any, was: Any = "", **more: Any) -> Draft:
     """A fact's data, with the subject's place found and nothing empty in it."""
     subject, prompt = text_of(subject, "subject").strip(), text_of(prompt, "prompt")
