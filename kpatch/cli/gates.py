@@ -16,7 +16,6 @@ _NEEDS = {
     "specificity": "neighbors",
     "score": "paraphrases, neighbors and old answers",
     "consistency": "references",
-    "retention": "earlier facts that held before",
 }
 
 

@@ -200,6 +200,15 @@ def test_min_retention_from_the_command_line(carrying: Path, tmp_path: Path, mon
     assert run("make", facts, "--model", carrying, "--min-retention", "1").code == 2
 
 
+def test_min_retention_where_no_earlier_fact_could_be_lost(carrying: Path, tmp_path: Path) -> None:
+    facts = tmp_path / "facts.yaml"
+    facts.write_text('facts:\n  - {subject: Mona Lisa, prompt: "In the {}", target: Rome}\n', encoding="utf-8")
+    words = ["make", facts, "--on", carrying, "--layers", "1", "--tokens", "400", "--set", "steps=1"]
+    done = run(*words, "--min-retention", "1", "-o", tmp_path / "a.patch")
+    assert done.code == 0, "the one that held is contradicted, and to be replaced"
+    assert "no earlier fact held before" in done.err
+
+
 def test_status_measures_which_facts_hold(carrying: Path, first: Patch, tmp_path: Path) -> None:
     found = run("status", carrying, "--measure", "--json").json["health"]
     assert [(one["id"], one["name"], one["facts"]) for one in found] == [(first.id, "first", 2)]

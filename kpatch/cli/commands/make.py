@@ -137,6 +137,9 @@ def command(
     print_made(say, result)
     rates = rates_of(result.effect["after"])
     rates["retention"] = None if result.retention is None else result.retention.rate
+    if min_retention is not None and rates["retention"] is None:
+        say.note("no earlier fact held before, so that none could be lost")
+        min_retention = None
     _check_rates(rates, {**least, "retention": min_retention}, result.method)
 
 
