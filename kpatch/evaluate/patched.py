@@ -217,8 +217,7 @@ def _read(patch: PatchSource | Deltas) -> Patch | Deltas:
             )
         return patch
     if isinstance(patch, Sequence) and not isinstance(patch, str):
-        count = "several" if patch else "an empty list"
-        raise BadInput(f"Expected one patch, found {count}", hint="nest them: one `with` for each, or stack them")
+        raise BadInput("Expected one patch, found several", hint="nest them: one `with` for each, or stack them")
     return read_patch(patch)
 
 

@@ -208,7 +208,7 @@ def _shared_keys(keys: Iterable[tuple[Fact, Hashable]]) -> Iterator[Finding]:
         if " ".join(other.subject.split()) != " ".join(fact.subject.split()):
             message = (
                 f"the subject {fact.subject!r} ends with the same text before it as {other.subject!r} at "
-                f"{name_of(other)}: both share one key, so that one value has to serve both; give them the same subject"
+                f"{name_of(other)}: both share one key, and one value has to serve both; give them the same subject"
             )
             yield Finding("warning", "shared-key", message, fact.where, fact.id)
 

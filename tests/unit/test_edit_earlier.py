@@ -147,10 +147,14 @@ def test_a_fact_that_stands_for_an_earlier_one_does_what_was_measured(carrying: 
     assert made.retention.n == 1, "what is contradicted is not lost, but replaced"
     model = tmp_path / "model"
     shutil.copytree(carrying, model)
-    report = kpatch.apply([tmp_path / "a.patch"], model, replace=True)
-    assert report.state == "clean"
-    found = measure(open_model(str(model)), [Fact("Mona Lisa", "In the {}", "Rome")]).facts[0]["probability"]
-    assert found == pytest.approx(made.facts[0]["after"]["probability"], rel=0.3)
+    kpatch.apply([tmp_path / "a.patch"], model, replace=True)
+    base = tiny("llama")
+    found = open_model(str(model))
+    for layer in (1, 2):
+        change = (found.weight(layer) - base.weight(layer)).norm() / base.weight(layer).norm()
+        assert change < 1
+    after = measure(found, [Fact("Mona Lisa", "In the {}", "Rome")]).facts[0]["probability"]
+    assert after == pytest.approx(made.facts[0]["after"]["probability"], rel=0.3)
 
 
 def test_facts_about_other_subjects_are_held_patch_by_patch(first: Patch) -> None:
