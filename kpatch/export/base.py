@@ -9,7 +9,7 @@ from pathlib import Path
 from kpatch.checkpoint.fit import settled_store, verify_fit
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.errors import BadInput, Refused
-from kpatch.models.address import resolve
+from kpatch.models.address import resolve, split_revision
 from kpatch.models.aliases import ALIASES
 from kpatch.patch.header import PatchInfo
 from kpatch.reporter import SILENT, Reporter
@@ -37,8 +37,8 @@ def base_address(info: PatchInfo, base: str | None = None, report: Reporter = SI
     if base is None:
         known = info.manifest.base
         return BaseAddress(known.name, known.revision, _HUB_ID.fullmatch(known.name) is not None)
-    name, _, revision = base.partition("@")
     if not Path(base).expanduser().exists():
+        name, revision = split_revision(base)
         alias = ALIASES.get(name)
         repo = alias.source if alias is not None and isinstance(alias.source, str) else name
         if _HUB_ID.fullmatch(repo):

@@ -58,8 +58,7 @@ def resolve(address: str | Path, report: Reporter = SILENT) -> Resolved:
     if not address.strip():
         raise BadInput("The model's address is empty", hint="`kpatch models` lists what can stand there")
     path = Path(address).expanduser()
-    name, revision = _split_revision(address)
-    if path.is_dir() and (name not in ALIASES or (path / "config.json").is_file()):
+    if path.is_dir() and (address not in ALIASES or (path / "config.json").is_file()):
         return _directory(address, path)
     if path.suffix.lower() == ".gguf":
         return _gguf(address, path, report)
@@ -68,6 +67,7 @@ def resolve(address: str | Path, report: Reporter = SILENT) -> Resolved:
             f"{address} is a file; a model is a directory, an alias, a hub id or a *.gguf file",
             hint=f"give the directory it lies in: {path.parent}",
         )
+    name, revision = split_revision(address)
     if revision is not None and Path(name).is_dir():
         raise BadInput(
             f"{name} is a directory, which has no revisions", hint=f"give it without @{revision}, or its hub id"
@@ -87,9 +87,10 @@ def resolve(address: str | Path, report: Reporter = SILENT) -> Resolved:
     return _hub(address, repo, revision, closest(name) if alias is None and "/" not in name else [], report)
 
 
-def _split_revision(address: str) -> tuple[str, str | None]:
+def split_revision(address: str) -> tuple[str, str | None]:
+    """An address as its name and the revision behind its @, None without one. Raises BadInput for an empty revision."""
     name, at, revision = address.partition("@")
-    if at and not revision:
+    if at and not revision.strip():
         raise BadInput(f"{address!r} ends in @ without a revision", hint=f"give {name}@main, or {name} alone")
     return name, revision or None
 

@@ -118,6 +118,16 @@ def test_addresses_that_lead_nowhere(what: str, tmp_path: Path, monkeypatch: pyt
     refused(what)
 
 
+@pytest.mark.parametrize("what", ["owner/model@", "gpt2-xl@ ", "smollm2@"])
+def test_an_empty_revision_is_refused(what: str) -> None:
+    assert "ends in @ without a revision" in refused(what).message
+
+
+def test_a_directory_whose_name_ends_in_an_at_sign_is_one(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model@", "config.json", "model.safetensors", "tokenizer.json")
+    assert resolve(str(folder)).path == folder
+
+
 def test_a_directory_has_no_revision(model: Path) -> None:
     assert "no revisions" in refused(f"{model}@main").message
 

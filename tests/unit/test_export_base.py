@@ -107,7 +107,7 @@ def test_a_directory_that_carries_the_patch_would_count_it_twice(tmp_path: Path)
     assert base_address(info, str(directory)).address == str(directory)
 
 
-@pytest.mark.parametrize("given", ["modle", "../modle", "a/b/c", "owner/", ""])
+@pytest.mark.parametrize("given", ["modle", "../modle", "a/b/c", "owner/", "", "owner/model@", "gpt2-xl@"])
 def test_what_is_no_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     info = patch_of(tmp_path)
     monkeypatch.chdir(tmp_path)
