@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kpatch.checkpoint.fit import settled_store, verify_fit
 from kpatch.checkpoint.shards import open_checkpoint
 from kpatch.errors import BadInput, Refused
+from kpatch.export.network import BaseNetwork, base_network
 from kpatch.models.address import resolve, split_revision
 from kpatch.models.aliases import ALIASES
 from kpatch.patch.header import PatchInfo
@@ -19,11 +20,15 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 @dataclass(frozen=True)
 class BaseAddress:
-    """`address` is a hub id or a directory; `loadable` is False for a name under which no program finds the model."""
+    """`address` is a hub id or a directory; `loadable` is False for a name under which no program finds the model.
+
+    `network` is what a directory holds; None for a hub id, which is not looked up.
+    """
 
     address: str
     revision: str | None = None
     loadable: bool = True
+    network: BaseNetwork | None = field(default=None, compare=False)
 
 
 def base_address(info: PatchInfo, base: str | None = None, report: Reporter = SILENT) -> BaseAddress:
@@ -50,7 +55,13 @@ def base_address(info: PatchInfo, base: str | None = None, report: Reporter = SI
             )
     directory = resolve(base, report).path.absolute()
     _require_plain_base(info, directory, report)
-    return BaseAddress(str(directory))
+    network = base_network(directory)
+    if network is None:
+        report.warn(
+            f"transformers does not build the network of {directory} by itself; the adapter's modules are named as in"
+            f" {info.name}"
+        )
+    return BaseAddress(str(directory), network=network)
 
 
 def _known_revision(info: PatchInfo, repo: str) -> str | None:

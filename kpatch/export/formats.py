@@ -10,6 +10,7 @@ from kpatch.errors import BadInput
 from kpatch.export import gguf, peft
 from kpatch.export.base import BaseAddress, base_address
 from kpatch.export.lora import Adapter, adapter
+from kpatch.export.network import modules_in
 from kpatch.patch.header import read_header
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
@@ -39,9 +40,10 @@ def export_patch(
     """Write a patch as a LoRA adapter: `to` is "peft" (a directory) or "gguf" (a file, which `force` replaces).
 
     `max_rank` cuts the factors, and what is cut off is measured. `base` is the hub id, directory or alias that a PEFT
-    adapter names as its base (default: the hub id that the patch was made for).
-    Raises BadInput for another format and for what an adapter cannot hold, Refused where `out` exists, Damaged for a
-    patch that is not sound.
+    adapter names as its base (default: the hub id that the patch was made for); where it is a directory, the modules
+    are called as in its network, which may be another form of the model, alone or with vision.
+    Raises BadInput for another format and for what an adapter cannot hold, Refused where `out` exists and for a
+    directory that the patch does not fit, Damaged for a patch that is not sound.
     """
     if to not in ("peft", "gguf"):
         raise BadInput(
@@ -62,5 +64,6 @@ def export_patch(
         arguments.path(base, "base")
         base = str(base)
     address = base_address(info, base, report)
-    found = adapter(info, max_rank, report)
+    names = None if address.network is None else modules_in(address.network, info)
+    found = adapter(info, max_rank, report, names)
     return Exported(Path(out), to, peft.write(found, out, address), found, address)

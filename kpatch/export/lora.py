@@ -7,6 +7,7 @@ one r of the configuration. With one rank the scale is 1 in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -52,17 +53,24 @@ class Adapter:
     modules: tuple[Module, ...]
 
 
-def adapter(info: PatchInfo, max_rank: int | None = None, report: Reporter = SILENT) -> Adapter:
+def adapter(
+    info: PatchInfo,
+    max_rank: int | None = None,
+    report: Reporter = SILENT,
+    names: Mapping[str, str] | None = None,
+) -> Adapter:
     """The adapter of a patch, exact to float32 unless `max_rank` cuts singular values off, which is measured.
 
+    `names` is the module of each weight in the network that the adapter is for; without it, the patch's own names
+    count.
     Raises BadInput for changes that a LoRA adapter cannot hold (norms, biases, embeddings, experts in one tensor) and
     for a dense change of high rank without `max_rank`; Damaged for a patch that is not sound.
     """
     manifest = info.manifest
     _require_linear(info)
     if manifest.parents:
-        names = ", ".join(parent[:12] for parent in manifest.parents)
-        report.warn(f"made on top of patch {names}, which is not in this adapter; `kpatch stack` puts them together")
+        below = ", ".join(parent[:12] for parent in manifest.parents)
+        report.warn(f"made on top of patch {below}, which is not in this adapter; `kpatch stack` puts them together")
     cut: list[tuple[str, LowRank, float, float | None]] = []
     with report.task("Finding factors", len(manifest.deltas), "weight") as advance:
         for weight in sorted(manifest.deltas):
@@ -74,7 +82,8 @@ def adapter(info: PatchInfo, max_rank: int | None = None, report: Reporter = SIL
         turned = factors.transposed() if manifest.transposed(weight) else factors
         a, b = torch.zeros(rank, turned.shape[1]), torch.zeros(turned.shape[0], rank)
         a[: turned.rank], b[:, : turned.rank] = turned.right.float(), turned.left.float()
-        modules.append(Module(module_name(weight, manifest), a, b, turned.rank, error, key_error))
+        module = module_name(weight, manifest) if names is None else names[weight]
+        modules.append(Module(module, a, b, turned.rank, error, key_error))
     return Adapter(info, rank, tuple(modules))
 
 

@@ -25,11 +25,17 @@ _FACTS_IN_CARD = 50
 def config(found: Adapter, base: BaseAddress) -> dict[str, Any]:
     """The content of adapter_config.json: every setting that affects the result, so that no default decides.
 
-    Modules are named in full: a bare "down_proj" would give every other layer an empty adapter.
+    Modules are named in full: a bare "down_proj" would give every other layer an empty adapter. Where PEFT's class for
+    a task would load another network, AutoPeftModel is told the class, which it takes only without a task.
     """
+    network = base.network
+    own_class = None
+    if network is not None and not network.causal:
+        own_class = {"base_model_class": network.kind, "parent_library": network.library}
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if own_class is None else None,
+        "auto_mapping": own_class,
         "base_model_name_or_path": base.address,
         "revision": base.revision,
         "inference_mode": True,

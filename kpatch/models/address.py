@@ -88,7 +88,7 @@ def resolve(address: str | Path, report: Reporter = SILENT) -> Resolved:
 
 
 def split_revision(address: str) -> tuple[str, str | None]:
-    """An address as its name and the revision behind its @, None without one. Raises BadInput for an empty revision."""
+    """An address as its name and the revision behind its @, None without one. Raises BadInput for an empty one."""
     name, at, revision = address.partition("@")
     if at and not revision.strip():
         raise BadInput(f"{address!r} ends in @ without a revision", hint=f"give {name}@main, or {name} alone")

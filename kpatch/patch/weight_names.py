@@ -36,6 +36,11 @@ class WeightNames:
         return sorted(other for other in self._names if other.endswith("." + _split(name)[1]))
 
 
+def is_wrapped(names: Iterable[str]) -> bool:
+    """True where one of these weights or modules is called as the text part of a wrapper is."""
+    return any(not _PARTS.isdisjoint(_split(name)[0]) for name in names)
+
+
 def one_name_each(patches: Iterable[Iterable[str]]) -> list[Mapping[str, str]]:
     """For each patch, what its weights are called by the first patch that has them: {its own name: that name}."""
     known: list[str] = []

@@ -3,69 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import kpatch
 from benchmarks.families import FACT, SETTINGS, asked, digest
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
-from kpatch.models.model import Model, open_model
+from kpatch.models.model import open_model
 from kpatch.models.text_part import find_layers, loader, text_config
 from kpatch.patch.compare import diff_patches
 from tests.support.models import WRAPPERS, tiny
+from tests.support.wrapped import NEW, three_forms
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 
-NEW = "model.language_model."
 OTHER = Fact("Eiffel Tower", "By the {}", "Rome", id="eiffel")
-
-
-def save(model: Model, folder: Path) -> Path:
-    model.net.save_pretrained(folder)
-    model.tokenizer.save_pretrained(folder)
-    return folder
-
-
-def text_alone(whole: Model, folder: Path) -> Path:
-    """The text part of a wrapper as a checkpoint of its own."""
-    net: Any = AutoModelForCausalLM.from_config(whole.config, dtype=torch.float32)
-    stored = whole.net.state_dict()
-    net.load_state_dict(
-        {name.replace(NEW, "model."): weight for name, weight in stored.items() if name.startswith((NEW, "lm_head"))}
-    )
-    net.save_pretrained(folder)
-    whole.tokenizer.save_pretrained(folder)
-    return folder
-
-
-def as_in_memory(whole: Model, directory: Path, folder: Path) -> Path:
-    """A wrapper's checkpoint under the names that its weights have in memory, the other form that hubs hold."""
-    folder.mkdir()
-    for file in directory.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    kept = {name for name, _ in whole.net.named_parameters()}  # a tied head once
-    weights = {name: weight.contiguous() for name, weight in whole.net.state_dict().items() if name in kept}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture(scope="module", params=["gemma3", pytest.param("mistral3", marks=pytest.mark.slow)])
 def forms(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One text model three times: alone, and in a wrapper under the earlier names and under the later ones."""
-    folder = tmp_path_factory.mktemp(request.param)
-    # transformers caps the logits of Gemma 3 alone and not in a wrapper; no Gemma 3 that was published has a cap
-    whole = tiny(request.param, final_logit_softcapping=None)
-    old = save(whole, folder / "old")
-    return {
-        "text": text_alone(whole, folder / "text"),
-        "old": old,
-        "new": as_in_memory(whole, old, folder / "new"),
-    }
+    return three_forms(request.param, tmp_path_factory.mktemp(request.param))
 
 
 PREFIX = {"text": "model.", "old": "language_model.model.", "new": NEW}

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kpatch.models.model import Model
 from kpatch.patch.delta import LowRank
 from kpatch.patch.format import pack, read_patch, write_patch
 from tests.support import checkpoints
@@ -23,9 +24,21 @@ def patch_for(
     directory = folder / "model"
     model.net.save_pretrained(directory)
     model.tokenizer.save_pretrained(directory)
-    path = folder / "x.patch"
+    return patch_of(model, directory, folder / "x.patch", ranks, keys, scale, **options)
+
+
+def patch_of(
+    model: Model,
+    directory: Path,
+    path: Path,
+    ranks: tuple[int, ...] = (2, 5),
+    keys: bool = True,
+    scale: float = 1.0,
+    **options: Any,
+) -> Path:
+    """A patch for W of two layers of a model that is saved in `directory`, one delta of each rank."""
     names = [model.weight_name(layer) for layer in LAYERS]
-    transposed = model.stores_transposed
+    transposed, family = model.stores_transposed, model.family.model_type
     checkpoints.make_patch(path, directory, weights=names, keys=False, family=family, transposed=transposed, **options)
     made = read_patch(path)
     deltas, infos = {}, {}

@@ -12,6 +12,7 @@ from kpatch.cli import options as opt
 from kpatch.cli.output import Cell, Output, begin, percent
 from kpatch.cli.tables import print_apply_report
 from kpatch.errors import BadInput
+from kpatch.patch.weight_names import is_wrapped
 from kpatch.text import counted, format_size
 
 if TYPE_CHECKING:
@@ -57,7 +58,8 @@ def command(
         typer.Option(
             metavar="MODEL",
             help="For checkpoint: the checkpoint directory to copy. For peft: the hub id, directory or alias that the"
-            " adapter names as its base. Default: the hub id that the patch was made for.",
+            " adapter names as its base; of a directory it takes the modules' names too. Default: the hub id that the"
+            " patch was made for.",
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over an existing file (gguf).")] = False,
@@ -125,7 +127,7 @@ def _notes(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
     """How each program takes it."""
     if base is None:
         return [f"llama.cpp: llama-cli -m MODEL.gguf --lora {out}"]
-    notes = [_peft(out, base)]
+    notes = _peft(found, out, base)
     fitting = [rank for rank in _VLLM_RANKS if rank >= found.rank]
     if found.patch.manifest.base.family in _NO_VLLM:
         notes.append("vLLM: has no LoRA for this family; --to checkpoint serves there")
@@ -136,13 +138,26 @@ def _notes(found: Adapter, out: Path, base: BaseAddress | None) -> list[str]:
     return notes
 
 
-def _peft(out: Path, base: BaseAddress) -> str:
-    if base.loadable:
-        return f"PEFT: AutoPeftModelForCausalLM.from_pretrained({str(out)!r}) loads {base.address} with it"
-    from kpatch.models.aliases import alias_of
+def _peft(found: Adapter, out: Path, base: BaseAddress) -> list[str]:
+    named = found.patch.manifest.base.name
+    if not base.loadable:
+        from kpatch.models.aliases import alias_of
 
-    given = alias_of(base.address) or "MODEL (a hub id or a directory)"
-    return (
-        f"PEFT: PeftModel.from_pretrained(model, {str(out)!r}); to load it without the model at hand, export with"
-        f" --base {given}, because {base.address} is no address that PEFT finds"
-    )
+        given = alias_of(base.address) or "MODEL (a hub id or a directory)"
+        return [
+            f"PEFT: PeftModel.from_pretrained(model, {str(out)!r}); to load it without the model at hand, export with"
+            f" --base {given}, because {base.address} is no address that PEFT finds"
+        ]
+    if base.network is None and is_wrapped(module.name for module in found.modules):
+        return [
+            f"PEFT: PeftModel.from_pretrained(model, {str(out)!r}), where model is {base.address} with vision"
+            " (AutoModelForImageTextToText); with --base DIR, its directory, PEFT loads it by itself"
+        ]
+    auto = "AutoPeftModelForCausalLM" if base.network is None or base.network.causal else "AutoPeftModel"
+    notes = [f"PEFT: {auto}.from_pretrained({str(out)!r}) loads {base.address} with it"]
+    if base.network is None and base.address != named:
+        notes.append(
+            f"{base.address} was not looked up: if it is another form of {named}, with vision or without,"
+            " its modules have other names, and --base DIR, its directory, takes those"
+        )
+    return notes

@@ -10,7 +10,7 @@ import warnings
 from importlib.metadata import version
 
 import torch
-from peft import AutoPeftModelForCausalLM
+from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftConfig
 from transformers import AutoTokenizer
 
 
@@ -19,7 +19,8 @@ def load(folder, ids, prompts):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         # nothing but the folder: the base is found through adapter_config.json
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        auto = AutoPeftModelForCausalLM if PeftConfig.from_pretrained(folder).task_type else AutoPeftModel
+        model = auto.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
     if prompts:
         tokenizer = AutoTokenizer.from_pretrained(model.peft_config["default"].base_model_name_or_path)

@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from kpatch.evaluate.patched import patched
+from kpatch.models.model import open_model
 from kpatch.patch.format import pack, read_patch, write_patch
 from tests.support import news
-from tests.support.adapters import patch_for
+from tests.support.adapters import patch_for, patch_of
 from tests.support.cli import run
 from tests.support.models import tiny
+from tests.support.wrapped import save, three_forms
 
 Client = Callable[[dict[str, Any]], dict[str, Any]]
 # GPT-2 stores W as [in, out]; in Gemma 2 and OLMo 2 a norm stands behind it
@@ -44,6 +46,37 @@ def test_peft_computes_what_the_patched_model_computes(tmp_path: Path, client: C
             assert error < 1e-3, (family, way, error)
         # no adapter in a layer without a change, and nothing that PEFT has to set right
         assert found[family]["warnings"] == [], family
+
+
+def test_peft_finds_the_modules_of_another_form_of_the_model(tmp_path: Path, client: Client) -> None:
+    bases, patches = {}, {}
+    for wrapper in ("gemma3", "mistral3"):
+        forms = three_forms(wrapper, tmp_path / wrapper)
+        for made, base in (("text", "old"), ("text", "new"), ("new", "text")):
+            name = f"{wrapper}-{made}-{base}"
+            bases[name] = forms[base]
+            model = open_model(str(forms[made]), device="cpu")
+            patches[name] = patch_of(model, forms[made], tmp_path / name, scale=0.1)
+    for wrapper in ("qwen2_5_vl", "qwen3_5", "llama4"):  # no class for text loads them whole
+        model = tiny(wrapper)
+        bases[wrapper] = save(model, tmp_path / wrapper)
+        patches[wrapper] = patch_of(model, bases[wrapper], tmp_path / f"{wrapper}.patch", keys=False, scale=0.1)
+    for name, base in bases.items():
+        done = run("export", patches[name], "--to", "peft", "--base", base, "-o", tmp_path / f"{name}-lora")
+        assert done.code == 0, done.err
+    adapters = {name: str(tmp_path / f"{name}-lora") for name in bases}
+    found = client({"adapters": adapters, "ids": IDS, "prompts": []})["adapters"]
+    for name, base in bases.items():
+        model, ids = open_model(str(base), device="cpu"), torch.tensor([IDS])
+        with torch.no_grad():
+            plain = model.net(ids).logits[0]
+            with patched(model, patches[name]):
+                expected = model.net(ids).logits[0]
+        assert float((expected - plain).abs().max()) > 0.1, name
+        for way, goal in (("base", plain), ("auto", expected), ("merged", expected)):
+            error = float((torch.tensor(found[name][way]) - goal).abs().max())
+            assert error < 1e-3, (name, way, error)
+        assert found[name]["warnings"] == [], name
 
 
 def test_peft_finds_the_base_by_the_hub_id_and_commit_of_the_patch(tmp_path: Path, client: Client) -> None:
