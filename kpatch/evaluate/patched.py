@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from kpatch.errors import BadInput, Refused
-from kpatch.evaluate.wrapped import active_adapter, holder, merged_adapter, network, parameter
+from kpatch.evaluate.merged import merged_anew
+from kpatch.evaluate.wrapped import active_adapter, adapted, copy_in_use, holder, merged_adapter, network, parameter
 from kpatch.models.fingerprint import tokenizer_hash
 from kpatch.models.model import Model
 from kpatch.models.offload import can_hold, held
@@ -34,11 +35,14 @@ Deltas = Mapping[str, Delta]
 
 @dataclass(eq=False)
 class _Weight:
-    """A weight that live patches change: its name in the checkpoint, and the tensor that it had before them."""
+    """A weight that live patches change: its name in the checkpoint, the tensor that it had before them, and the layer
+    that PEFT had put around it.
+    """
 
     name: str
     parameter: nn.Parameter
     base: Tensor
+    layer: nn.Module | None
 
 
 @dataclass(eq=False)
@@ -66,13 +70,13 @@ class _State:
         self.weights: list[_Weight] = []
         self.live: list[_Live] = []
 
-    def weight(self, name: str, parameter: nn.Parameter) -> _Weight:
+    def weight(self, net: nn.Module, name: str, parameter: nn.Parameter) -> _Weight:
         """The record of a weight; a new one where no live patch changes it.
 
         Names are no key: one tensor can have two (tied), and PEFT renames what it wraps.
         """
         known = (one for one in self.weights if one.parameter is parameter)
-        return next(known, None) or _Weight(name, parameter, parameter.data)
+        return next(known, None) or _Weight(name, parameter, parameter.data, adapted(net, name))
 
     def follow(self, net: nn.Module) -> None:
         """Take over what `net.to(…)` did meanwhile: other parameters, another dtype or device."""
@@ -105,18 +109,20 @@ class _State:
         failed: list[BaseException] = []
         for weight in old.deltas:
             try:
-                self._put(weight, report)
+                self._put(net, weight, report)
             except BaseException as error:
                 failed.append(error)
         self.weights = [weight for weight in self.weights if any(weight in one.deltas for one in self.live)]
         if failed:
             raise failed[0]
 
-    def _put(self, weight: _Weight, report: Reporter) -> None:
+    def _put(self, net: nn.Module, weight: _Weight, report: Reporter) -> None:
         if weight.parameter.is_meta:
             return  # offloaded meanwhile: there are no numbers to put back
         others = [one for one in self.live if weight in one.deltas]
-        weight.parameter.data = self._summed(weight, others) if others else weight.base
+        total = self._summed(weight, others) if others else weight.base
+        with merged_anew(net, weight.name, weight.layer):
+            weight.parameter.data = total
         if others and not bool(torch.isfinite(weight.parameter).all()):
             report.warn(f"{weight.name} is out of the range of {_dtype(weight.base)} with the patches that remain")
 
@@ -150,12 +156,14 @@ def patched(
     base, and their order does not matter. Threads may enter and leave patches of one model in any order; the weights
     are the model's, so each thread sees the sum of all of them, and a warning says so. The original tensors come back
     with the last patch, after an error too; other changes made to these weights meanwhile are lost, but for
-    `model.to(dtype)` and `model.to(device)`, which are followed.
+    `model.to(dtype)` and `model.to(device)`, which are followed, and for adapters that were on the model before and
+    are merged, which ends as a merge without the patch.
 
     With a tokenizer (a Model has one), a warning says when the patch was made with another one. Raises Refused,
     before anything changes, for another base, names or shapes that do not fit, a patch that is in effect already
-    (itself, in a stack or as an active adapter), a weight that is not in memory; BadInput, Damaged for a file that is
-    no patch; BadInput for something that is no model.
+    (itself, in a stack or as an active adapter), a weight into which an adapter is merged or of which one runs a copy
+    (`modules_to_save`), or that is not in memory; BadInput, Damaged for a file that is no patch; BadInput for
+    something that is no model.
     """
     net = network(model)
     deltas = _read(patch)
@@ -169,9 +177,10 @@ def patched(
         held_weights.enter_context(held(_offloaded(net, deltas)))
         state.follow(net)
         new = _fitting(net, state, deltas)
+        _check_copies(net, new)
+        _check_merged(net, new)
         if whole is not None:
             _check_once(state, new)
-            _check_merged(net, new)
             _check_base(whole, {weight.name: weight.base for weight in new.deltas})
         _check_adapters(net, new, deltas.deltas if isinstance(deltas, Patch) else deltas)
         _warn(state, new, whole, tokenizer, report)
@@ -242,7 +251,7 @@ def _fitting(net: nn.Module, state: _State, patch: Patch | Deltas) -> _Live:
         elif any(one.parameter is weight for one in found):
             wrong.append(f"{shown}: the model has one tensor for it and for another weight of the patch")
         else:
-            record = state.weight(name, weight)
+            record = state.weight(net, name, weight)
             found[record] = delta
             if isinstance(patch, Patch):
                 parts[record] = Part(patch, name)
@@ -268,6 +277,17 @@ def _check_adapters(net: nn.Module, new: _Live, deltas: Deltas) -> None:
             f"{_called(new.id)} is on this model already, as its active adapter {adapter!r}",
             hint="its edit would count twice: disable the adapter, or leave the patch out",
         )
+
+
+def _check_copies(net: nn.Module, new: _Live) -> None:
+    copied = ((weight.name, copy_in_use(net, weight.name)) for weight in new.deltas)
+    for name, adapter in copied:
+        if adapter is not None:
+            raise Refused(
+                f"{_called(new.id)} would change nothing of what runs: adapter {printable(adapter, 80)!r} runs a copy"
+                f" of its own of {printable(name, 120)} (modules_to_save)",
+                hint="turn it off with PEFT's `with model.disable_adapter()`, or load the model without this adapter",
+            )
 
 
 def _check_merged(net: nn.Module, new: _Live) -> None:

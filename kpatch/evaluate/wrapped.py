@@ -47,7 +47,10 @@ def parameter(net: nn.Module, name: str) -> nn.Parameter | None:
 
 
 def holder(net: nn.Module, name: str) -> nn.Module | None:
-    """The module that has the weight that a checkpoint calls `name`; None where there is none."""
+    """The module that has the weight that a checkpoint calls `name`; None where there is none.
+
+    Where an adapter keeps a copy of a module (`modules_to_save`), it is the original one.
+    """
     module = _outermost(net, name)
     while module is not None and isinstance(inside := module._modules.get("base_layer"), nn.Module):
         module = inside
@@ -57,9 +60,7 @@ def holder(net: nn.Module, name: str) -> nn.Module | None:
 def name_in(net: nn.Module, name: str) -> str | None:
     """What the network calls the weight that a checkpoint calls `name`: a wrapper may have it under another prefix."""
     path, _, last = name.rpartition(".")
-    try:
-        net.get_submodule(path)
-    except AttributeError:
+    if _below(net, path) is None:
         found = WeightNames(name for name, _ in net.named_modules()).find(path)
         return None if found is None else f"{found}.{last}"
     return name
@@ -68,7 +69,37 @@ def name_in(net: nn.Module, name: str) -> str | None:
 def _outermost(net: nn.Module, name: str) -> nn.Module | None:
     """The module of a weight, or the layer that PEFT put around it."""
     here = name_in(net, name)
-    return None if here is None else net.get_submodule(here.rpartition(".")[0])
+    found = None if here is None else _below(net, here.rpartition(".")[0])
+    return None if found is None else found[-1]
+
+
+def _below(net: nn.Module, path: str) -> list[nn.Module] | None:
+    """The modules on the way from the network to `path`, with those that keep copies; None where it leads nowhere.
+
+    By attributes, a module that keeps copies would answer with the copy of the adapter that is active just now.
+    """
+    way: list[nn.Module] = [net]
+    for part in path.split(".") if path else ():
+        module = way[-1]._modules.get(part)
+        if module is None:
+            return None
+        way.append(module)
+        while isinstance(original := way[-1]._modules.get("original_module"), nn.Module):
+            way.append(original)
+    return way
+
+
+def copy_in_use(net: nn.Module, name: str) -> str | None:
+    """The name of an adapter that runs a copy of its own (`modules_to_save`) in place of this weight's module."""
+    here = name_in(net, name)
+    way: list[Any] = (here and _below(net, here.rpartition(".")[0])) or []
+    for module in way:
+        copies = module._modules.get("modules_to_save")
+        if "original_module" in module._modules and copies is not None and not module.disable_adapters:
+            for adapter in module.active_adapters:
+                if adapter in copies:
+                    return str(adapter)
+    return None
 
 
 @torch.no_grad()
@@ -80,7 +111,7 @@ def active_adapter(net: nn.Module, deltas: Mapping[str, Delta]) -> str | None:
     products: dict[str, float] = {}
     squares: dict[str, float] = {}
     for name, delta in deltas.items():
-        layer: Any = _layer(net, name)
+        layer: Any = adapted(net, name)
         if layer is None or getattr(layer, "disable_adapters", False):
             continue
         for adapter in layer.active_adapters:
@@ -96,8 +127,8 @@ def active_adapter(net: nn.Module, deltas: Mapping[str, Delta]) -> str | None:
     return None
 
 
-def _layer(net: nn.Module, name: str) -> nn.Module | None:
-    """The layer that PEFT put around a weight."""
+def adapted(net: nn.Module, name: str) -> nn.Module | None:
+    """The layer that PEFT put around a weight; None where there is none."""
     module = _outermost(net, name)
     known = all(hasattr(module, part) for part in ("lora_A", "active_adapters", "get_delta_weight"))
     return module if known else None
@@ -105,7 +136,7 @@ def _layer(net: nn.Module, name: str) -> nn.Module | None:
 
 def merged_adapter(net: nn.Module, names: Iterable[str]) -> str | None:
     """The name of an adapter that PEFT has merged into one of these weights; None where there is none."""
-    layers: list[Any] = [_layer(net, name) for name in names]
+    layers: list[Any] = [adapted(net, name) for name in names]
     return next((str(one) for layer in layers for one in getattr(layer, "merged_adapters", ())), None)
 
 

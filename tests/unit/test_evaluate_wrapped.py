@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from kpatch.errors import Refused
 from kpatch.evaluate.patched import patched
@@ -17,43 +17,8 @@ from kpatch.patch.delta import LowRank
 from tests.support.adapters import patch_for
 from tests.support.checkpoints import random
 from tests.support.models import tiny
+from tests.support.wrapping import Lora, Peft
 from tests.unit.test_evaluate_patched import assert_untouched, deltas, everything
-
-
-class Lora(nn.Module):
-    """A linear layer with adapters around it, of the shape that PEFT gives one."""
-
-    def __init__(self, base: nn.Module, change: LowRank) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = nn.ModuleDict({"news": nn.Linear(change.right.shape[1], change.rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"news": nn.Linear(change.rank, change.left.shape[0], bias=False)})
-        self.lora_A["news"].weight.data, self.lora_B["news"].weight.data = change.right, change.left / 2
-        self.scaling = {"news": 2.0}
-        self.active_adapters = ["news"]
-        self.disable_adapters = False
-
-    @property
-    def weight(self) -> nn.Parameter:
-        weight: nn.Parameter = self.base_layer.weight
-        return weight
-
-    def get_delta_weight(self, name: str) -> Tensor:
-        delta: Tensor = self.lora_B[name].weight @ self.lora_A[name].weight * self.scaling[name]
-        return delta
-
-
-class Peft(nn.Module):
-    """A network inside two layers of wrapper, as PEFT's are."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.peft_config = {"news": None}
-        self.base_model = nn.Module()
-        self.base_model.model = net
-
-    def get_base_model(self) -> nn.Module:
-        return self.base_model.model
 
 
 def test_a_network_that_peft_wrapped() -> None:
@@ -94,13 +59,10 @@ def test_a_patch_on_a_merged_adapter_is_refused_by_name(tmp_path: Path) -> None:
     change = LowRank(random(32, 2, seed=70), random(2, 64, seed=71))
     layer: Any = Lora(model.down(0), change)
     model.layers[0].mlp.down_proj = layer
-    layer.merged_adapters = ["news"]
-    layer.weight.data += change.dense().float()
-    with (
-        pytest.raises(Refused, match="adapter 'news' is merged into it"),
-        patched(Peft(model.net), patch),
-    ):
-        pass
+    layer.merge()
+    for given in (patch, deltas(model, seed=9, count=1)):
+        with pytest.raises(Refused, match="adapter 'news' is merged into it"), patched(Peft(model.net), given):
+            pass
 
 
 def test_a_network_with_mixed_adapters_is_found() -> None:

@@ -79,6 +79,15 @@ def test_peft_finds_the_modules_of_another_form_of_the_model(tmp_path: Path, cli
         assert found[name]["warnings"] == [], name
 
 
+def test_what_peft_does_while_a_patch_is_on_ends_as_without_it(tmp_path: Path, client: Client) -> None:
+    patch = patch_for("llama", tmp_path, scale=0.1)
+    checkout = Path(__file__).parents[3]
+    found = client({"inside": {"kpatch": str(checkout), "model": str(tmp_path / "model"), "patch": str(patch)}})
+    wrong = [name for name, right in found["inside"].items() if not right]
+    assert not wrong
+    assert len(found["inside"]) == 10
+
+
 def test_peft_finds_the_base_by_the_hub_id_and_commit_of_the_patch(tmp_path: Path, client: Client) -> None:
     path, commit = patch_for("llama", tmp_path, scale=0.1), "ab" * 20
     made = read_patch(path)
