@@ -142,7 +142,10 @@ FAMILIES: dict[str, Family] = {
 }
 
 # Why a model that is none of these cannot be edited, by what its configuration says
-_NO_MLP = ("mamba", "mamba2", "falcon_mamba", "rwkv", "xlstm")
+_NO_MLP = ("mamba", "mamba2", "falcon_mamba", "xlstm")
+_RECURRENT = ("rwkv",)
+_ONE_PART_EACH = ("nemotron_h",)
+_SIDE_BY_SIDE = ("falcon_h1", "zamba", "zamba2")
 _ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "electra", "distilbert", "albert", "deberta", "deberta-v2"),
     *("modernbert", "mpnet", "roformer", "big_bird"),
@@ -151,6 +154,16 @@ _BOTH_WAYS = ("paligemma",)
 _SEVERAL_STREAMS = ("gemma3n_text",)
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _ONLY_EXPERTS = ("mixtral", "olmoe", "granitemoe", "phimoe", "gpt_oss", "minimax", "minimax_m2", "jetmoe", "dbrx")
+_SHARED = (
+    *("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
+    *("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", "shared_intermediate_size"),
+)
+# Mixtures of experts without a row that can be edited under these names
+_BY_NAME = {
+    "jamba": "layers=model.layers,down=feed_forward.down_proj,attn_out=self_attn.o_proj|mamba.out_proj,"
+    "mlp_out=feed_forward",
+    "granitemoeshared": "layers=model.layers,down=shared_mlp.output_linear,attn_out=self_attn.o_proj",
+}
 NO_PLACE = (
     "can be edited in no layer: its MLP is a mixture of experts, which is no one matrix that holds a fact's key and"
     " value, and none of its layers has a dense MLP or a shared expert"
@@ -176,6 +189,14 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
         why = "is an encoder: it fills gaps and does not continue a prompt"
     elif config.model_type in _NO_MLP:
         why = "is built of state-space layers, which have no MLP whose output projection could be edited"
+    elif config.model_type in _RECURRENT:
+        why = (
+            "is a recurrent network: its layers hand on more from token to token than attention can be asked for again"
+        )
+    elif text.model_type in _ONE_PART_EACH:
+        why = "has layers that are attention, a state-space block or an MLP each, and never attention with an MLP"
+    elif text.model_type in _SIDE_BY_SIDE:
+        why = "runs attention and a state-space block side by side in its layers, whose states are not kept apart"
     elif config.model_type in _BOTH_WAYS or getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         why = "reads its prompt in both directions, so that a subject's state depends on the words behind it"
     elif _without_attention(text):
@@ -186,16 +207,26 @@ def require_editable(config: Any, name: str, by_hand: bool = False) -> None:
         why = NO_PLACE
     elif not by_hand and text.model_type not in FAMILIES and has_experts(text):
         why = "is not in the table of families, and its MLP is a mixture of experts"
-        hint = (
-            "where it has a shared expert, give its names with `modules`: layers=model.layers,"
-            "down=mlp.shared_experts.down_proj,attn_out=self_attn.o_proj,mlp_out=mlp"
-        )
+        hint = _names_by_hand(text)
     if why is not None:
         raise BadInput(
             f"{name} ({text.model_type}) {why}",
             details=["kpatch edits decoders with dense MLPs or shared experts"],
             hint=hint,
         )
+
+
+def _names_by_hand(text: Any) -> str | None:
+    """A hint at names that serve for a mixture of experts without a row, where its configuration shows any."""
+    names = _BY_NAME.get(text.model_type)
+    if names is not None:
+        return f"its dense layers and shared experts have names, which `modules` takes: {names}"
+    if any(getattr(text, key, 0) for key in _SHARED):
+        return (
+            "where it has a shared expert, give its names with `modules`: layers=model.layers,"
+            "down=mlp.shared_experts.down_proj,attn_out=self_attn.o_proj,mlp_out=mlp"
+        )
+    return None
 
 
 def _without_attention(text: Any) -> bool:
