@@ -23,6 +23,8 @@ def merged_anew(net: nn.Module, name: str, layer: nn.Module | None) -> Iterator[
     merged = [(one, list(one.merged_adapters)) for one in found if getattr(one, "merged_adapters", None)]
     for one, _ in merged:
         one.unmerge()  # for what it changed beside the weight, which is a bias
-    yield
-    for one, adapters in merged:
-        one.merge(adapter_names=adapters)
+    try:
+        yield
+    finally:
+        for one, adapters in merged:
+            one.merge(adapter_names=adapters)
