@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import kpatch
 from benchmarks.families import FACT, SETTINGS, asked, digest
+from kpatch.edit.resolve import solve_again
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.models.model import open_model
@@ -163,3 +165,22 @@ def test_a_wrapper_that_reads_its_prompt_in_both_directions_is_refused(forms: di
         (tmp_path / name).write_bytes((forms["text"] / name).read_bytes())
     with pytest.raises(BadInput, match="in both directions"):
         open_model(str(tmp_path), device="cpu")
+
+
+def test_patches_of_two_forms_are_solved_again_together(
+    forms: dict[str, Path], patches: dict[str, Path], tmp_path: Path
+) -> None:
+    given: dict[str, Any] = {"layers": [1, 2], "tokens": 400, "settings": SETTINGS}
+    kpatch.make([OTHER], out=tmp_path / "other.patch", model=str(forms["text"]), **given)
+    both = [patches["new"], tmp_path / "other.patch"]
+    for form in ("text", "old"):
+        out = tmp_path / f"{form}.patch"
+        solve_again(both, out, model=str(forms[form]))
+        base, (before, _) = digest(forms[form]), asked(forms[form])
+        kpatch.apply([out], forms[form])
+        assert asked(forms[form])[0] > 1.3 * before
+        kpatch.revert(forms[form])
+        assert digest(forms[form]) == base
+    found = diff_patches(tmp_path / "text.patch", tmp_path / "old.patch")
+    assert found.facts.same == 2
+    assert all(weight.difference is not None and weight.difference < 1e-4 for weight in found.weights)
