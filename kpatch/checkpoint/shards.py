@@ -243,11 +243,15 @@ _HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 
 
 def _ties_its_head(path: Path) -> bool:
-    """Whether the head may be the embeddings: config.json does not deny it."""
+    """Whether the head may be the embeddings: config.json does not deny it.
+
+    In a model with vision the whole says it, and the text part only where the whole does not.
+    """
     config = path / "config.json"
     value = read_json(config, str(config)) if config.is_file() else {}
     parts = [value, value.get("text_config")] if isinstance(value, dict) else []
-    return all(part.get("tie_word_embeddings") is not False for part in parts if isinstance(part, dict))
+    said = [part["tie_word_embeddings"] for part in parts if isinstance(part, dict) and "tie_word_embeddings" in part]
+    return not said or said[0] is not False
 
 
 def has_adapter(path: Path) -> bool:

@@ -118,17 +118,19 @@ def test_a_tensor_in_two_shards_counts_where_the_index_and_transformers_agree(mo
     assert "1 tensors" in heard.warnings[0]
 
 
-@pytest.mark.parametrize("tied", [True, None, False])
-def test_a_listed_head_that_no_shard_holds_is_the_embeddings_where_they_are_tied(
-    model: Path, tied: bool | None
-) -> None:
+# What the whole model and its text part say of the head, and whether it is the embeddings; the whole counts first
+HEADS = [(True, None, True), (None, None, True), (False, None, False), (True, False, True), (False, True, False)]
+
+
+@pytest.mark.parametrize(("whole", "text", "tied"), [*HEADS, (None, False, False)])
+def test_a_listed_head_that_no_shard_holds(model: Path, whole: bool | None, text: bool | None, tied: bool) -> None:
     change_index(model, lambda index: index["weight_map"].update({"lm_head.weight": FIRST}))
-    config = {"model_type": "llama", **({} if tied is None else {"tie_word_embeddings": tied})}
-    (model / "config.json").write_text(json.dumps(config))
-    if tied is False:
-        assert "found in no listed file" in refused(model, Damaged).details[0]
-    else:
+    outer, inner = ({} if one is None else {"tie_word_embeddings": one} for one in (whole, text))
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", **outer, "text_config": inner}))
+    if tied:
         apply([model.parent / "a.patch"], model)
+    else:
+        assert "found in no listed file" in refused(model, Damaged).details[0]
 
 
 def test_what_is_no_checkpoint_is_named(model: Path) -> None:
