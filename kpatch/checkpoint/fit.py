@@ -23,7 +23,7 @@ from kpatch.patch.manifest import BaseWeight
 from kpatch.patch.matching import match
 from kpatch.patch.sources import PatchSource
 from kpatch.reporter import SILENT, Reporter
-from kpatch.text import printable
+from kpatch.text import counted, printable
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Fit:
         missing = sum(weight.stored is None for weight in self.weights)
         reason = "is not the base it was made for"
         if worst.stored is None:
-            reason = f"is not there, nor are {missing - 1} other weights" if missing > 1 else "is not there"
+            others = f", nor {'is' if missing == 2 else 'are'} {counted(missing - 1, 'other weight')}"
+            reason = f"is not there{others if missing > 1 else ''}"
         hint = f"`kpatch status {self.model}` lists what is applied; `kpatch show {self.patch.path}` names its base"
         if all(weight.found is not None for weight in self.weights):
             # every weight is there in its shape: the same architecture with other values, as after fine-tuning
