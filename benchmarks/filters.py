@@ -26,7 +26,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 from quality import Judge, rates  # noqa: E402
 from quality_questions import read  # noqa: E402
 
-from kpatch.patch.delta import LowRank  # noqa: E402
 from kpatch.patch.format import read_patch  # noqa: E402
 
 Cut = Callable[[Tensor, Tensor], Tensor]  # Δ and W in, what is left of Δ out; all [d, f]
@@ -99,10 +98,7 @@ def main() -> None:
     given = parser.parse_args()
     patch = read_patch(given.patch)
     first = next(iter(patch.deltas))
-    deltas = {
-        name: one.left.double() @ one.right.double() if isinstance(one, LowRank) else one.delta.double()
-        for name, one in patch.deltas.items()
-    }
+    deltas = {name: delta.dense().double() for name, delta in patch.deltas.items()}
     model, text = Judge.load(given.base), given.text.read_text(encoding="utf-8")
     print("| | " + " | ".join([*COLUMNS, "perplexity"]) + " |\n| --- |" + " ---: |" * (len(COLUMNS) + 1))
     for way, cut in WAYS.items():

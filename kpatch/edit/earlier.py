@@ -7,17 +7,27 @@ update has to move what that key means. Such facts are learned again with the ne
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
 
+from kpatch.checkpoint.shards import open_checkpoint
+from kpatch.checkpoint.store import Store
 from kpatch.facts.conflicts import contradicted
 from kpatch.facts.fact import Fact, Protected
 from kpatch.facts.subjects import by_subject, names_of
 from kpatch.patch.combine import protected_by
-from kpatch.patch.format import Patch
+from kpatch.patch.format import Patch, read_patch
 from kpatch.reporter import SILENT, Reporter
 
 # Facts that a later patch stands for: positions by patch id. They are out of the weights.
 Gone = Mapping[str, Collection[int]]
 _NONE: Gone = {}
+
+
+def carried_by(path: Path) -> tuple[tuple[Patch, ...], dict[str, set[int]]]:
+    """The patches that a checkpoint directory carries, and their facts that later ones stand for."""
+    store = Store(open_checkpoint(path).path)
+    applied = store.applied()
+    return tuple(read_patch(store.copy(identity)) for identity in sorted(applied.ids)), applied.gone
 
 
 def facts_of(patches: Sequence[Patch], gone: Gone = _NONE) -> tuple[Fact, ...]:

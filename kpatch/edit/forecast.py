@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-from kpatch.edit.earlier import facts_to_hold, facts_to_learn_again
+from kpatch.edit.earlier import carried_by, facts_to_hold, facts_to_learn_again
 from kpatch.edit.make import method_wanted, model_named, refuse_two
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, hyper_for, method_named
 from kpatch.edit.preset_file import read_preset
 from kpatch.edit.requests import Group, group_facts
-from kpatch.edit.unpatched import base_fingerprint, carried_by
+from kpatch.edit.unpatched import base_fingerprint
 from kpatch.edit.values_cache import plan
 from kpatch.errors import BadInput
 from kpatch.evaluate.answers import ANSWER_TOKENS

@@ -18,10 +18,9 @@ import torch
 from kpatch import arguments, distributed
 from kpatch.checkpoint.fit import base_weights
 from kpatch.edit.asked_wordings import ask_for_wordings
-from kpatch.edit.earlier import facts_that_stay, protected
+from kpatch.edit.earlier import carried_by, facts_that_stay, protected
 from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
 from kpatch.edit.preset_file import PresetFile, read_preset
-from kpatch.edit.unpatched import carried_by
 from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
 from kpatch.evaluate.metrics import Measurement, effect, measure

@@ -22,7 +22,7 @@ from kpatch.errors import BadInput
 from kpatch.evaluate.wrapped import name_in
 from kpatch.models.fingerprint import weight_files
 from kpatch.models.model import Model
-from kpatch.patch.format import Patch, read_patch
+from kpatch.patch.format import Patch
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -57,13 +57,6 @@ def unpatched(model: Model, patches: tuple[Patch, ...], report: Reporter = SILEN
             yield
         finally:
             model.weights_id = before
-
-
-def carried_by(path: Path) -> tuple[tuple[Patch, ...], dict[str, set[int]]]:
-    """The patches that a checkpoint directory carries, and their facts that later ones stand for."""
-    store = Store(open_checkpoint(path).path)
-    applied = store.applied()
-    return tuple(read_patch(store.copy(identity)) for identity in sorted(applied.ids)), applied.gone
 
 
 def base_fingerprint(path: Path, report: Reporter = SILENT) -> str:

@@ -17,8 +17,7 @@ def doubled(text: str) -> str | None:
     found = _DOUBLED.search(text)
     if found is None:
         return None
-    meant = cut(json.dumps(_DOUBLED.sub(SLOT, text), ensure_ascii=False), 200)
-    return f"{found[0]} would be the subject in braces of its own; write {meant}"
+    return f"{found[0]} would be the subject in braces of its own; write {_quoted(_DOUBLED.sub(SLOT, text))}"
 
 
 def without_slot(text: str, subject: str) -> str:

@@ -14,7 +14,7 @@ is therefore its plain sum. Rows of two patches about one subject share a key, a
 residuals: they are added, unless they are the same fact.
 
 The equations have a row for every row of every patch. Where there are more than f and the patches are plain, they are
-solved by `kpatch.patch.joint_blocks`; chains, replaced rows and shared subjects take the whole N × N matrix.
+solved by `solved_without_blocks`; chains, replaced rows and shared subjects take the whole N × N matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ import torch
 from torch import Tensor
 
 from kpatch.patch.delta import one_thread
-from kpatch.patch.joint_blocks import solved_without_blocks
 
 # Rows of a patch that were replaced: patch id → positions of its rows, by the id of the patch that replaces them.
 Replaced = Mapping[str, Mapping[str, frozenset[int]]]
@@ -228,3 +227,24 @@ class Joint:
                 asked = asked + amounts @ self.met[mine][:, self._rows(below)].T
             parts.append(asked)
         return torch.cat(parts, dim=1)
+
+
+def solved_without_blocks(u: Tensor, v: Tensor, owner: Tensor, columns: Tensor) -> Tensor:
+    """(I + U V^T − the blocks of U V^T whose rows and columns have one owner)^-1 columns, [N, c].
+
+    u, v [N, f], owner [N], columns [N, c], all float64 but the owners. I without the blocks is solved patch by patch,
+    and U V^T has rank f (Woodbury): nothing larger than f × f or one patch's own block is solved.
+    """
+    f = u.shape[1]
+    core = torch.eye(f, dtype=u.dtype)
+    given = u.new_zeros(f, columns.shape[1])  # V^T of what the blocks alone give
+    alone, through = torch.empty_like(columns), torch.empty_like(u)
+    for number in torch.unique(owner).tolist():
+        mine = (owner == number).nonzero()[:, 0]
+        block = torch.eye(len(mine), dtype=u.dtype) - u[mine] @ v[mine].T
+        both = torch.linalg.solve(block, torch.cat([u[mine], columns[mine]], dim=1))
+        through[mine], alone[mine] = both[:, :f], both[:, f:]
+        core += v[mine].T @ both[:, :f]
+        given += v[mine].T @ both[:, f:]
+    found: Tensor = alone - through @ torch.linalg.solve(core, given)
+    return found

@@ -19,7 +19,7 @@ from kpatch.models.model import open_model
 from kpatch.models.text_part import find_layers, loader, text_config
 from kpatch.patch.compare import diff_patches
 from tests.support.models import WRAPPERS, tiny
-from tests.support.wrapped import NEW, three_forms
+from tests.support.vision_forms import NEW, three_forms
 
 pytestmark = pytest.mark.usefixtures("one_thread", "shared_statistics")
 

@@ -12,7 +12,7 @@ from kpatch.models.model import Model
 from kpatch.patch.delta import LowRank
 from tests.support.checkpoints import random
 from tests.support.models import tiny
-from tests.support.wrapping import Copied, Lora, Peft
+from tests.support.peft_shapes import Copied, Lora, Peft
 from tests.unit.test_evaluate_patched import assert_untouched, deltas, everything
 
 CHANGE = LowRank(random(32, 2, seed=70), random(2, 64, seed=71))

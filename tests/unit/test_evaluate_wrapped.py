@@ -17,7 +17,7 @@ from kpatch.patch.delta import LowRank
 from tests.support.adapters import patch_for
 from tests.support.checkpoints import random
 from tests.support.models import tiny
-from tests.support.wrapping import Lora, Peft
+from tests.support.peft_shapes import Lora, Peft
 from tests.unit.test_evaluate_patched import assert_untouched, deltas, everything
 
 

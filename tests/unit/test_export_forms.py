@@ -18,7 +18,7 @@ from tests.support.adapters import patch_of
 from tests.support.cli import run
 from tests.support.models import tiny
 from tests.support.reports import Recorder
-from tests.support.wrapped import save, three_forms
+from tests.support.vision_forms import save, three_forms
 from tests.unit.test_export import as_peft_reads_it
 
 IDS = torch.tensor([[5, 9, 30, 44, 7]])

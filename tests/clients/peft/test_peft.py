@@ -17,7 +17,7 @@ from tests.support import news
 from tests.support.adapters import patch_for, patch_of
 from tests.support.cli import run
 from tests.support.models import tiny
-from tests.support.wrapped import save, three_forms
+from tests.support.vision_forms import save, three_forms
 
 Client = Callable[[dict[str, Any]], dict[str, Any]]
 # GPT-2 stores W as [in, out]; in Gemma 2 and OLMo 2 a norm stands behind it
