@@ -30,16 +30,15 @@ class Row(NamedTuple):
 
 def read_lines(text: str, problems: Problems) -> Iterator[Row]:
     """Facts of a JSON Lines file; empty lines are passed over."""
-    decode = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=str, parse_float=str, parse_constant=str).decode
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         start = len(line) - len(line.lstrip()) + 1
         try:
-            data = as_written(decode(line))
+            data = decode_json(line)
         except json.JSONDecodeError as error:
             problems.add_at(Spot(number, error.pos + 1), f"this is not valid JSON ({error.msg}); one object a line")
-        except _TwiceError as error:
+        except KeyTwiceError as error:
             column = _second_key(line, error.key) or start
             problems.add_at(Spot(number, column), f"the key {error.key!r} stands here a second time")
         except RecursionError:
@@ -57,10 +56,17 @@ def locate_line(row: Row, target: Target) -> Spot:
     return Spot(row.spot.line, spot.column)
 
 
-class _TwiceError(ValueError):
-    def __init__(self, key: str) -> None:
+class KeyTwiceError(ValueError):
+    """An object of a JSON text has `key` twice; `begins` is that object's first pair, to find it by."""
+
+    def __init__(self, key: str, begins: tuple[str, Any]) -> None:
         super().__init__(key)
-        self.key = key
+        self.key, self.begins = key, begins
+
+
+def decode_json(text: str) -> Any:
+    """What a JSON text says, with scalars as text. Raises JSONDecodeError, RecursionError and KeyTwiceError."""
+    return as_written(_DECODER.decode(text))
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -69,9 +75,12 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         seen: set[str] = set()
         for key, _ in pairs:
             if key in seen:
-                raise _TwiceError(key)
+                raise KeyTwiceError(key, pairs[0])
             seen.add(key)
     return result
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_pairs, parse_int=str, parse_float=str, parse_constant=str)
 
 
 def _second_key(line: str, key: str) -> int | None:

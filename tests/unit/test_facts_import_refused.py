@@ -115,6 +115,17 @@ def test_a_fact_file_in_a_format_that_there_is_not_is_refused(tmp_path: Path) ->
         import_facts(path, "conterfact")
 
 
+def test_a_key_that_stands_twice_is_refused_since_nothing_says_which_is_meant(tmp_path: Path) -> None:
+    twice = '{"case_id": 7, "target_new": "Elbe", "target_new": "Oder"}'
+    (tmp_path / "data.json").write_text(f"[{json.dumps(EASYEDIT)}, {twice}]", encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text(f"{json.dumps(EASYEDIT)}\n{twice}\n", encoding="utf-8")
+    for name, place in (("data.json", "data.json"), ("data.jsonl", "data.jsonl:2")):
+        with pytest.raises(BadInput, match="has a key twice") as caught:
+            import_facts(tmp_path / name)
+        assert caught.value.where == str(tmp_path / place)
+        assert caught.value.details == ("'target_new' stands twice in the object that begins with 'case_id': 7",)
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place"),
     [

@@ -19,8 +19,8 @@ from kpatch.facts.importers.formats import FORMATS, Format
 from kpatch.facts.importers.questions import ALT, ANSWERS
 from kpatch.facts.importers.record import Record, RecordError
 from kpatch.facts.load import load_facts, read_text
-from kpatch.facts.problems import Kind, Problems
-from kpatch.facts.tables import as_written
+from kpatch.facts.problems import Kind, Problems, cut
+from kpatch.facts.tables import KeyTwiceError, decode_json
 
 _JSON, _LINES, _TABLE = (".json",), (".jsonl", ".ndjson"), (".csv",)
 _YAML = (".yaml", ".yml")
@@ -122,22 +122,26 @@ def read_records(path: Path) -> list[Any]:
     text = read_text(path, (*_JSON, *_LINES, *_TABLE, *_YAML), _DATA_SET)
     if path.suffix.lower() in _TABLE:
         return _rows(path, text)
-    decode = json.JSONDecoder(parse_int=str, parse_float=str, parse_constant=str).decode
     before = 0  # lines above the one that is read
     try:
         if path.suffix.lower() in _LINES:
             records = []
             for before, line in enumerate(text.split("\n")):  # noqa: B007  told where a line is wrong
                 if line.strip():
-                    records.append(as_written(decode(line)))
+                    records.append(decode_json(line))
             return records
-        data = as_written(decode(text))
+        data = decode_json(text)
     except json.JSONDecodeError as error:
         where = f"{path}:{before + error.lineno}:{error.colno}"
         hint = "where each line is a record of its own, call the file .jsonl" if error.msg == "Extra data" else None
         raise BadInput("The file is not valid JSON", where=where, details=[error.msg], hint=hint) from error
     except RecursionError as error:
         raise BadInput("The file is nested too deeply", where=str(path)) from error
+    except KeyTwiceError as error:
+        where = f"{path}:{before + 1}" if path.suffix.lower() in _LINES else str(path)
+        first, value = error.begins
+        details = [f"{error.key!r} stands twice in the object that begins with {first!r}: {cut(str(value))}"]
+        raise BadInput("An object of the file has a key twice", where=where, details=details) from error
     if isinstance(data, Mapping):
         data = _from_object(data, path)
     if not isinstance(data, list):
