@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from kpatch.checkpoint.fit import settled_store
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, open_checkpoint, read_json
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.fields import FLOAT_DTYPES
+from kpatch.patch.weight_names import WeightNames
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -31,6 +33,7 @@ class Comparison:
 def compare(a: str | Path, b: str | Path, report: Reporter = SILENT) -> Comparison:
     """Compare every tensor of two checkpoints: bytes where the dtype is the same, else values in the coarser dtype.
 
+    The same model may be saved in two forms, with other prefixes before its layers; tensors go by a's names.
     Raises Refused for tensors that only one has, other shapes or architectures, and changes of tensors that hold no
     float numbers; BadInput, Damaged where one cannot be read or is in the middle of an apply.
     """
@@ -38,12 +41,12 @@ def compare(a: str | Path, b: str | Path, report: Reporter = SILENT) -> Comparis
     for checkpoint in (one, other):
         settled_store(checkpoint)
     _same_architecture(one, other)
-    _same_names(one, other)
+    called = _same_names(one, other)
     amount = sum(ref.end - ref.begin for ref in one.tensors.values())
     changed, same, cast = [], 0, 0
     with report.task("Comparing", amount, "B") as advance:
         for name, ref in sorted(one.tensors.items()):
-            new = other.tensors[name]
+            new = other.tensors[called[name]]
             cast += ref.dtype != new.dtype
             if _equal(one, ref, other, new):
                 same += 1
@@ -57,7 +60,7 @@ def compare(a: str | Path, b: str | Path, report: Reporter = SILENT) -> Comparis
             details=_listed([f"{printable(d.name, 120)}: {_dtypes(d.a, d.b)}" for d in wrong]),
             hint="compare unquantized checkpoints",
         )
-    return Comparison(one, other, tuple(changed), same, tuple(_notes(one, other, cast)))
+    return Comparison(one, other, tuple(changed), same, tuple(_notes(one, other, called, cast)))
 
 
 def _are_float(a: TensorRef, b: TensorRef) -> bool:
@@ -95,24 +98,32 @@ def model_type(checkpoint: Checkpoint) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
-def _same_names(a: Checkpoint, b: Checkpoint) -> None:
+def _same_names(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
+    """What b calls each tensor of a. Raises Refused where one has a tensor that the other lacks, or another shape."""
+    if not a.tensors:
+        raise BadInput(f"{a.given} holds no tensors")
+    names = WeightNames(b.tensors)
+    called = {name: found for name in sorted(a.tensors) if (found := names.find(name)) is not None}
+    if len(set(called.values())) != len(called):  # two tensors of a would be one of b
+        called = {name: name for name in sorted(a.tensors) if name in b.tensors}
     lines = []
-    for one, other in ((a, b), (b, a)):
-        missing = [name for name in sorted(one.tensors) if name not in other.tensors]
-        lines += _listed([f"only in {one.given}: {printable(name, 120)}" for name in missing])
+    for given, missing in (
+        (a.given, a.tensors.keys() - called.keys()),
+        (b.given, b.tensors.keys() - set(called.values())),
+    ):
+        lines += _listed([f"only in {given}: {printable(name, 120)}" for name in sorted(missing)])
     if lines:
         raise Refused(
             f"{a.given} and {b.given} do not hold the same tensors; a patch cannot add or remove any", details=lines
         )
     shapes = [
-        f"{printable(name, 120)}: {list(ref.shape)} and {list(b.tensors[name].shape)}"
-        for name, ref in sorted(a.tensors.items())
-        if ref.shape != b.tensors[name].shape
+        f"{printable(name, 120)}: {list(a.tensors[name].shape)} and {list(b.tensors[other].shape)}"
+        for name, other in called.items()
+        if a.tensors[name].shape != b.tensors[other].shape
     ]
     if shapes:
         raise Refused(f"{a.given} and {b.given} hold tensors of different shapes", details=_listed(shapes))
-    if not a.tensors:
-        raise BadInput(f"{a.given} holds no tensors")
+    return called
 
 
 def _listed(lines: list[str]) -> list[str]:
@@ -123,11 +134,15 @@ def _dtypes(a: TensorRef, b: TensorRef) -> str:
     return f"{printable(a.dtype, 20)} and {printable(b.dtype, 20)}"
 
 
-def _notes(a: Checkpoint, b: Checkpoint, cast: int) -> list[str]:
+def _notes(a: Checkpoint, b: Checkpoint, called: Mapping[str, str], cast: int) -> list[str]:
     notes = []
+    other = [name for name, here in called.items() if name != here]
+    if other:
+        first = f"{printable(other[0], 120)} is {printable(called[other[0]], 120)}"
+        notes.append(f"{b.given} calls {len(other)} tensors otherwise ({first}); they go by the names in {a.given}")
     if cast:
-        pairs = sorted({_dtypes(ref, b.tensors[name]) for name, ref in a.tensors.items()
-                        if ref.dtype != b.tensors[name].dtype})  # fmt: skip
+        pairs = sorted({_dtypes(ref, b.tensors[called[name]]) for name, ref in a.tensors.items()
+                        if ref.dtype != b.tensors[called[name]].dtype})  # fmt: skip
         notes.append(
             f"{cast} tensors are stored in another dtype ({', '.join(pairs)}): compared by value, "
             "what rounding to the coarser dtype explains does not count"
