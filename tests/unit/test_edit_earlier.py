@@ -15,12 +15,15 @@ import kpatch
 from kpatch.edit import memit
 from kpatch.edit.earlier import facts_of, facts_that_stay, facts_to_hold, facts_to_learn_again, protected
 from kpatch.edit.make import make
+from kpatch.edit.mend import Mend
+from kpatch.edit.methods import Inputs, hyper_for
 from kpatch.evaluate.metrics import Measurement, measure
 from kpatch.evaluate.retention import retention
 from kpatch.facts.fact import Fact, Protected
 from kpatch.models.model import open_model
 from kpatch.patch.format import Patch, read_patch
 from tests.support.cli import run
+from tests.support.editors import save_editor
 from tests.support.models import tiny
 from tests.support.reports import Recorder
 
@@ -138,6 +141,20 @@ def test_rome_writes_an_earlier_fact_about_the_same_subject_again(carrying: Path
     patch = read_patch(tmp_path / "a.patch")
     assert [group["facts"] for group in patch.manifest.groups] == [[], [0]]
     assert patch.keys[1].shape[0] == 2
+
+
+def test_mend_takes_the_gradient_of_an_earlier_fact_about_the_same_subject_too(carrying: Path, tmp_path: Path) -> None:
+    model = open_model(str(carrying))
+    method = Mend().with_editor(save_editor(tmp_path / "editor.safetensors", model, [2]))
+    hyper = hyper_for(method, model, None, {})
+    (earlier,) = (fact for fact in FIRST if fact.id == "mona")
+    on = (read_patch(carrying.parent / "first.patch"),)
+    found = method.edit(model, SECOND, hyper, Inputs(on=on)).deltas
+    both = method.edit(model, [*SECOND, earlier], hyper, Inputs()).deltas
+    alone = method.edit(model, SECOND, hyper, Inputs()).deltas
+    for name, delta in found.items():
+        torch.testing.assert_close(delta.dense(), both[name].dense())
+        assert not torch.allclose(delta.dense(), alone[name].dense())
 
 
 def test_a_fact_that_stands_for_an_earlier_one_does_what_was_measured(carrying: Path, tmp_path: Path) -> None:
