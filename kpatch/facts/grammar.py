@@ -1,7 +1,8 @@
 """Other words for a prompt by its grammar alone, where no library knows what it says. English only.
 
 "The patron saint of {} is" has the same answer as "{}'s patron saint is", and "What is the patron saint of {}?" asks
-for it. A prompt of another build can still be put as a task: "Complete this sentence: {} was founded by".
+for it; a prompt that asks so is said in both ways. A prompt of another build can still be put as a task: "Complete
+this sentence: {} was founded by".
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ _SUBJECT = r"(?P<subject>(?:(?:the|an?) )?\{\})"
 _REST = r"(?P<rest>(?:is|was|are|were)\b[^{}.,:;?!]*)"
 _OF = re.compile(rf"\A(?:the )?(?P<noun>[^\W\d_][^{{}}.,:;?!]*?) of {_SUBJECT} {_REST}\Z", re.IGNORECASE)
 _HAS = re.compile(rf"\A{_SUBJECT}['’]s (?P<noun>[^\W\d_][^{{}}.,:;?!]*?) {_REST}\Z", re.IGNORECASE)
+_ASKS_OF = re.compile(
+    rf"\A(?:what|which|who) (?P<rest>is|was|are|were) (?:the )?(?P<noun>[^\W\d_][^{{}}.,:;?!]*?) of {_SUBJECT}\?\Z",
+    re.IGNORECASE,
+)
+_ASKS_HAS = re.compile(
+    rf"\A(?:what|which|who) (?P<rest>is|was|are|were) {_SUBJECT}['’]s (?P<noun>[^\W\d_][^{{}}.,:;?!]*?)\?\Z",
+    re.IGNORECASE,
+)
 # Openings that make "X of {}" something else than a thing that the subject has
 _OPENING = re.compile(r"\A(?:an?|one|two|some|many|most|all|each|because|in|on|at|by|for|from|with)\b", re.IGNORECASE)
 _ENGLISH = re.compile(r"\b(?:the|of|is|was|are|were|has|had|by|with|from|for|who|which)\b", re.IGNORECASE)
@@ -25,23 +34,24 @@ _LONGEST = 200  # characters
 
 @dataclass(frozen=True, slots=True)
 class _Has:
-    """What a prompt says a subject has: "the patron saint of {} is" → patron saint, {}, is."""
+    """What a prompt says or asks of a thing that a subject has: "the patron saint of {} is" → patron saint, {}, is."""
 
     noun: str
     subject: str
     rest: str
-    of: bool  # said with "of", not with "'s"
+    said: tuple[bool, bool]  # with "of", with "'s": the forms of a statement that the prompt has already
 
 
 def reworded(prompt: str) -> tuple[str, ...]:
-    """Other wordings with one {} of a prompt that says what something of the subject is; none for other prompts."""
-    said = _has(prompt)
-    if said is None:
+    """Other wordings with one {} of a prompt that says, or asks, what something of the subject is; none for others."""
+    found = _has(prompt)
+    if found is None:
         return ()
-    subject, noun, rest = said.subject, said.noun, said.rest
+    subject, noun, rest = found.subject, found.noun, found.rest
     owner = subject[0].upper() + subject[1:]
+    statements = (f"The {noun} of {subject} {rest}", f"{owner}'s {noun} {rest}")
     return (
-        f"{owner}'s {noun} {rest}" if said.of else f"The {noun} of {subject} {rest}",
+        *(statement for statement, said in zip(statements, found.said, strict=True) if not said),
         f"When it comes to {subject}, the {noun} {rest}",
         f"People who know {subject} say that its {noun} {rest}",
     )
@@ -49,10 +59,11 @@ def reworded(prompt: str) -> tuple[str, ...]:
 
 def asked(prompt: str) -> str | None:
     """A question, or a task, with {} for the subject, whose answer is the prompt's; None for no English sentence."""
-    said = _has(prompt)
-    if said is not None and " " not in said.rest:
-        return f"What {said.rest} the {said.noun} of {said.subject}?"
-    text = prompt.strip()
+    text, found = prompt.strip(), _has(prompt)
+    if found is not None and not any(found.said):
+        return text
+    if found is not None and " " not in found.rest:
+        return f"What {found.rest} the {found.noun} of {found.subject}?"
     if len(text) > _LONGEST or not _UNFINISHED.fullmatch(text) or not _ENGLISH.search(text.replace(SLOT, " ")):
         return None
     return f"Complete this sentence: {text}"
@@ -60,10 +71,14 @@ def asked(prompt: str) -> str | None:
 
 def _has(prompt: str) -> _Has | None:
     text = prompt.strip()
-    found = _OF.match(text) or _HAS.match(text)
+    of, has = _OF.match(text), _HAS.match(text)
+    found = of or has or _ASKS_OF.match(text) or _ASKS_HAS.match(text)
     if len(text) > _LONGEST or found is None or not found["rest"][-1].isalnum():
         return None
     noun, subject = found["noun"], found["subject"]
     if _OPENING.match(noun) or " of " in noun:  # the mother of the king of {} is not {}'s
         return None
-    return _Has(noun, subject[0].lower() + subject[1:], found["rest"], found.re is _OF)
+    said = found is of, found is has
+    return _Has(
+        noun, subject[0].lower() + subject[1:], found["rest"].lower() if not any(said) else found["rest"], said
+    )

@@ -28,9 +28,24 @@ from tests.support.reports import Recorder
 def test_what_a_subject_has_is_said_in_three_other_ways(prompt: str, first: str, question: str) -> None:
     wordings = reworded(prompt)
     assert wordings[0] == first
-    assert len(set(wordings)) == 3
+    assert len(set(wordings)) == LEARNED
     assert all(wording.count(SLOT) == 1 and wording != prompt for wording in wordings)
     assert asked(prompt) == question
+
+
+@pytest.mark.parametrize(
+    ("prompt", "first", "second"),
+    [
+        ("What is the zorb of {}?", "The zorb of {} is", "{}'s zorb is"),
+        ("Who were the old zorbs of the {}?", "The old zorbs of the {} were", "The {}'s old zorbs were"),
+        ("Which is {}'s zorb?", "The zorb of {} is", "{}'s zorb is"),
+    ],
+)
+def test_a_question_about_what_a_subject_has_is_said_as_statements_too(prompt: str, first: str, second: str) -> None:
+    wordings = reworded(prompt)
+    assert wordings[:2] == (first, second)
+    assert len(set(wordings)) == 4
+    assert asked(prompt) == prompt
 
 
 @pytest.mark.parametrize("prompt", ["{} was zorbed by", "The zorb of {} flims", "One of {} is", "The zorb {}, the"])
@@ -45,6 +60,9 @@ def test_another_build_is_put_as_a_task(prompt: str) -> None:
         "{} est né à",
         "{}は",
         "Who zorbed {}?",
+        "Where is the zorb of {}?",
+        "What is the zorb of {} like?",
+        "What is one of {}?",
         "Q: Who zorbed {}?\nA:",
         "<|im_start|>user\nWho is the zorb of {}<|im_end|>\n<|im_start|>assistant\n",
         'The zorb of {} is "',
