@@ -20,13 +20,15 @@ from kpatch.memory import give_back
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls, align, record
 
+_SPREAD = 2.0  # how much wider than a batch's narrowest row its widest may be; chat templates stand before few rows
+
 
 @dataclass(frozen=True)
 class _Batch:
-    """Some groups' rows, cut after the subject's last token."""
+    """Some rows, cut after the subject's last token."""
 
     calls: Calls
-    bare: Tensor  # (m,) row of each group's bare prompt
+    bare: Tensor  # (m,) rows that are the bare prompt of their group
 
 
 def key_shares(group: Group) -> list[float]:
@@ -52,26 +54,22 @@ class LayerStates:
 
     def __init__(self, model: Model, groups: Sequence[Group], budget: int) -> None:
         self.model, self.groups = model, groups
+        self.rows = [row for group in groups for row in group.rows]
+        self.owner = torch.tensor([index for index, group in enumerate(groups) for _ in group.rows])
+        self.shares = torch.tensor([share for group in groups for share in key_shares(group)])
+        self.bare = torch.tensor([index == group.bare for group in groups for index in range(len(group.rows))])
         column = (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize  # bytes
-        self.batches = in_batches(
-            groups, lambda group: group.prefix, lambda group: len(group.rows) * (group.prefix + 1) * column, budget
-        )
-        state = model.width * model.dtype.itemsize
-        kept = sum(len(group.rows) * (group.prefix + 1) * state for group in groups)
+        self.batches = in_batches(self.rows, _columns, lambda row: _columns(row) * column, budget, _SPREAD)
+        kept = sum(map(_columns, self.rows)) * model.width * model.dtype.itemsize
         mine = [number for number in range(len(self.batches)) if distributed.mine(number)] if kept <= budget else []
         self.running: dict[int, Tensor | None] = dict.fromkeys(mine)  # [B, P, d] that enters the current layer
 
     def _begin(self, number: int) -> _Batch:
         """The calls of a batch are made anew for every run: masks and tables take as much as the states."""
-        rows: list[Encoded] = []
-        bare = []
-        for index in self.batches[number]:
-            bare.append(len(rows) + self.groups[index].bare)
-            rows += self.groups[index].rows
-        device = self.model.device
-        ids = [row.ids[: row.subject_last + 1] for row in rows]
-        calls = record(self.model, align(ids, [row.subject_last for row in rows], self.model.pad_id, device))
-        return _Batch(calls, torch.tensor(bare, device=device))
+        members, device = self.batches[number], self.model.device
+        ids = [self.rows[index].ids[: _columns(self.rows[index])] for index in members]
+        calls = record(self.model, align(ids, [len(some) - 1 for some in ids], self.model.pad_id, device))
+        return _Batch(calls, self.bare[members].nonzero().flatten().to(device))
 
     @torch.no_grad()
     def start(self, layer: int) -> None:
@@ -89,7 +87,9 @@ class LayerStates:
             if hidden is None:
                 hidden = batch.calls.run(batch.calls.start, 0, layer)
             out, key = batch.calls.run_with_key(hidden, layer)
-            above = batch.calls.select(batch.bare).run(out[batch.bare], layer + 1, last + 1)
+            above = out[batch.bare]
+            if len(above):
+                above = batch.calls.select(batch.bare).run(above, layer + 1, last + 1)
             # Copies: a view of the last column keeps all of them
             found = key[:, -1].float().cpu().clone(), above[:, -1].float().cpu().clone()  # (B, f), (m, d)
             del batch, hidden, out, key, above
@@ -98,9 +98,8 @@ class LayerStates:
 
         blocks = []
         for members, (rows, above) in zip(self.batches, distributed.share(range(len(self.batches)), run), strict=True):
-            states[members] = above
-            owner = torch.tensor([index for index in members for _ in self.groups[index].rows])
-            shares = torch.tensor([share for index in members for share in key_shares(self.groups[index])])
+            owner, shares = self.owner[members], self.shares[members]
+            states[owner[self.bare[members]]] = above
             means.index_add_(0, owner, rows * shares[:, None])
             blocks.append(Block(rows, shares, owner))
         return Keys(means, tuple(blocks)), states
@@ -116,6 +115,11 @@ class LayerStates:
             self.running[number] = calls.run(calls.start if hidden is None else hidden, first, last)
             del calls, hidden
             give_back()
+
+
+def _columns(row: Encoded) -> int:
+    """The columns of a row up to the subject's last token."""
+    return row.subject_last + 1
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -123,7 +124,7 @@ class Rows:
 class Problem:
     """One batch of groups: their fact rows and one drift row each.
 
-    Rows with far more columns than most run apart, or all would be padded to their length. `bare` (m,) are the rows of
+    Rows that are far longer than most run apart, or all would be padded to their length. `bare` (m,) are the rows of
     each group's bare prompt in the first part, where all bare and drift rows are.
     """
 
@@ -182,26 +183,42 @@ def prepare(model: Model, groups: Sequence[Group], above: int) -> Problem:
             weight = 1.0 / (max(1, len(row.ids) - row.prompt_len) * len(group.rows))
             rows.append(_Row(row, number, weight, bare=index == group.bare))
     rows += [_Row(group.drift, number, drift=True) for number, group in enumerate(groups)]
-    width = _widest(rows)
-    parts = [[row for row in rows if row.columns <= width], [row for row in rows if row.columns > width]]
+    parts = _parts(rows)
     bare = [place for place, row in enumerate(parts[0]) if row.bare]
-    several = [_side_by_side(model, part, len(groups), above) for part in parts if part]
-    return Problem(several, torch.tensor(bare, device=model.device))
+    return Problem(
+        [_side_by_side(model, part, len(groups), above) for part in parts], torch.tensor(bare, device=model.device)
+    )
 
 
-_WORTH_IT = 0.85  # a second run pays where it leaves this share of the columns, padding included
+_EACH_STEP = 20  # what a column that runs at every step costs, against one before it, which is run once and read
+_WORTH_IT = 0.85  # a second run pays where it leaves this share of the cost, padding included
 
 
-def _widest(rows: Sequence[_Row]) -> int:
-    """The most columns of a row in the first part; all of them, where two runs do not pay."""
-    least = max(row.columns for row in rows if row.bare or row.drift)
-    widths = sorted(row.columns for row in rows)
-    most, count = widths[-1], len(widths)
-    best, area = most, _WORTH_IT * most * count
-    for number, width in enumerate(widths[:-1], 1):
-        if least <= width < widths[number] and number * width + (count - number) * most < area:
-            best, area = width, number * width + (count - number) * most
-    return best
+def _parts(rows: Sequence[_Row]) -> list[list[_Row]]:
+    """Rows that run side by side: the longest, in chat form perhaps, apart from the others where that pays.
+
+    Bare prompts and drift rows are in the first part, and every part keeps the order of the rows.
+    """
+    count, sizes = len(rows), [(row.columns, row.encoded.subject_last) for row in rows]
+    order = sorted(range(count), key=lambda index: _cost(1, sizes[index]))
+    ordered = [sizes[index] for index in order]
+    heads, tails = list(accumulate(ordered, _both)), [*accumulate(reversed(ordered), _both)][::-1]
+    least = max(place for place, index in enumerate(order) if rows[index].bare or rows[index].drift) + 1
+    costs = {cut: _cost(cut, heads[cut - 1]) + _cost(count - cut, tails[cut]) for cut in range(least, count)}
+    cut = min(costs, key=lambda cut: costs[cut], default=count)
+    if cut == count or costs[cut] >= _WORTH_IT * _cost(count, heads[-1]):
+        return [list(rows)]
+    return [[rows[index] for index in sorted(some)] for some in (order[:cut], order[cut:])]
+
+
+def _both(one: tuple[int, int], other: tuple[int, int]) -> tuple[int, int]:
+    """The columns that rows of two sizes are padded to side by side."""
+    return max(one[0], other[0]), max(one[1], other[1])
+
+
+def _cost(count: int, size: tuple[int, int]) -> int:
+    """What `count` rows padded to (columns from the subject's last token on, columns before it) cost together."""
+    return count * (_EACH_STEP * size[0] + size[1])
 
 
 def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -> Rows:

@@ -8,8 +8,10 @@ Source: MEMIT-Merge (2502.07322): one z for all prompts of a subject.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 
@@ -20,6 +22,8 @@ from kpatch.facts.subjects import by_subject
 from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import align
+
+Batched = TypeVar("Batched")  # groups or rows
 
 # Texts of several kinds that any prompt can follow; the setting `lead_ins` takes the first of them
 LEAD_INS = (
@@ -92,9 +96,9 @@ class Group:
         return self.contexts.index(min(self.contexts))
 
     @property
-    def prefix(self) -> int:
-        """The widest row's columns before the subject's last token."""
-        return max(row.subject_last for row in self.rows)
+    def before(self) -> int:
+        """Tokens of all rows before the subject's last one."""
+        return sum(row.subject_last for row in (*self.rows, self.drift))
 
     @property
     def columns(self) -> int:
@@ -201,20 +205,25 @@ def _by_place(subject: str, facts: tuple[int, ...], rows: Sequence[tuple[Encoded
 
 
 def in_batches(
-    groups: Sequence[Group], width: Callable[[Group], int], need: Callable[[Group], int], budget: int
+    items: Sequence[Batched],
+    width: Callable[[Batched], int],
+    need: Callable[[Batched], int],
+    budget: int,
+    spread: float = math.inf,
 ) -> list[list[int]]:
-    """Positions of groups, batch by batch: sorted by width, so that little is padded, and filled up to the budget.
+    """Positions of items (groups, or rows), batch by batch: sorted by width, so that little is padded.
 
-    `need` is what a group takes in bytes. The batches depend on the arguments alone, never on what memory is free at
+    A batch is filled up to the budget; `need` is what an item takes in bytes. An item more than `spread` times as wide
+    as the batch's narrowest begins another. The batches depend on the arguments alone, never on what memory is free at
     the moment: the same inputs are batched alike and give the same bits.
     """
     batches: list[list[int]] = []
-    used = 0
-    for index in sorted(range(len(groups)), key=lambda i: (width(groups[i]), i)):
-        more = need(groups[index])
-        if not batches or used + more > budget:
+    used, narrowest = 0, 0
+    for index in sorted(range(len(items)), key=lambda i: (width(items[i]), i)):
+        more, wide = need(items[index]), width(items[index])
+        if not batches or used + more > budget or wide > spread * narrowest:
             batches.append([])
-            used = 0
+            used, narrowest = 0, wide
         batches[-1].append(index)
         used += more
     return batches

@@ -50,12 +50,12 @@ def plan(model: Model, groups: Sequence[Group], lowest: int, budget: int = DEFAU
         rows = len(group.rows) + 1
         # Long rows run apart (`kpatch.edit.problem`), so that little is padded; 1.42 was measured on CounterFact
         columns = min(rows * group.columns, math.ceil(_PADDED * group.tokens))
-        return column_bytes(model, columns, rows * group.prefix, layers) + predicted * vocabulary * 4 * 4
+        return column_bytes(model, columns, math.ceil(_PADDED * group.before), layers) + predicted * vocabulary * 4 * 4
 
     return in_batches(groups, lambda group: group.columns, need, budget)
 
 
-_CODE = 5  # raise it when the same settings come to give other values
+_CODE = 6  # raise it when the same settings come to give other values
 
 
 def find_values(

@@ -337,6 +337,17 @@ def test_long_rows_run_apart_and_nothing_else_changes(family: str, monkeypatch: 
             torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * float(other.abs().max()))
 
 
+def test_rows_behind_a_long_text_run_apart_too() -> None:
+    """A chat template is many columns before a subject with few behind it."""
+    facts = [Fact(name, "In the {}", "Paris", id=str(i)) for i, name in enumerate(SUBJECTS)]
+    model, template = build("llama"), "Of all the places that there are in the world I say this. " * 8
+    some = group_facts(model, facts, ("", "She said.", "So.", template))
+    parts = prepare(model, some, 1).parts
+    assert [len(rows.owner) for rows in parts] == [len(facts) * 4, len(facts)]  # with a drift row each in the first
+    first, last = (rows.calls.arguments[2][1]["past_key_values"].get_seq_length() for rows in parts)
+    assert first < last / 5
+
+
 def test_rows_of_one_length_run_together() -> None:
     facts = [Fact(name, "In the {}", "Paris", id=str(i)) for i, name in enumerate(SUBJECTS)]
     assert len(prepare(build("llama"), group_facts(build("llama"), facts, ("",)), 1).parts) == 1
