@@ -47,7 +47,7 @@ class MemitHyper(HyperParams):
     question alone is learned, and no prompt
     """
 
-    steps: int = 25
+    steps: int = 60
     learning_rate: float = 0.1
     stop_loss: float = 0.05
     clamp: float = 1.0
