@@ -6,6 +6,7 @@ take more than the memory that was given: then every layer's keys come from a ru
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from kpatch.models.model import Model
 from kpatch.models.partial_forward import Calls, align, record
 
 _SPREAD = 2.0  # how much wider than a batch's narrowest row its widest may be; chat templates stand before few rows
+_PADDED = 4 / 3  # columns that run for each token, where a batch's rows are of all widths that _SPREAD allows
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class LayerStates:
         self.owner = torch.tensor([index for index, group in enumerate(groups) for _ in group.rows])
         self.shares = torch.tensor([share for group in groups for share in key_shares(group)])
         self.bare = torch.tensor([index == group.bare for group in groups for index in range(len(group.rows))])
-        column = (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize  # bytes
+        column = math.ceil(_PADDED * (8 * model.width + 3 * model.mlp_width) * model.dtype.itemsize)  # bytes
         self.batches = in_batches(self.rows, _columns, lambda row: _columns(row) * column, budget, _SPREAD)
         kept = sum(map(_columns, self.rows)) * model.width * model.dtype.itemsize
         mine = [number for number in range(len(self.batches)) if distributed.mine(number)] if kept <= budget else []
