@@ -141,7 +141,8 @@ def read_records(path: Path) -> list[Any]:
         where = f"{path}:{before + 1}" if path.suffix.lower() in _LINES else str(path)
         first, value = error.begins
         details = [f"{error.key!r} stands twice in the object that begins with {first!r}: {cut(str(value))}"]
-        raise BadInput("An object of the file has a key twice", where=where, details=details) from error
+        hint = "keep the pair that is meant"
+        raise BadInput("An object of the file has a key twice", where=where, details=details, hint=hint) from error
     if isinstance(data, Mapping):
         data = _from_object(data, path)
     if not isinstance(data, list):
