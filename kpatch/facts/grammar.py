@@ -78,7 +78,5 @@ def _has(prompt: str) -> _Has | None:
     noun, subject = found["noun"], found["subject"]
     if _OPENING.match(noun) or " of " in noun:  # the mother of the king of {} is not {}'s
         return None
-    said = found is of, found is has
-    return _Has(
-        noun, subject[0].lower() + subject[1:], found["rest"].lower() if not any(said) else found["rest"], said
-    )
+    said, rest = (found is of, found is has), found["rest"]
+    return _Has(noun, subject[0].lower() + subject[1:], rest if any(said) else rest.lower(), said)

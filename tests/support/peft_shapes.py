@@ -46,14 +46,18 @@ class Lora(nn.Module):
         return delta
 
 
-class Peft(nn.Module):
-    """A network inside two layers of wrapper, as PEFT's are."""
+class Mixed(nn.Module):
+    """A network inside two layers of wrapper, as PEFT's model of mixed adapters has it."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.peft_config = {"news": None}
         self.base_model = nn.Module()
         self.base_model.model = net
+
+
+class Peft(Mixed):
+    """The usual wrapper, which also tells what is inside."""
 
     def get_base_model(self) -> nn.Module:
         return self.base_model.model

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from kpatch.errors import Refused
 from kpatch.evaluate.patched import patched
@@ -17,7 +16,7 @@ from kpatch.patch.delta import LowRank
 from tests.support.adapters import patch_for
 from tests.support.checkpoints import random
 from tests.support.models import tiny
-from tests.support.peft_shapes import Lora, Peft
+from tests.support.peft_shapes import Lora, Mixed, Peft
 from tests.unit.test_evaluate_patched import assert_untouched, deltas, everything
 
 
@@ -66,15 +65,6 @@ def test_a_patch_on_a_merged_adapter_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_network_with_mixed_adapters_is_found() -> None:
-    class Mixed(nn.Module):
-        """PEFT's model of mixed adapters has no `get_base_model`."""
-
-        def __init__(self, net: nn.Module) -> None:
-            super().__init__()
-            self.peft_config = {"news": None}
-            self.base_model = nn.Module()
-            self.base_model.model = net
-
     model = tiny("llama")
     assert network(Mixed(model.net)) is model.net
 

@@ -12,7 +12,7 @@ from kpatch.checkpoint.fit import settled_store
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, open_checkpoint, read_json
 from kpatch.errors import BadInput, Refused
 from kpatch.patch.fields import FLOAT_DTYPES
-from kpatch.patch.weight_names import WeightNames
+from kpatch.patch.weight_names import one_name_each
 from kpatch.reporter import SILENT, Reporter
 from kpatch.text import printable
 
@@ -102,10 +102,8 @@ def _same_names(a: Checkpoint, b: Checkpoint) -> dict[str, str]:
     """What b calls each tensor of a. Raises Refused where one has a tensor that the other lacks, or another shape."""
     if not a.tensors:
         raise BadInput(f"{a.given} holds no tensors")
-    names = WeightNames(b.tensors)
-    called = {name: found for name in sorted(a.tensors) if (found := names.find(name)) is not None}
-    if len(set(called.values())) != len(called):  # two tensors of a would be one of b
-        called = {name: name for name in sorted(a.tensors) if name in b.tensors}
+    _, names = one_name_each([b.tensors, sorted(a.tensors)])
+    called = {name: here for name, here in names.items() if here in b.tensors}
     lines = []
     for given, missing in (
         (a.given, a.tensors.keys() - called.keys()),

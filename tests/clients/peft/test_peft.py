@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from kpatch.evaluate.patched import patched
-from kpatch.models.model import open_model
+from kpatch.models.model import Model, open_model
 from kpatch.patch.format import pack, read_patch, write_patch
 from tests.support import news
 from tests.support.adapters import patch_for, patch_of
@@ -25,6 +25,22 @@ FAMILIES = ("llama", "gpt2", "gptj", "gpt_neox", "opt", "phi", "qwen2", "gemma2"
 IDS = [5, 9, 30, 44, 7]
 
 
+def agrees(found: dict[str, Any], model: Model, patch: Path) -> None:
+    """What PEFT computed without the adapter, with it and with it merged is what the model does without and with the
+    patch; and PEFT had nothing to set right, as no layer without a change has an adapter.
+    """
+    ids = torch.tensor([IDS])
+    with torch.no_grad():
+        plain = model.net(ids).logits[0]
+        with patched(model, patch):
+            expected = model.net(ids).logits[0]
+    assert float((expected - plain).abs().max()) > 0.1, patch
+    for way, goal in (("base", plain), ("auto", expected), ("merged", expected)):
+        error = float((torch.tensor(found[way]) - goal).abs().max())
+        assert error < 1e-3, (patch, way, error)
+    assert found["warnings"] == [], patch
+
+
 def test_peft_computes_what_the_patched_model_computes(tmp_path: Path, client: Client) -> None:
     adapters = {}
     for family in FAMILIES:
@@ -35,17 +51,7 @@ def test_peft_computes_what_the_patched_model_computes(tmp_path: Path, client: C
         adapters[family] = str(folder / "lora")
     found = client({"adapters": adapters, "ids": IDS, "prompts": []})["adapters"]
     for family in FAMILIES:
-        model, ids = tiny(family), torch.tensor([IDS])
-        with torch.no_grad():
-            plain = model.net(ids).logits[0]
-            with patched(model, tmp_path / family / "x.patch"):
-                expected = model.net(ids).logits[0]
-        assert float((expected - plain).abs().max()) > 0.1, family
-        for way, goal in (("base", plain), ("auto", expected), ("merged", expected)):
-            error = float((torch.tensor(found[family][way]) - goal).abs().max())
-            assert error < 1e-3, (family, way, error)
-        # no adapter in a layer without a change, and nothing that PEFT has to set right
-        assert found[family]["warnings"] == [], family
+        agrees(found[family], tiny(family), tmp_path / family / "x.patch")
 
 
 def test_peft_finds_the_modules_of_another_form_of_the_model(tmp_path: Path, client: Client) -> None:
@@ -67,16 +73,7 @@ def test_peft_finds_the_modules_of_another_form_of_the_model(tmp_path: Path, cli
     adapters = {name: str(tmp_path / f"{name}-lora") for name in bases}
     found = client({"adapters": adapters, "ids": IDS, "prompts": []})["adapters"]
     for name, base in bases.items():
-        model, ids = open_model(str(base), device="cpu"), torch.tensor([IDS])
-        with torch.no_grad():
-            plain = model.net(ids).logits[0]
-            with patched(model, patches[name]):
-                expected = model.net(ids).logits[0]
-        assert float((expected - plain).abs().max()) > 0.1, name
-        for way, goal in (("base", plain), ("auto", expected), ("merged", expected)):
-            error = float((torch.tensor(found[name][way]) - goal).abs().max())
-            assert error < 1e-3, (name, way, error)
-        assert found[name]["warnings"] == [], name
+        agrees(found[name], open_model(str(base), device="cpu"), patches[name])
 
 
 def test_what_peft_does_while_a_patch_is_on_ends_as_without_it(tmp_path: Path, client: Client) -> None:
