@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,10 @@ class WeightPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that will be done: `moved` are the patches put on or taken off, `stack` is what is applied afterwards."""
+    """All that will be done: `moved` are the patches put on or taken off, `stack` is what is applied afterwards.
+
+    `sums` are what was found for a warning and serves the writing too: see `kpatch.patch.size.size_of_sum`.
+    """
 
     action: str
     checkpoint: Checkpoint
@@ -55,6 +58,7 @@ class Plan:
     patches: Mapping[str, PatchInfo]
     stamps: Mapping[str, Stamp]
     notes: tuple[str, ...] = ()
+    sums: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def replaced(self) -> dict[str, Mapping[str, tuple[int, ...]]]:
@@ -227,9 +231,9 @@ def _warn_of_size(plan: Plan, report: Reporter) -> None:
     """Warn where all that is applied then is as large as changes that break a model."""
     from kpatch.patch.size import FEWER, RESOLVE, parts_by_weight, size_of_sum, the_sum, warning
 
-    infos = [plan.patches[patch.id] for patch in plan.stack]
+    infos = [plan.patches[identity] for identity in sorted(patch.id for patch in plan.stack)]  # as they are added up
     stored = {name: plan.checkpoint.find(name) or name for info in infos for name in info.manifest.deltas}
-    found = size_of_sum(parts_by_weight(infos, names=stored), plan.replaced)
+    found = size_of_sum(parts_by_weight(infos, names=stored), plan.replaced, keep=plan.sums)
     alone = len(infos) == 1
     large = warning(plan.stack[0].name if alone else the_sum(infos), found, FEWER if alone else RESOLVE)
     if large:

@@ -20,7 +20,7 @@ from kpatch.patch.fingerprint import NAMES, tensor_bytes, tensor_from
 from kpatch.patch.header import PatchInfo
 from kpatch.patch.interference import sampled_keys
 from kpatch.patch.manifest import matrix_shape
-from kpatch.patch.summands import Part, ReplacedFacts, summands
+from kpatch.patch.summands import Part, ReplacedFacts, Summands, summands
 
 # Keys sampled per weight, evenly spread: enough for a rate, and cheap beside Δ itself.
 SAMPLE = 32
@@ -116,13 +116,19 @@ class Patched:
     """One weight with its patches on it: blocks of its unpatched bytes in, the same bytes of the patched weight out.
 
     `patches` are the patches that change it, each with the weight's name in it, in the order of their ids. Raises
-    Damaged for a patch that is not sound.
+    Damaged for a patch that is not sound. `added` is what they add, where it is known already.
     """
 
-    def __init__(self, patches: Sequence[tuple[PatchInfo, str]], ref: TensorRef, replaced: ReplacedFacts) -> None:
+    def __init__(
+        self,
+        patches: Sequence[tuple[PatchInfo, str]],
+        ref: TensorRef,
+        replaced: ReplacedFacts,
+        added: Summands | None = None,
+    ) -> None:
         self.dtype, self.shape = ref.dtype, matrix_shape(ref.shape)
         self.row_bytes = (ref.end - ref.begin) // self.shape[0]
-        added = summands([Part(info, name) for info, name in patches], replaced)
+        added = added or summands([Part(info, name) for info, name in patches], replaced)
         self.joint = added.joint
         self.deltas = [widened(delta) for delta in added]
         self.stats = RoundingStats(keys=key_shift(patches, self.deltas))

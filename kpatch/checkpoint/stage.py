@@ -23,7 +23,7 @@ from kpatch.checkpoint.records import AppliedPatch, AppliedWeight
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused
 from kpatch.patch.check import check_data
-from kpatch.patch.header import read_header
+from kpatch.patch.header import read_copy
 from kpatch.reporter import Reporter
 from kpatch.text import printable
 
@@ -128,7 +128,7 @@ def keep_copies(plan: Plan, store: Store, wanted: Sequence[AppliedPatch], report
         files.copy_file(source, copy, keep_mode=False)
         changed = Damaged(f"{source} changed while it was being read", hint="run the command again")
         try:
-            info = read_header(copy)
+            info = read_copy(copy, patches[patch.id])
         except KpatchError:
             raise changed from None
         if info.id != patch.id:
@@ -236,7 +236,10 @@ def _change(plan: Plan, weight: WeightPlan) -> Patched | None:
         return None
     from kpatch.checkpoint.rounding import Patched
 
-    return Patched([(plan.patches[patch], name) for patch, name in weight.deltas], weight.ref, plan.replaced)
+    patches = [(plan.patches[patch], name) for patch, name in weight.deltas]
+    added = plan.sums.get(weight.deltas[0])
+    whole = added is not None and len(added) == len(patches)  # a patch without facts has no size
+    return Patched(patches, weight.ref, plan.replaced, added if whole else None)
 
 
 def _blocks(length: int) -> Iterator[tuple[int, int]]:

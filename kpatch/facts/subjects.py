@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 from kpatch.facts.conflicts import normal
 from kpatch.facts.fact import SLOT, Fact
@@ -16,6 +17,7 @@ _ARTICLE_AT_END = re.compile(r"(?:\A|\W)(the|an?)\s+\Z", re.IGNORECASE)
 _ARTICLE_AT_START = re.compile(r"\A(?:the|an?) ", re.IGNORECASE)
 
 
+@lru_cache(1 << 14)  # twenty patches' facts are asked for weight by weight
 def names_of(subject: str, prompt: str = SLOT) -> frozenset[str]:
     """What a prompt calls its subject: as it is given, with the article before it, with all the text before it."""
     before = prompt.partition(SLOT)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from kpatch.text import printable
@@ -61,13 +62,20 @@ def check_depth(value: Any, max_depth: int = MAX_DEPTH) -> None:
     raise JsonError(f"nested deeper than {max_depth} levels")
 
 
-def canonical(value: Any) -> str:
+def canonical(value: Any, depth: int = 0) -> str:
     """The one JSON text of a value: keys sorted, no spaces, UTF-8 as is, floats shortest that read back the same.
 
     Tuples become lists. Raises JsonError for anything that would not read back equal: NaN, Inf, an integer beyond
-    2^53, a key that is not text, a lone surrogate, another type.
+    2^53, a key that is not text, a lone surrogate, another type, and for more than MAX_DEPTH levels, `depth` of them
+    around the value.
     """
-    return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return json.dumps(plain(value, depth), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def canonical_object(parts: Mapping[str, str]) -> str:
+    """The canonical text of an object from those of its values, a level deeper. Raises JsonError for its keys."""
+    plain(dict.fromkeys(parts))
+    return "{" + ",".join(f"{canonical(key)}:{parts[key]}" for key in sorted(parts)) + "}"
 
 
 def plain(value: Any, depth: int = 0) -> Any:

@@ -126,6 +126,10 @@ class Dense:
     def rank(self) -> int | None:
         return self.known_rank
 
+    @property
+    def stored_numbers(self) -> int:
+        return self.delta.numel()
+
     def dense(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Δ [rows, cols] in `dtype`."""
         return self.delta.to(dtype)

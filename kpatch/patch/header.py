@@ -6,6 +6,7 @@ No torch here: `kpatch show` and `kpatch status` stand on this module.
 from __future__ import annotations
 
 import codecs
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -34,6 +35,7 @@ KEYS = "facts.keys."
 class PatchInfo:
     """A patch file whose header was read and checked: manifest, id, size in bytes, where its tensors lie.
 
+    `text` is the SHA-256 of the manifest as the file has it, which tells whether another file's is the same.
     `verified` once the tensors' bytes were checked as well: they are then read without being hashed again.
     """
 
@@ -42,6 +44,7 @@ class PatchInfo:
     bytes: int
     path: Path
     entries: Mapping[str, Entry]
+    text: str
     verified: bool = False
 
     def renamed(self, names: Mapping[str, str]) -> PatchInfo:
@@ -54,6 +57,7 @@ class PatchInfo:
         manifest = self.manifest
         return replace(
             self,
+            text="",  # of no file
             manifest=replace(
                 manifest,
                 base=replace(manifest.base, weights=_renamed(manifest.base.weights, names)),
@@ -94,7 +98,7 @@ def read_header(patch: PatchSource) -> PatchInfo:
     a patch of a later format, and where a patch in memory is no longer the one in its file.
     """
     path = patch_path(patch)
-    info = _read(path)
+    info = _read(path, None)
     if isinstance(patch, ReadPatch) and patch.id != info.id:
         raise Refused(
             f"{path} is another patch than the one that was read from it",
@@ -104,7 +108,12 @@ def read_header(patch: PatchSource) -> PatchInfo:
     return info
 
 
-def _read(path: Path) -> PatchInfo:
+def read_copy(path: Path, of: PatchInfo) -> PatchInfo:
+    """`read_header` of a file that should be a copy of another: the same manifest is not checked again."""
+    return _read(path, of)
+
+
+def _read(path: Path, known: PatchInfo | None) -> PatchInfo:
     shown = str(path)
     try:
         handle = open_regular(path)
@@ -121,10 +130,10 @@ def _read(path: Path) -> PatchInfo:
             raise _explain(handle, shown, error) from None
         except OSError as error:
             raise BadInput(f"{shown} cannot be read", details=[str(error)]) from None
-    return _info(path, shown, container)
+    return _info(path, shown, container, known)
 
 
-def _info(path: Path, shown: str, container: Container) -> PatchInfo:
+def _info(path: Path, shown: str, container: Container, known: PatchInfo | None) -> PatchInfo:
     if METADATA_KEY not in container.metadata:
         raise BadInput(
             f"{shown} is a safetensors file, but no kpatch patch",
@@ -133,14 +142,19 @@ def _info(path: Path, shown: str, container: Container) -> PatchInfo:
     try:
         if len(container.metadata) != 1:
             raise ManifestError("the metadata has other keys beside 'kpatch'")
-        manifest, identity = Manifest.from_json(container.metadata[METADATA_KEY])
+        text = container.metadata[METADATA_KEY]
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        if known is not None and digest == known.text:
+            manifest, identity = known.manifest, known.id
+        else:
+            manifest, identity = Manifest.from_json(text)
         found = {name: TensorInfo(entry.dtype, _two(name, entry), "") for name, entry in container.entries.items()}
         check_tensors(manifest, found)
     except NewerFormat as error:
         raise Refused(f"{shown} was made by a later kpatch", details=[str(error)], hint="upgrade kpatch") from None
     except ManifestError as error:
         raise Damaged(f"{shown} is not a sound patch", details=[printable(str(error), 300)], hint=_AGAIN) from None
-    return PatchInfo(manifest, identity, container.size, path, container.entries)
+    return PatchInfo(manifest, identity, container.size, path, container.entries, digest)
 
 
 def _two(name: str, entry: Entry) -> tuple[int, int]:

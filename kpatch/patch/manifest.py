@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from kpatch.patch.canonical_json import JsonError, canonical, loads, plain
+from kpatch.patch.canonical_json import JsonError, canonical, canonical_object, loads, plain
 from kpatch.patch.fields import Fields, ManifestError, is_sha256
 
 FORMAT = 1
@@ -168,10 +168,10 @@ class Manifest:
 
         Raises ManifestError for values JSON cannot carry unchanged (NaN, a foreign type).
         """
-        value = self.to_dict()
         try:
-            identity = hashlib.sha256(canonical(value).encode("utf-8")).hexdigest()
-            return canonical({**value, "id": identity}), identity
+            parts = {key: canonical(child, 1) for key, child in self.to_dict().items()}
+            identity = hashlib.sha256(canonical_object(parts).encode("utf-8")).hexdigest()
+            return canonical_object({**parts, "id": canonical(identity)}), identity
         except JsonError as error:
             raise ManifestError(f"the manifest holds {error}") from None
 
@@ -183,7 +183,7 @@ class Manifest:
         except JsonError as error:
             raise ManifestError(f"the manifest: {error}") from None
         stated = value.pop("id", None) if isinstance(value, dict) else None
-        manifest = Manifest.from_dict(value)
+        manifest = _read(value)
         written, identity = manifest.to_json()
         if stated != identity:
             raise ManifestError("manifest.id: is not the SHA-256 of the rest of the manifest")
@@ -196,13 +196,9 @@ class Manifest:
     def from_dict(value: Any) -> Manifest:
         """Validate a parsed object. Raises ManifestError; NewerFormat for a format version unknown here."""
         try:
-            top = Fields(plain(value), "manifest")
+            return _read(plain(value))
         except JsonError as error:
             raise ManifestError(f"the manifest holds {error}") from None
-        version = top.integer("format", minimum=1)
-        if version > WITH_HELD_ROWS:
-            raise NewerFormat(f"the patch has format {version}; this kpatch reads format {WITH_HELD_ROWS}")
-        return _manifest(top, version)
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -224,6 +220,15 @@ def layer_in(name: str, layers: Collection[int] | None = None) -> int | None:
     """The layer of a weight: the first number between the dots of its name, of those in `layers` where given."""
     numbers = (int(part) for part in name.split(".") if part.isascii() and part.isdecimal())
     return next((number for number in numbers if layers is None or number in layers), None)
+
+
+def _read(value: Any) -> Manifest:
+    """The manifest of an object that JSON can carry."""
+    top = Fields(value, "manifest")
+    version = top.integer("format", minimum=1)
+    if version > WITH_HELD_ROWS:
+        raise NewerFormat(f"the patch has format {version}; this kpatch reads format {WITH_HELD_ROWS}")
+    return _manifest(top, version)
 
 
 def _manifest(top: Fields, version: int) -> Manifest:

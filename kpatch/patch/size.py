@@ -16,7 +16,7 @@ from kpatch.patch.manifest import Manifest
 
 if TYPE_CHECKING:
     from kpatch.patch.delta import Delta
-    from kpatch.patch.summands import Part, ReplacedFacts
+    from kpatch.patch.summands import Part, ReplacedFacts, Summands
 
 # kpatch warns above this: just before the size at which an ordinary patch, entered at growing scales, began to break
 # the model measured. docs/results.md has the table, benchmarks/breaking.py makes it.
@@ -25,6 +25,8 @@ MEASURED_ON = "SmolLM2-135M-Instruct"
 # The sizes at which its perplexity had risen by 5 and by 50 percent
 RISEN_5 = 0.86
 RISEN_50 = 1.38
+
+_KEPT = 1 << 26  # 256 MiB in float32
 
 # The next steps that a warning names: for one patch, and for several
 FEWER = "make it of fewer facts, or ask the patched model before you rely on it (`kpatch eval`)"
@@ -61,13 +63,18 @@ def size_of(manifest: Manifest) -> float:
 
 
 def size_of_sum(
-    weights: Iterable[Sequence[Part]], replaced: ReplacedFacts | None = None, apart: Collection[str] = ()
+    weights: Iterable[Sequence[Part]],
+    replaced: ReplacedFacts | None = None,
+    apart: Collection[str] = (),
+    keep: dict[tuple[str, str], Summands] | None = None,
 ) -> float:
     """The size of what several patches add up to, given the parts that change each weight.
 
     `apart` are ids of patches that are added as they are, whatever the others. Deltas are read only where the
     headers' norms leave it open whether the sum is worth a warning: below that, what comes back is
-    √ Σ (Σ share)², which the plain sum cannot pass. Patches without facts are left out.
+    √ Σ (Σ share)², which the plain sum cannot pass. Patches without facts are left out. `keep` is given the sums that
+    were found, by the first part's patch and its name of the weight, while they have no more than _KEPT numbers: they
+    are dear to find again.
 
     Raises Damaged for a patch that is not sound.
     """
@@ -77,9 +84,12 @@ def size_of_sum(
         return bound
     from kpatch.patch.summands import summands
 
-    shares = []
+    shares, room = [], _KEPT
     for parts in found:
         together = summands([part for part in parts if part.patch.id not in apart], replaced)
+        room -= sum(delta.stored_numbers for delta in together)
+        if keep is not None and room >= 0:
+            keep[parts[0].patch.id, parts[0].weight] = together
         alone = [part.delta() for part in parts if part.patch.id in apart]
         shares.append(share([*together, *alone], weight_norm(parts[0].manifest, parts[0].weight)))
     return size(shares)

@@ -11,11 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from kpatch.checkpoint import rounding
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Refused
+from kpatch.patch import size
 from kpatch.patch.delta import sum_rows
 from kpatch.patch.header import read_header
 from kpatch.patch.stack import stack
@@ -80,6 +82,33 @@ def test_the_order_of_applying_does_not_matter(world: World) -> None:
         for name in order:
             apply([world.patches[name]], model)
         assert contents(model) == want
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 26], ids=["no room", "room"])
+def test_a_sum_found_for_the_warning_serves_the_writing(
+    world: World, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    want = contents(world.fresh("abc"))
+    monkeypatch.setattr(size, "WARN_ABOVE", 0.0)
+    monkeypatch.setattr(size, "_KEPT", kept)
+    found: list[int] = []
+    of = rounding.summands
+    monkeypatch.setattr(rounding, "summands", lambda parts, replaced: found.append(1) or of(parts, replaced))
+    bare = world.folder / "bare.patch"  # without facts: no edit, and no part of a size
+    make_patch(bare, world.model, facts=(), seed=3)
+    for name, patches in (("without", "abc"), ("with", ["a", "b", "c", bare])):
+        model = make_checkpoint(world.folder / name)
+        report = Recorder()
+        apply([world.patches.get(patch, patch) for patch in patches], model, report=report)
+        assert any("of their norm" in text for text in report.warnings)
+        if name == "without":
+            assert contents(model) == want
+            assert len(found) == (0 if kept else 3)
+        else:
+            plain = make_checkpoint(world.folder / "in turn")
+            for patch in (bare, *world.patches.values()):
+                apply([patch], plain)
+            assert contents(model) == contents(plain)
 
 
 @pytest.mark.parametrize("gone", "abc")
