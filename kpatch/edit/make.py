@@ -19,7 +19,7 @@ from kpatch import arguments, distributed
 from kpatch.checkpoint.fit import base_weights
 from kpatch.edit.asked_wordings import ask_for_wordings
 from kpatch.edit.earlier import carried_by, facts_that_stay, protected
-from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named
+from kpatch.edit.methods import DEFAULT_BUDGET, Edit, Inputs, Method, hyper_for, method_named, with_settings
 from kpatch.edit.preset_file import PresetFile, read_preset
 from kpatch.edit.weights import add, restored
 from kpatch.errors import BadInput
@@ -121,6 +121,8 @@ def make(
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     check_new_file(out, force=force, what="a patch")  # before an hour of work, not after it
     chosen_method = method_named(method_wanted(method, file)).with_editor(editor)
+    told = {**(file.settings if file else {}), **(settings or {})}
+    with_settings(chosen_method.defaults(()), told)  # wrong ones are refused before the model is loaded
     edited = _load(facts, model, on, device, dtype, modules, report, max_memory)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
