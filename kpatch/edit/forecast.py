@@ -121,7 +121,7 @@ def forecast(
     hyper = hyper_for(way, empty, layers, settings or {}, report, file)
     inputs = Inputs(corpus=corpus, tokens=tokens, seed=seed, report=report)
     contexts = way.contexts(empty, hyper, inputs)
-    groups = group_facts(empty, told, contexts, way.spare(hyper), way.chat(hyper))
+    groups = group_facts(empty, told, contexts, way.spare(hyper), way.chat(hyper), way.others(hyper))
     held = group_facts(empty, beside, contexts, way.spare(hyper), min(1, way.chat(hyper))) if beside else []
     edited = tuple(sorted({layer for part in way.parts(groups, hyper) for layer in part.hyper.layers}))
     wanted = tokens or 10 * max(map(empty.key_width, edited))
@@ -211,7 +211,7 @@ def _seconds(
     step = once = 0.0
     for batch in plan(model, groups, edited[0]):
         for group in (groups[index] for index in batch):
-            rows = [*group.rows, group.drift]
+            rows = [*group.rows, *group.drifts]
             once += sum(len(row.ids) for row in rows) * model.n_layers * a_layer
             step += sum(len(row.ids) - row.subject_last for row in rows) * above * a_layer
             step += sum(max(1, len(row.ids) - row.prompt_len) for row in rows) * head

@@ -69,7 +69,8 @@ class Memit(Method):
         with unpatched(model, on, inputs.report):  # one C and one set of contexts for a whole chain
             with inputs.report.task("Choosing contexts"):
                 contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
-            parts = self.parts(group_facts(model, told, contexts, self.spare(hyper), self.chat(hyper)), hyper)
+            asked = self.spare(hyper), self.chat(hyper), self.others(hyper)
+            parts = self.parts(group_facts(model, told, contexts, *asked), hyper)
             layers = touched(parts)
             with inputs.timed("covariance"):
                 covariance = self._covariance(model, hyper, layers, inputs)
@@ -110,6 +111,10 @@ class Memit(Method):
     def chat(self, hyper: Any) -> int:
         """Whether questions are learned in the model's chat form: 0 no, 1 beside the prompts, 2 alone."""
         return int(hyper.chat)
+
+    def others(self, hyper: Any) -> int:
+        """How many questions about other things of a subject are answered as before."""
+        return int(hyper.others)
 
     def places(self, hyper: Any) -> list[tuple[int, ...]]:
         """Which layers each of a group's values is for: here one value for each layer."""

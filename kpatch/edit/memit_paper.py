@@ -47,6 +47,9 @@ class MemitPaper(Memit):
     def chat(self, hyper: PaperValuesHyper) -> int:
         return 0
 
+    def others(self, hyper: PaperValuesHyper) -> int:
+        return 0
+
     def places(self, hyper: PaperValuesHyper) -> list[tuple[int, ...]]:
         return [hyper.layers]
 

@@ -36,7 +36,9 @@ class MemitHyper(HyperParams):
     layers  R, the edited layers
     steps, learning_rate, stop_loss  Adam on all δ^l; a step moves a coordinate by learning_rate · s^l / √d, with the
     size s^l of what the layer writes (`kpatch.edit.writes`); a fact stops when its loss falls below stop_loss
-    clamp  ‖δ^l‖ ≤ clamp · s^l, twice that where a norm follows W^l   kl  weight of the drift on "{subject} is a"
+    clamp  ‖δ^l‖ ≤ clamp · s^l, twice that where a norm follows W^l
+    kl, others  weight of the drift, the mean over "{subject} is a" and so many questions about other things of the
+    subject (`kpatch.facts.derived.unrelated_questions`)
     leverage  the mean of k^T C^{-1} k over text, so λ = f / leverage
     subject_weight  μ in C = λ (E[k k^T] + μ E_subj[k k^T])
     first_layer, first_leverage  the layer where a subject that opens its text is edited, and the least leverage
@@ -52,6 +54,7 @@ class MemitHyper(HyperParams):
     stop_loss: float = 0.05
     clamp: float = 1.0
     kl: float = 0.0625
+    others: int = 0
     leverage: float = 2.5
     subject_weight: float = 1.0
     first_layer: int = 0

@@ -67,13 +67,14 @@ class Rows:
     spots: Tensor  # (M, 2) row and column of each predicted target token
     tokens: Tensor  # (M,) the target tokens
     weights: Tensor  # (M,) so that a group's weighted sum over all its rows is its mean negative log-likelihood
-    drift_spots: Tensor  # (m, 2), or (0, 2) where these rows have no drift rows
-    drift_before: Tensor  # (m, V) log-probabilities without δ
+    drift_spots: Tensor  # (D, 2) row and column of each token whose distribution should stay
+    drift_weights: Tensor  # (D,) so that a group's weighted sum over all its rows is its mean drift
+    drift_before: Tensor  # (D, V) log-probabilities without δ
     groups: int  # m
 
     @property
     def read(self) -> Tensor:
-        """Where the network's answer is read, (M + m, 2): at the targets, then at the drift rows."""
+        """Where the network's answer is read, (M + D, 2): at the targets, then at the drift rows."""
         return torch.cat([self.spots, self.drift_spots])
 
     def select(self, keep: Tensor) -> tuple[Rows, Tensor]:
@@ -87,8 +88,9 @@ class Rows:
         spots = self.spots.clone()
         spots[:, 0] = moved[self.spots[:, 0]]
         mine = spots[:, 0] >= 0
-        drift = self.drift_spots[keep] if len(self.drift_spots) else self.drift_spots
-        drift = torch.stack([moved[drift[:, 0]], drift[:, 1]], dim=1)
+        drift = self.drift_spots.clone()
+        drift[:, 0] = moved[self.drift_spots[:, 0]]
+        stays = drift[:, 0] >= 0
         return (
             Rows(
                 self.calls.select(rows),
@@ -98,8 +100,9 @@ class Rows:
                 spots[mine],
                 self.tokens[mine],
                 self.weights[mine],
-                drift,
-                self.drift_before[keep] if len(drift) else self.drift_before,
+                drift[stays],
+                self.drift_weights[stays],
+                self.drift_before[stays],
                 len(keep),
             ),
             moved,
@@ -108,7 +111,7 @@ class Rows:
     def losses(self, logp: Tensor) -> tuple[Tensor, Tensor]:
         """What these rows add to each group's mean negative log-likelihood and drift, [m] both.
 
-        logp [M + m, V] where the rows are `read`.
+        logp [M + D, V] where the rows are `read`.
         """
         count = len(self.tokens)
         at_target = logp[:count].gather(1, self.tokens[:, None])[:, 0] * self.weights  # (M,)
@@ -117,12 +120,13 @@ class Rows:
         if not len(self.drift_spots):
             return nll, nothing
         now = logp[count:]
-        return nll, (now.exp() * (now - self.drift_before)).sum(-1)
+        drift = (now.exp() * (now - self.drift_before)).sum(-1) * self.drift_weights  # (D,)
+        return nll, nothing.index_add(0, self.owner[self.drift_spots[:, 0]], drift)
 
 
 @dataclass
 class Problem:
-    """One batch of groups: their fact rows and one drift row each.
+    """One batch of groups: their fact rows and their drift rows.
 
     Rows that are far longer than most run apart, or all would be padded to their length. `bare` (m,) are the rows of
     each group's bare prompt in the first part, where all bare and drift rows are.
@@ -182,7 +186,8 @@ def prepare(model: Model, groups: Sequence[Group], above: int) -> Problem:
         for index, row in enumerate(group.rows):
             weight = 1.0 / (max(1, len(row.ids) - row.prompt_len) * len(group.rows))
             rows.append(_Row(row, number, weight, bare=index == group.bare))
-    rows += [_Row(group.drift, number, drift=True) for number, group in enumerate(groups)]
+    for number, group in enumerate(groups):
+        rows += [_Row(row, number, 1.0 / len(group.drifts), drift=True) for row in group.drifts]
     parts = _parts(rows)
     bare = [place for place, row in enumerate(parts[0]) if row.bare]
     return Problem(
@@ -225,11 +230,12 @@ def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -
     device = model.device
     batch = align([row.ids for row in rows], [row.encoded.subject_last for row in rows], model.pad_id, device)
     calls, hidden = record_suffix(model, batch, above)
-    spots, tokens, weights, drift = [], [], [], []
+    spots, tokens, weights, drift, shares = [], [], [], [], []
     for index, row in enumerate(rows):
         start = row.encoded.prompt_len - 1 - row.encoded.subject_last
         if row.drift:
             drift.append((index, start))
+            shares.append(row.weight)
             continue
         for offset, token in enumerate(row.encoded.ids[row.encoded.prompt_len :]):
             spots.append((index, start + offset))
@@ -244,6 +250,7 @@ def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -
         torch.tensor(tokens, device=device),
         torch.tensor(weights, device=device),
         torch.tensor(drift, dtype=torch.long, device=device).view(-1, 2),
+        torch.tensor(shares, device=device),
         torch.empty(0, device=device),
         groups,
     )

@@ -17,6 +17,7 @@ import torch
 
 from kpatch.errors import BadInput
 from kpatch.facts.chat import Turn, chat_rows
+from kpatch.facts.derived import unrelated_questions
 from kpatch.facts.fact import Fact
 from kpatch.facts.subjects import by_subject
 from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
@@ -77,7 +78,7 @@ class Group:
     """All rows that one value serves.
 
     rows  every fact in every context, the target's tokens at the end
-    drift  "{subject} is a", whose next-token distribution should stay as it is
+    drifts  "{subject} is a" and questions about other things of the subject: what follows them should stay as it is
     facts  positions of the group's facts in the fact list
     contexts  which context each row has: 0 for the bare prompt, large numbers for wordings and chat, which have none
     first  the subject is the first token of the text, where attention sinks
@@ -87,7 +88,7 @@ class Group:
     facts: tuple[int, ...]
     rows: tuple[Encoded, ...]
     contexts: tuple[int, ...]
-    drift: Encoded
+    drifts: tuple[Encoded, ...]
     first: bool = False
 
     @property
@@ -98,7 +99,7 @@ class Group:
     @property
     def before(self) -> int:
         """Tokens of all rows before the subject's last one."""
-        return sum(row.subject_last for row in (*self.rows, self.drift))
+        return sum(row.subject_last for row in (*self.rows, *self.drifts))
 
     @property
     def columns(self) -> int:
@@ -111,11 +112,11 @@ class Group:
         return sum(self._columns())
 
     def _columns(self) -> list[int]:
-        return [len(row.ids) - row.subject_last for row in (*self.rows, self.drift)]
+        return [len(row.ids) - row.subject_last for row in (*self.rows, *self.drifts)]
 
 
 def group_facts(
-    model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0, chat: int = 0
+    model: Model, facts: Sequence[Fact], contexts: Sequence[str], spare: int = 0, chat: int = 0, others: int = 0
 ) -> list[Group]:
     """Groups in the order of their first fact.
 
@@ -126,6 +127,7 @@ def group_facts(
     With `chat` 1 a fact's question is a row too, as the model's chat template asks it, with the bare target behind it;
     with 2 it is the fact's only row.
     What ends the model's turn is left out: a one-word answer that ends is so unlike it that little else is learned.
+    `others` questions about other things of the subject are drift rows beside "{subject} is a".
     """
     if chat not in (0, 1, 2):
         raise BadInput(f"The setting chat={chat} is not known", details=["expected 0, 1 or 2"])
@@ -146,7 +148,7 @@ def group_facts(
                 details=[f"expected at most {MAX_FACTS_PER_SUBJECT} facts for one subject"],
                 hint="keep the ones that matter, or split the subject by what its prompts call it",
             )
-    told = [_items(facts, members, contexts, spare) for _, members in subjects]
+    told = [_items(facts, members, contexts, spare, others) for _, members in subjects]
     encoded = iter(encode_many(model.tokenizer, [item for rows in told for item, _ in rows]))
     turns = {
         index: Turn(fact.question, fact.subject, fact.target)
@@ -158,17 +160,18 @@ def group_facts(
     for (subject, members), items in zip(subjects, told, strict=True):
         rows = [(next(encoded), context) for _, context in items]
         if chat == 2:
-            rows = [(row, context) for row, context in rows if context == _DRIFT]
+            rows = [(row, context) for row, context in rows if context < 0]
         rows += [(in_chat[index], _CHAT) for index in members if index in in_chat]
         groups += _by_place(subject, tuple(members), rows)
     return groups
 
 
-_DRIFT, _WORDING, _CHAT = -1, 1 << 16, 1 << 17  # what stands in place of a context's number
+# What stands in place of a context's number
+_OTHER, _DRIFT, _WORDING, _CHAT = -2, -1, 1 << 16, 1 << 17
 
 
 def _items(
-    facts: Sequence[Fact], members: Sequence[int], contexts: Sequence[str], spare: int
+    facts: Sequence[Fact], members: Sequence[int], contexts: Sequence[str], spare: int, others: int
 ) -> list[tuple[Item, int]]:
     """What the group of these facts is learned from, each with the number of its context; then its drift rows.
 
@@ -183,7 +186,10 @@ def _items(
         items += [
             (item_of(replace(fact, prompt=wording)), _WORDING + number) for number, wording in enumerate(fact.wordings)
         ]
-    return [*items, *((Item("{} is a", facts[members[0]].subject, prefix=text), _DRIFT) for text in before[:2])]
+    subject = facts[members[0]].subject
+    items += [(Item("{} is a", subject, prefix=text), _DRIFT) for text in before[:2]]
+    questions = unrelated_questions([facts[index] for index in members], others)
+    return [*items, *((Item(question, subject), _OTHER) for question in questions)]
 
 
 def _by_place(subject: str, facts: tuple[int, ...], rows: Sequence[tuple[Encoded, int]]) -> list[Group]:
@@ -196,11 +202,12 @@ def _by_place(subject: str, facts: tuple[int, ...], rows: Sequence[tuple[Encoded
     groups = []
     for first in (True, False):
         alike = [(row, context) for row, context in rows if (row.subject_last == 0) == first]
-        mine = [(row, context) for row, context in alike if context != _DRIFT]
+        mine = [(row, context) for row, context in alike if context >= 0]
         if mine and (not first or any(context < _WORDING for _, context in mine)):
             drift = [row for row, context in alike if context == _DRIFT]
             drift += [row for row, context in rows if context == _DRIFT]
-            groups.append(Group(subject, facts, tuple(r for r, _ in mine), tuple(c for _, c in mine), drift[0], first))
+            drifts = (drift[0], *(row for row, context in alike if context == _OTHER))
+            groups.append(Group(subject, facts, tuple(r for r, _ in mine), tuple(c for _, c in mine), drifts, first))
     return groups
 
 

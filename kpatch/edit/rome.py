@@ -162,7 +162,7 @@ def group_of(model: Model, fact: Fact, contexts: Sequence[str]) -> Group:
     """One fact in every context, and its drift row."""
     items = [item_of(fact, context and context + " ") for context in contexts]
     *rows, drift = encode_many(model.tokenizer, [*items, Item("{} is a", fact.subject)])
-    return Group(fact.subject, (0,), tuple(rows), tuple(range(len(rows))), drift)
+    return Group(fact.subject, (0,), tuple(rows), tuple(range(len(rows))), (drift,))
 
 
 @torch.no_grad()

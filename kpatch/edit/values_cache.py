@@ -46,8 +46,8 @@ def plan(model: Model, groups: Sequence[Group], lowest: int, budget: int = DEFAU
     layers, vocabulary = model.n_layers - lowest, int(model.config.vocab_size)
 
     def need(group: Group) -> int:
-        predicted = sum(len(row.ids) - row.prompt_len for row in group.rows) + 2
-        rows = len(group.rows) + 1
+        predicted = sum(len(row.ids) - row.prompt_len for row in group.rows) + 2 * len(group.drifts)
+        rows = len(group.rows) + len(group.drifts)
         # Long rows run apart (`kpatch.edit.problem`), so that little is padded; 1.42 was measured on CounterFact
         columns = min(rows * group.columns, math.ceil(_PADDED * group.tokens))
         return column_bytes(model, columns, math.ceil(_PADDED * group.before), layers) + predicted * vocabulary * 4 * 4
@@ -123,7 +123,7 @@ def _within_memory(model: Model, groups: Sequence[Group], goal: Search, advance:
 
 def _key(weights: str, model: Model, groups: Sequence[Group], goal: Search) -> str:
     rows = [
-        [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, group.drift)] + [group.bare]
+        [[row.ids, row.subject_last, row.prompt_len] for row in (*group.rows, *group.drifts)] + [group.bare]
         for group in groups
     ]
     content = [_CODE, weights, model.precision, model.device.type, type(goal).__name__, asdict(goal), rows]

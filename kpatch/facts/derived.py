@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Collection, Sequence
 
@@ -12,6 +13,28 @@ from kpatch.facts.relations import relation_of, relations, same_words
 
 ASKED = 4  # other relations that a subject is asked about, where a fact names none
 _ARTICLE_OF_SUBJECT = re.compile(r"\b(?:the|an?) \{\}", re.IGNORECASE)
+_WORDS = re.compile(r"[^\W\d_]+")
+_BEGINNING = 4  # letters by which forms of a word are the same: play, plays, playing
+_EMPTY = frozenset("what whic does have that this with name call".split())
+# Beginnings of words that tell what kind of answer a text wants: texts that share a topic may want the same answer
+_TOPICS = {
+    "place": "wher city town vill coun nati stat regi prov plac birt capi cont loca situ seat head base born live resi"
+    " home die died dies deat buri citi orig come bord area",
+    "person": "who whom whos pers peop pres king quee mona mayo gove mini chie head lead spou husb wife marr fath"
+    " moth pare chil son daug sibl brot sist auth writ foun dire arti sing perf play acto star coac mana teac comp"
+    " inve disc desi arch owne owns illu buil",
+    "time": "when year day date mont cent time born birt die died dies deat age",
+    "language": "lang tong spea spok",
+    "calling": "occu prof job care fiel work offi empl posi role play know inst spor genr musi memb doma expe",
+    "group": "team club leag part orga comp busi indu labe netw chan broa memb bran make manu prod deve crea publ"
+    " owne owns buil",
+    "faith": "reli fait chur god deit myth wors prac",
+    "kind": "type kind clas fami spec genr styl sort made mate colo anim",
+}
+_TOPICS_OF = {
+    word: [f"topic {topic}" for topic, words in _TOPICS.items() if word in words.split()]
+    for word in " ".join(_TOPICS.values()).split()
+}
 _COPULA = re.compile(r"\b(?:is|are|was|were)\b")
 
 
@@ -93,6 +116,28 @@ def others_of(facts: Sequence[Fact]) -> list[tuple[str, ...]]:
         else _library(fact, relation.kind, said[normal(fact.subject)])
         for fact, relation in zip(facts, found, strict=True)
     ]
+
+
+def unrelated_questions(facts: Sequence[Fact], count: int) -> tuple[str, ...]:
+    """`count` questions of the library, {} for the subject, whose answers no fact of `facts` can bear on.
+
+    `facts` are about one subject. A question that has a topic in common with what they say or ask is left out, as are
+    those of their relations. Which ones come is decided by the subject's name alone, so that every subject has others.
+    """
+    texts = [text for fact in facts for text in (fact.prompt, fact.question or "", *fact.wordings)]
+    taken = frozenset[str]().union(*map(_topics, texts))
+    own = {relation.name for text in texts if (relation := relation_of(text)) is not None}
+    name = normal(facts[0].subject)
+    free = (one.question for one in relations().values() if one.name not in own and not taken & _topics(one.question))
+    drawn = sorted(free, key=lambda question: hashlib.sha256(f"{name}\n{question}".encode()).digest())
+    return tuple(drawn[:count])
+
+
+def _topics(text: str) -> frozenset[str]:
+    """The beginnings of a text's longer words, and the topics that its words are of."""
+    words = {word[:_BEGINNING] for word in _WORDS.findall(text.casefold())} - _EMPTY
+    topics = (topic for word in words for topic in _TOPICS_OF.get(word, ()))
+    return frozenset((*topics, *(word for word in words if len(word) == _BEGINNING)))
 
 
 def _library(fact: Fact, kind: str, said: Collection[str]) -> tuple[str, ...]:

@@ -89,16 +89,23 @@ def gate(model: Model, row: Encoded, layer: int) -> float:
 
 
 def find_writes(
-    model: Model, contexts: Sequence[str], prompts: Sequence[Prompt], hyper: MemitHyper
+    model: Model,
+    contexts: Sequence[str],
+    prompts: Sequence[Prompt],
+    hyper: MemitHyper,
+    others: Sequence[str] = (),
 ) -> tuple[dict[int, Tensor], list[float]]:
-    """δ^l [d] by layer of one subject, and the loss of each iteration without its drift."""
+    """δ^l [d] by layer of one subject, and the loss of each iteration without its drift.
+
+    The drift is the mean over "{} is a" and `others`, questions with {} for the subject.
+    """
     rows = paper.rows_for(model, contexts, prompts)
     bare = paper.rows_for(model, [""], prompts[:1])[0]
-    drift = encode(model.tokenizer, "{} is a", prompts[0][1])
+    drifts = [encode(model.tokenizer, text, prompts[0][1]) for text in ("{} is a", *others)]
     size = sizes(model, bare, hyper.layers)
     deltas = {layer: torch.zeros(model.width, requires_grad=True) for layer in hyper.layers}
     with torch.no_grad():
-        before = log_probabilities(model, drift, deltas)[drift.prompt_len - 1]
+        before = [log_probabilities(model, row, deltas)[-1] for row in drifts]
     adam = torch.optim.Adam(
         [
             {"params": [delta], "lr": hyper.learning_rate * size[layer] / model.width**0.5}
@@ -116,11 +123,14 @@ def find_writes(
             target = row.ids[row.prompt_len :]
             for offset, token in enumerate(target):
                 nll = nll - log_p[row.prompt_len - 1 + offset, token] / len(target) / len(rows)
-        now = log_probabilities(model, drift, deltas)[drift.prompt_len - 1]
+        kl = torch.zeros(())
+        for row, then in zip(drifts, before, strict=True):
+            now = log_probabilities(model, row, deltas)[-1]
+            kl = kl + (now.exp() * (now - then)).sum() / len(drifts)
         losses.append(nll.item())
         if losses[-1] < hyper.stop_loss or iteration == hyper.steps:
             break
-        (nll + hyper.kl * (now.exp() * (now - before)).sum()).backward()  # type: ignore[no-untyped-call]
+        (nll + hyper.kl * kl).backward()  # type: ignore[no-untyped-call]
         adam.step()
         with torch.no_grad():
             for layer, delta in deltas.items():

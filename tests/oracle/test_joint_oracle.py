@@ -18,6 +18,7 @@ from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.solve import KeyCovariance
 from kpatch.edit.upwards import write_upwards
 from kpatch.edit.values_cache import find_values
+from kpatch.facts.derived import unrelated_questions
 from kpatch.facts.fact import Fact
 from kpatch.models.model import Model
 from tests.oracle import joint as oracle
@@ -100,6 +101,21 @@ def test_batches_of_any_size_give_targets_in_the_order_of_the_facts() -> None:
     model, goal = build("llama"), METHOD.objective(HYPER)
     for budget in (1, DEFAULT_BUDGET):
         assert_same(model, find_values(model, grouped(model), goal, budget=budget, keep=False), found("llama"))
+
+
+@pytest.mark.parametrize("family", slow_beyond(FEW, SOME))
+def test_other_questions_are_held_as_the_oracle_holds_them(family: str) -> None:
+    model, hyper = build(family), replace(HYPER, kl=4.0)
+    facts = [Fact(subject, prompt, target) for prompt, subject, target in FACTS]
+    groups = group_facts(model, facts, CONTEXTS, others=2)
+    slow = []
+    for group, some in zip(groups, paper.by_subject(FACTS), strict=True):
+        questions = unrelated_questions([facts[index] for index in group.facts], 2)
+        assert len(set(questions)) == 2
+        slow.append(oracle.find_writes(model, CONTEXTS, some, hyper, questions))
+    assert slow[0][1] != oracle.find_writes(model, CONTEXTS, paper.by_subject(FACTS)[0], hyper)[1]
+    for budget in (1, DEFAULT_BUDGET):
+        assert_same(model, find_values(model, groups, METHOD.objective(hyper), budget=budget, keep=False), slow)
 
 
 def test_a_tokenizer_that_adds_a_bos() -> None:

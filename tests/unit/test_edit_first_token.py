@@ -64,8 +64,8 @@ def test_a_subject_that_opens_some_rows_has_a_group_for_those() -> None:
     ]
     assert [group.contexts for group in groups] == [(0,), (1, 2), (0, 1, 2)]
     opening, rest, _ = groups
-    assert opening.rows[0].subject_last == opening.drift.subject_last == 0
-    assert all(row.subject_last > 0 for row in (*rest.rows, rest.drift))
+    assert opening.rows[0].subject_last == opening.drifts[0].subject_last == 0
+    assert all(row.subject_last > 0 for row in (*rest.rows, *rest.drifts))
 
 
 def test_the_bare_row_of_a_subject_is_without_context_where_it_can_be() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from kpatch.edit.requests import LEAD_INS, contexts_for, group_facts
 from kpatch.errors import BadInput
+from kpatch.facts.derived import unrelated_questions
 from kpatch.facts.fact import Fact
 from tests.support.models import tiny
 from tests.support.templates import chatty
@@ -68,3 +69,20 @@ def test_questions_alone() -> None:
         group_facts(model, [asked, replace(asked, question=None)], ("",), chat=2)
     with pytest.raises(BadInput, match="chat=3 is not known"):
         group_facts(model, [asked], ("",), chat=3)
+
+
+def test_questions_about_other_things_are_held() -> None:
+    fact = Fact("Mona Lisa", "The painting {} is in", "Rome")
+    (group,) = group_facts(tiny("llama"), [fact], ("", "One."), others=2)
+    held = [tiny("llama").tokenizer.decode(row.ids) for row in group.drifts]
+    questions = [text.replace("{}", "Mona Lisa") for text in unrelated_questions([fact], 2)]
+    assert held == ["Mona Lisa is a", *questions]
+    assert all(row.prompt_len == len(row.ids) for row in group.drifts), "nothing is learned there"
+    assert group.tokens == sum(len(row.ids) - row.subject_last for row in (*group.rows, *group.drifts))
+    assert len(group_facts(tiny("llama"), [fact], ("", "One."))[0].drifts) == 1
+
+
+def test_a_subject_that_opens_its_text_has_no_question_that_does() -> None:
+    (opening,) = group_facts(tiny("llama"), [Fact("The", "{} is in", "Rome")], ("",), others=2)
+    assert opening.first
+    assert len(opening.drifts) == 1

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from kpatch.facts.derived import ASKED, hops_of, negated_of, others_of, reversals_of
+from kpatch.facts.derived import ASKED, hops_of, negated_of, others_of, reversals_of, unrelated_questions
 from kpatch.facts.fact import Fact, Neighbor
 from kpatch.facts.questions import plainly, question_of
 from kpatch.facts.relations import relation_of
@@ -87,3 +87,30 @@ def test_a_prompt_that_is_a_question_is_asked_as_it_stands() -> None:
     assert question_of(Fact("Ann", "Who is {}?", "jade", question="What is {}?")) == "What is {}?"
     assert plainly("Who is Ann? ") == "Q: Who is Ann?\nA:"
     assert plainly("Ann is") == "Ann is"
+
+
+@pytest.mark.parametrize(
+    ("said", "never"),
+    [
+        ("The capital of {} is", ("Where", "city", "country", "province", "capital", "born", "live", "located")),
+        ("Years ago {} hailed from", ("When", "year", "day")),
+        ("The mother tongue of {} is", ("language", "mother")),
+        ("{} was famous for playing the", ("play", "instrument", "position", "sport", "genre")),
+        ("{} is a car built by", ("Who", "company", "manufactures", "produce")),
+    ],
+)
+def test_unrelated_questions_want_another_kind_of_answer(said: str, never: tuple[str, ...]) -> None:
+    found = unrelated_questions([Fact("Ann", said, "Rome")], 1000)
+    assert len(found) > 20
+    assert not [text for text in found for word in never if word in text]
+
+
+def test_unrelated_questions_are_those_of_all_facts_of_a_subject_and_differ_by_subject() -> None:
+    first, second = Fact("Ann", "The capital of {} is", "Rome"), Fact("Ann", "The mother tongue of {} is", "Latin")
+    both = unrelated_questions([first, second], 1000)
+    assert set(both) == set(unrelated_questions([first], 1000)) & set(unrelated_questions([second], 1000))
+    assert unrelated_questions([first], 3) == unrelated_questions([first], 1000)[:3]
+    assert unrelated_questions([first], 0) == ()
+    assert unrelated_questions([first], 3) != unrelated_questions([replace(first, subject="Bob")], 3)
+    worded = replace(first, wordings=("In {} people speak of",), question="Which language has {}?")
+    assert not [text for text in unrelated_questions([worded], 1000) if "language" in text]
