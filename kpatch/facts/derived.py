@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Collection, Sequence
+from functools import cache
 
 from kpatch.facts.conflicts import normal
 from kpatch.facts.fact import SLOT, Fact, Neighbor, fill
 from kpatch.facts.questions import is_question, question_of
-from kpatch.facts.relations import relation_of, relations, same_words
+from kpatch.facts.relations import relation_of, relations, same_words, with_article
 
 ASKED = 4  # other relations that a subject is asked about, where a fact names none
 _ARTICLE_OF_SUBJECT = re.compile(r"\b(?:the|an?) \{\}", re.IGNORECASE)
@@ -123,14 +124,23 @@ def unrelated_questions(facts: Sequence[Fact], count: int) -> tuple[str, ...]:
 
     `facts` are about one subject. A question that has a topic in common with what they say or ask is left out, as are
     those of their relations. Which ones come is decided by the subject's name alone, so that every subject has others.
+    A subject keeps the article that its first prompt gives it.
     """
+    if not count:
+        return ()
     texts = [text for fact in facts for text in (fact.prompt, fact.question or "", *fact.wordings)]
     taken = frozenset[str]().union(*map(_topics, texts))
     own = {relation.name for text in texts if (relation := relation_of(text)) is not None}
     name = normal(facts[0].subject)
-    free = (one.question for one in relations().values() if one.name not in own and not taken & _topics(one.question))
+    free = (question for relation, question, topics in _asked() if relation not in own and not taken & topics)
     drawn = sorted(free, key=lambda question: hashlib.sha256(f"{name}\n{question}".encode()).digest())
-    return tuple(drawn[:count])
+    return tuple(with_article(question, facts[0].prompt) for question in drawn[:count])
+
+
+@cache
+def _asked() -> tuple[tuple[str, str, frozenset[str]], ...]:
+    """Name, question and the question's topics of every relation in the library."""
+    return tuple((name, one.question, _topics(one.question)) for name, one in relations().items())
 
 
 def _topics(text: str) -> frozenset[str]:

@@ -35,7 +35,7 @@ KEYS = "facts.keys."
 class PatchInfo:
     """A patch file whose header was read and checked: manifest, id, size in bytes, where its tensors lie.
 
-    `text` is the SHA-256 of the manifest as the file has it, which tells whether another file's is the same.
+    `manifest_sha256` is that of its text in the file, which tells whether another file's is the same.
     `verified` once the tensors' bytes were checked as well: they are then read without being hashed again.
     """
 
@@ -44,7 +44,7 @@ class PatchInfo:
     bytes: int
     path: Path
     entries: Mapping[str, Entry]
-    text: str
+    manifest_sha256: str
     verified: bool = False
 
     def renamed(self, names: Mapping[str, str]) -> PatchInfo:
@@ -57,7 +57,7 @@ class PatchInfo:
         manifest = self.manifest
         return replace(
             self,
-            text="",  # of no file
+            manifest_sha256="",  # of no file
             manifest=replace(
                 manifest,
                 base=replace(manifest.base, weights=_renamed(manifest.base.weights, names)),
@@ -144,7 +144,7 @@ def _info(path: Path, shown: str, container: Container, known: PatchInfo | None)
             raise ManifestError("the metadata has other keys beside 'kpatch'")
         text = container.metadata[METADATA_KEY]
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-        if known is not None and digest == known.text:
+        if known is not None and digest == known.manifest_sha256:
             manifest, identity = known.manifest, known.id
         else:
             manifest, identity = Manifest.from_json(text)

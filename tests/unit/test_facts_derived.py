@@ -112,5 +112,7 @@ def test_unrelated_questions_are_those_of_all_facts_of_a_subject_and_differ_by_s
     assert unrelated_questions([first], 3) == unrelated_questions([first], 1000)[:3]
     assert unrelated_questions([first], 0) == ()
     assert unrelated_questions([first], 3) != unrelated_questions([replace(first, subject="Bob")], 3)
+    articled = replace(first, prompt="The capital of the {} is")
+    assert unrelated_questions([articled], 1) == (unrelated_questions([first], 1)[0].replace("{}", "the {}"),)
     worded = replace(first, wordings=("In {} people speak of",), question="Which language has {}?")
     assert not [text for text in unrelated_questions([worded], 1000) if "language" in text]
