@@ -88,27 +88,26 @@ def test_the_order_of_applying_does_not_matter(world: World) -> None:
 def test_a_sum_found_for_the_warning_serves_the_writing(
     world: World, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    want = contents(world.fresh("abc"))
+    first = min(read_header(path).id for path in world.patches.values())
+    several = {seed: world.folder / f"bare-{seed}.patch" for seed in range(3, 30)}
+    # Without facts: no edit, and no part of a size. One that is added later than the first of the others
+    bare = next(path for seed, path in several.items() if make_patch(path, world.model, facts=(), seed=seed) > first)
+    edits = list(world.patches.values())
+    plain = make_checkpoint(world.folder / "plain")
+    apply([*edits, bare], plain)
+    wanted = {3: contents(world.fresh("abc")), 4: contents(plain)}
     monkeypatch.setattr(size, "WARN_ABOVE", 0.0)
     monkeypatch.setattr(size, "_KEPT", kept)
     found: list[int] = []
     of = rounding.summands
     monkeypatch.setattr(rounding, "summands", lambda parts, replaced: found.append(1) or of(parts, replaced))
-    bare = world.folder / "bare.patch"  # without facts: no edit, and no part of a size
-    make_patch(bare, world.model, facts=(), seed=3)
-    for name, patches in (("without", "abc"), ("with", ["a", "b", "c", bare])):
-        model = make_checkpoint(world.folder / name)
+    for patches in (edits, [*edits, bare]):
+        model = make_checkpoint(world.folder / f"{len(patches)} patches")
         report = Recorder()
-        apply([world.patches.get(patch, patch) for patch in patches], model, report=report)
+        apply(patches, model, report=report)
         assert any("of their norm" in text for text in report.warnings)
-        if name == "without":
-            assert contents(model) == want
-            assert len(found) == (0 if kept else 3)
-        else:
-            plain = make_checkpoint(world.folder / "in turn")
-            for patch in (bare, *world.patches.values()):
-                apply([patch], plain)
-            assert contents(model) == contents(plain)
+        assert contents(model) == wanted[len(patches)]
+    assert len(found) == (3 if kept else 6), "a patch without facts is added all the same"
 
 
 @pytest.mark.parametrize("gone", "abc")
