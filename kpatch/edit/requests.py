@@ -19,6 +19,7 @@ from kpatch.errors import BadInput
 from kpatch.facts.chat import Turn, chat_rows
 from kpatch.facts.derived import unrelated_questions
 from kpatch.facts.fact import Fact
+from kpatch.facts.questions import is_question
 from kpatch.facts.subjects import by_subject
 from kpatch.facts.tokens import Encoded, Item, encode_many, item_of
 from kpatch.models.model import Model
@@ -167,7 +168,7 @@ def group_facts(
 
 
 # What stands in place of a context's number
-_OTHER, _DRIFT, _WORDING, _CHAT = -2, -1, 1 << 16, 1 << 17
+_OTHER, _DRIFT, _STATED, _WORDING, _CHAT = -2, -1, 1 << 15, 1 << 16, 1 << 17
 
 
 def _items(
@@ -175,7 +176,8 @@ def _items(
 ) -> list[tuple[Item, int]]:
     """What the group of these facts is learned from, each with the number of its context; then its drift rows.
 
-    Wordings stand alone: they are contexts in themselves.
+    Wordings stand alone: they are contexts in themselves. The first one of a prompt that is a question says the fact
+    as plainly as another fact's prompt does.
     """
     before = [context and context + " " for context in contexts]
     items = []
@@ -183,9 +185,9 @@ def _items(
         fact = facts[index]
         own = len(before) - min(spare, len(fact.wordings))
         items += [(item_of(fact, text), number) for number, text in enumerate(before[:own])]
-        items += [
-            (item_of(replace(fact, prompt=wording)), _WORDING + number) for number, wording in enumerate(fact.wordings)
-        ]
+        for number, wording in enumerate(fact.wordings):
+            stated = number == 0 and is_question(fact.prompt)
+            items.append((item_of(replace(fact, prompt=wording)), _STATED if stated else _WORDING + number))
     subject = facts[members[0]].subject
     items += [(Item("{} is a", subject, prefix=text), _DRIFT) for text in before[:2]]
     questions = unrelated_questions([facts[index] for index in members], others)
@@ -197,7 +199,7 @@ def _by_place(subject: str, facts: tuple[int, ...], rows: Sequence[tuple[Encoded
 
     The first position of a text is an attention sink, with states and keys unlike those of the same token elsewhere:
     a mean over both places fits neither, so each gets its own value and its own key (see `kpatch.edit.first_token`).
-    A wording that opens with the subject is left out where no prompt does.
+    A wording that opens with the subject is left out where no prompt, and no question as a statement, does.
     """
     groups = []
     for first in (True, False):

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 
 from kpatch.facts.fact import SLOT
+from kpatch.facts.statements import statements_of
 
 _SUBJECT = r"(?P<subject>(?:(?:the|an?) )?\{\})"
 _REST = r"(?P<rest>(?:is|was|are|were)\b[^{}.,:;?!]*)"
@@ -43,10 +44,13 @@ class _Has:
 
 
 def reworded(prompt: str) -> tuple[str, ...]:
-    """Other wordings with one {} of a prompt that says, or asks, what something of the subject is; none for others."""
+    """Other wordings with one {} of a prompt that says what something of the subject is, or asks for anything.
+
+    Those of a question are statements, the plainest first. Any other prompt has none.
+    """
     found = _has(prompt)
     if found is None:
-        return ()
+        return statements_of(prompt)
     subject, noun, rest = found.subject, found.noun, found.rest
     owner = subject[0].upper() + subject[1:]
     statements = (f"The {noun} of {subject} {rest}", f"{owner}'s {noun} {rest}")
@@ -60,7 +64,7 @@ def reworded(prompt: str) -> tuple[str, ...]:
 def asked(prompt: str) -> str | None:
     """A question, or a task, with {} for the subject, whose answer is the prompt's; None for no English sentence."""
     text, found = prompt.strip(), _has(prompt)
-    if found is not None and not any(found.said):
+    if (found is not None and not any(found.said)) or statements_of(text):
         return text
     if found is not None and " " not in found.rest:
         return f"What {found.rest} the {found.noun} of {found.subject}?"

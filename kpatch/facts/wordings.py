@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from kpatch.errors import BadInput
 from kpatch.facts import grammar
 from kpatch.facts.fact import SLOT, Fact
-from kpatch.facts.questions import question_of
+from kpatch.facts.questions import is_question, question_of
 from kpatch.facts.relations import same_words, wordings_for
 from kpatch.reporter import SILENT, Reporter
 
@@ -21,7 +21,8 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     """The facts with the wordings they are learned in. Raises BadInput for an unknown mode.
 
     none  the prompt alone   given  wordings and questions of the file   auto  those of the file; for a fact without
-    any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, and its question
+    any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, and its
+    question. A prompt that is a question is said as a statement before that.
     """
     if mode not in get_args(Mode):
         raise BadInput(
@@ -54,11 +55,21 @@ def with_grammar(facts: Sequence[Fact], report: Reporter = SILENT) -> tuple[Fact
 
 def _known(fact: Fact) -> Fact:
     asked = _paraphrases(fact)
-    wordings = fact.wordings or wordings_for(fact.prompt, asked, LEARNED, fact.target)
+    said = _statements(fact, asked)
+    plain = said[:1]
+    known = wordings_for(fact.prompt, (*asked, *plain), LEARNED - len(plain), fact.target)
+    wordings = fact.wordings or ((*plain, *known) if known else said[:LEARNED])
     question = question_of(fact)
     if not fact.question and question and same_words(question, asked):
         question = None
     return replace(fact, wordings=wordings, question=question)
+
+
+def _statements(fact: Fact, asked: Sequence[str]) -> tuple[str, ...]:
+    """What a prompt that is a question says as a statement: the library's wordings are none so plain."""
+    if not is_question(fact.prompt):
+        return ()
+    return tuple(one for one in grammar.reworded(fact.prompt) if not same_words(one, asked))
 
 
 def _turned(fact: Fact) -> Fact:

@@ -58,6 +58,17 @@ def test_a_subject_that_opens_its_prompt_stands_elsewhere_in_its_question() -> N
     assert [(group.first, len(group.rows)) for group in groups] == [(True, 1), (False, 1)]
 
 
+def test_a_question_s_statement_may_open_with_the_subject_and_other_wordings_may_not() -> None:
+    stated, other = ("{} is in", "See {} in"), ("See {} in", "{} is in")
+    for prompt, wordings, places in (
+        ("Where is {}?", stated, [(True, 1), (False, 2)]),
+        ("Where is {}?", other, [(False, 2)]),
+        ("All of {} is in", stated, [(False, 2)]),
+    ):
+        groups = group_facts(tiny("llama"), [Fact("The", prompt, "Rome", wordings=wordings)], ("",))
+        assert [(group.first, len(group.rows)) for group in groups] == places
+
+
 def test_questions_alone() -> None:
     model = chatty()
     asked = Fact("Mona Lisa", "The painting {} is in", "Rome", wordings=("See {} in",), question="Where is {}?")

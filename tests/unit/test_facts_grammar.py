@@ -59,8 +59,8 @@ def test_another_build_is_put_as_a_task(prompt: str) -> None:
     [
         "{} est né à",
         "{}は",
-        "Who zorbed {}?",
-        "Where is the zorb of {}?",
+        "Why zorbed {}?",
+        "How far is the zorb of {}?",
         "What is the zorb of {} like?",
         "What is one of {}?",
         "Q: Who zorbed {}?\nA:",

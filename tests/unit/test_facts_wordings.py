@@ -41,6 +41,19 @@ def test_a_files_own_wordings_win_and_can_be_the_only_ones() -> None:
     assert [fact.wordings for fact in with_wordings([own, CAPITAL], "none")] == [(), ()]
 
 
+def test_a_question_is_said_as_a_statement_before_the_library_s_wordings() -> None:
+    relation = relation_of("{} was born in the city of")
+    assert relation is not None
+    asking = Fact("Ada", "In which city was {} born?", "Rome")
+    (fact,) = with_wordings([asking], "auto")
+    assert fact.wordings == ("{} was born in the city of", *relation.wordings[: LEARNED - 1])
+    (fact,) = with_wordings([replace(asking, paraphrases=("Ada was born in the city of",))], "auto")
+    assert fact.wordings == ("The city in which {} was born is", *relation.wordings[1:LEARNED])
+    (fact,) = with_wordings([Fact("Ada", "Which zorb did {} flim?", "Bo")], "auto")
+    assert fact.wordings == ("{} flimed the zorb", "The zorb that {} flimed is")
+    assert fact.question == "Which zorb did {} flim?"
+
+
 def test_a_prompt_that_says_nothing_known_is_learned_alone() -> None:
     (fact,) = with_wordings([Fact("x", "The zorb of {} flims", "y")], "auto")
     assert fact.wordings == ()
