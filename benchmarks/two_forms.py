@@ -1,4 +1,5 @@
-"""Edited in one form, asked in the other: facts learned as statements, as questions in chat, and as both.
+"""Edited in one form, asked in the other: facts learned as statements, as questions in chat, as both, and
+with the question as their prompt (`asking`).
 
     python benchmarks/two_forms.py smollm2 benchmarks/facts/tuning.yaml -o forms/ --limit 12
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,8 @@ from kpatch.facts.load import load_facts  # noqa: E402
 from kpatch.facts.questions import FORMS, question_of  # noqa: E402
 from kpatch.models.model import open_model  # noqa: E402
 
-EDITED = {"unedited": None, "statements": "0", "questions": "2", "both": "1"}  # by the setting `chat`
+# The setting `chat` of each; `asking` has the question in place of the prompt as well
+EDITED = {"unedited": None, "statements": "0", "questions": "2", "both": "1", "asking": "1"}
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -54,6 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     model = open_model(options.model)
     facts = [fact for fact in load_facts(options.facts).facts if question_of(fact)][: options.limit]
+    asking = [replace(fact, prompt=question_of(fact) or fact.prompt) for fact in facts]
     prepared = prepare(model, facts, FORMS)
     settings = dict(pair.split("=", 1) for pair in options.set)
     found: dict[str, Any] = {}
@@ -62,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def measure(path: Path = options.out / f"{name}.patch", chat: str | None = chat) -> Any:
             if chat is None:
                 return ask_forms(model, facts, prepared, seed=options.seed).rates
-            make(facts, out=path, model=model, settings={**settings, "chat": chat}, seed=options.seed, force=True)
+            learned = asking if path.stem == "asking" else facts
+            make(learned, out=path, model=model, settings={**settings, "chat": chat}, seed=options.seed, force=True)
             with patched(model, path):
                 return ask_forms(model, facts, prepared, seed=options.seed).rates
 

@@ -121,10 +121,13 @@ def _done(wh: str, does: str, subject: str) -> list[str] | None:
     """{} was founded by; the one who founded {} is; the company that built {} is."""
     words = does.split()
     at = 0 if wh == "who" else next((at for at in range(len(words)) if _is_verb(words, at)), None)
-    if at is None or (words[at].lower() in _HELPERS and not (at or wh == "who")) or SLOT in " ".join(words[: at + 1]):
+    if at is None or SLOT in " ".join(words[: at + 1]):
+        return None
+    if at == 0 and wh != "who" and words[0].lower() in _HELPERS:  # what is …
         return None
     noun, does = " ".join(words[:at]), " ".join(words[at:])
-    clause = [f"the {noun} that {does} is" if noun else f"the one who {does} is" if wh == "who" else f"what {does} is"]
+    one = f"the {noun} that" if noun else {"who": "the one who"}.get(wh, "what")
+    clause = [f"{one} {does} is"]
     if does != f"{words[at]} {subject}":
         return clause
     form = _participle(words[at].lower())
@@ -147,11 +150,11 @@ def _verbs(helper: str, rest: Sequence[str]) -> list[str]:
     if helper not in ("do", "does", "did"):
         return [helper, *rest]
     at = next((at for at, word in enumerate(rest) if word not in _ADVERBS and not word.endswith("ly")), 0)
-    verb = {"do": rest[at], "does": _third(rest[at]), "did": past(rest[at])}[helper]
+    verb = {"do": rest[at], "does": _third(rest[at]), "did": _past(rest[at])}[helper]
     return [*rest[:at], verb, *rest[at + 1 :]]
 
 
-def past(verb: str) -> str:
+def _past(verb: str) -> str:
     """The past tense of an English verb, regular where the list below does not know it."""
     if verb in _irregular():
         return _irregular()[verb][0]
@@ -181,7 +184,7 @@ def _participle(form: str) -> tuple[str, str] | None:
     if not form.endswith("s"):
         return None
     stem = next((verb for verb in (form[:-1], form[:-2]) if _third(verb) == form), form[:-1])
-    return "is", _irregular()[stem][1] if stem in _irregular() else past(stem)
+    return "is", _irregular()[stem][1] if stem in _irregular() else _past(stem)
 
 
 # Verb, past, participle of what facts are told with; the rest is regular
@@ -191,9 +194,9 @@ broadcast broadcast broadcast, build built built, buy bought bought, choose chos
 draw drew drawn, drive drove driven, fall fell fallen, feel felt felt, fight fought fought, find found found,
 fly flew flown, get got got, give gave given, go went gone, grow grew grown, have had had, hold held held,
 keep kept kept, know knew known, lead led led, leave left left, lie lay lain, lose lost lost, make made made,
-marry married married, meet met met, pay paid paid, plan planned planned, put put put, read read read,
+meet met met, pay paid paid, plan planned planned, put put put, read read read,
 ride rode ridden, rise rose risen, run ran run, say said said, see saw seen, sell sold sold, send sent sent,
-serve served served, show showed shown, sing sang sung, sit sat sat, speak spoke spoken, spend spent spent,
+show showed shown, sing sang sung, sit sat sat, speak spoke spoken, spend spent spent,
 stand stood stood, star starred starred, steal stole stolen, swim swam swum, take took taken,
 teach taught taught, tell told told, think thought thought, throw threw thrown,
 understand understood understood, wear wore worn, win won won, write wrote written

@@ -35,7 +35,7 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     found = tuple(_known(fact) for fact in facts)
     new = sum(bool(fact.wordings) and not given.wordings for fact, given in zip(found, facts, strict=True))
     if new:
-        report.note(f"{new} of {len(facts)} facts are learned in other wordings of their relation as well")
+        report.note(f"{new} of {len(facts)} facts are learned in other wordings as well")
     return found
 
 
@@ -55,30 +55,31 @@ def with_grammar(facts: Sequence[Fact], report: Reporter = SILENT) -> tuple[Fact
 
 def _known(fact: Fact) -> Fact:
     asked = _paraphrases(fact)
-    said = _statements(fact, asked)
-    plain = said[:1]
-    known = wordings_for(fact.prompt, (*asked, *plain), LEARNED - len(plain), fact.target)
-    wordings = fact.wordings or ((*plain, *known) if known else said[:LEARNED])
+    wordings = fact.wordings or _wordings(fact, asked)
     question = question_of(fact)
     if not fact.question and question and same_words(question, asked):
         question = None
     return replace(fact, wordings=wordings, question=question)
 
 
-def _statements(fact: Fact, asked: Sequence[str]) -> tuple[str, ...]:
-    """What a prompt that is a question says as a statement: the library's wordings are none so plain."""
-    if not is_question(fact.prompt):
-        return ()
-    return tuple(one for one in grammar.reworded(fact.prompt) if not same_words(one, asked))
+def _wordings(fact: Fact, asked: Sequence[str]) -> tuple[str, ...]:
+    """Those of the prompt's relation; a question as a statement before them, since none of them is so plain."""
+    said = _reworded(fact, asked) if is_question(fact.prompt) else ()
+    known = wordings_for(fact.prompt, (*asked, *said[:1]), LEARNED - len(said[:1]), fact.target)
+    return (*said[:1], *known) if known else said
 
 
 def _turned(fact: Fact) -> Fact:
     asked = _paraphrases(fact)
-    wordings = tuple(one for one in grammar.reworded(fact.prompt) if not same_words(one, asked))
     question = grammar.asked(fact.prompt)
     if question and same_words(question, asked):
         question = None
-    return replace(fact, wordings=fact.wordings or wordings[:LEARNED], question=fact.question or question)
+    return replace(fact, wordings=fact.wordings or _reworded(fact, asked), question=fact.question or question)
+
+
+def _reworded(fact: Fact, asked: Sequence[str]) -> tuple[str, ...]:
+    """What the grammar of the prompt gives, as much as is learned."""
+    return tuple(one for one in grammar.reworded(fact.prompt) if not same_words(one, asked))[:LEARNED]
 
 
 def _paraphrases(fact: Fact) -> list[str]:

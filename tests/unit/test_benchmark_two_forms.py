@@ -32,21 +32,25 @@ def test_every_way_of_editing_once(two_forms: ModuleType, tmp_path: Path, monkey
     model = save_chatty(tmp_path / "model")
     facts = save_facts(tmp_path / "facts.yaml", FACTS)
     calls: list[dict[str, str]] = []
+    prompts: list[str] = []
 
     def quick(facts: Any, out: Path, settings: dict[str, str], **more: Any) -> None:
         assert [fact.subject for fact in facts] == ["Basel"], "a fact without a question is left out"
         calls.append(settings)
+        prompts.append(facts[0].prompt)
         save_patch(out, model)
 
     monkeypatch.setattr(two_forms, "make", quick)
     given = [str(model), str(facts), "-o", str(tmp_path / "out"), "--set", "steps=2"]
     two_forms.main(given)
-    assert calls == [{"steps": "2", "chat": chat} for chat in ("0", "2", "1")]
+    assert calls == [{"steps": "2", "chat": chat} for chat in ("0", "2", "1", "1")]
+    assert prompts == ["{} lies on the"] * 3 + ["Which river has {}?"], "the last has questions for prompts"
     lines = (tmp_path / "out" / "table.md").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith(
         "| edited as | edits, completion (1) | edits, question (1) | edits, chat (1) | neighbors,"
     )
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| unedited", "| statements", "| questions", "| both"]
+    ways = ["| unedited", "| statements", "| questions", "| both", "| asking"]
+    assert [line.split(" | ")[0] for line in lines[2:]] == ways
     assert json.loads((tmp_path / "out" / "both.json").read_text(encoding="utf-8"))["chat"]["edits"]["n"] == 1
     two_forms.main(given)
-    assert len(calls) == 3, "what is there is not done again"
+    assert len(calls) == 4, "what is there is not done again"
