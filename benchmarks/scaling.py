@@ -100,7 +100,7 @@ class Study:
                 force=True,
             )
             with patched(self.model, path):
-                self.measure(method, n, done.seconds["values"] + done.seconds["update"])
+                self.measure(method, n, done.edit_seconds)
             if not self.options.keep:
                 path.unlink()
 

@@ -20,6 +20,7 @@ from kpatch.edit.make import method_wanted, model_named, refuse_two
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import DEFAULT_BUDGET, Inputs, hyper_for, method_named
 from kpatch.edit.preset_file import read_preset
+from kpatch.edit.refine import looked_at
 from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.unpatched import base_fingerprint
 from kpatch.edit.values_cache import plan
@@ -43,6 +44,7 @@ from kpatch.trace.files import read_layers
 
 _BASE = 600_000_000  # the interpreter and its libraries, in bytes
 _SHARE = 0.5  # of the steps that a fact may take; on SmolLM2 facts took 0.42 (few facts a subject) to 0.66 of 60
+_BESIDE = 2.2  # what a step of refinement costs, against its rows of facts alone (measured on SmolLM2)
 _HOW = "counted multiply-adds over rates measured now; attention and norms are not counted"
 
 
@@ -224,8 +226,10 @@ def _seconds(
     lengths = sum(len(ids) for ids in model.tokenizer(asked).input_ids)
     measuring = 2 * (lengths * whole / rates["rows_of_facts"])
     measuring += 2 * len(asked) * ANSWER_TOKENS * whole / rates["one_token_a_row"]
+    looks = hyper.refine * looked_at(len(groups), hyper.refine) / len(groups)  # at every group
+    refining = _BESIDE * looks * (once + 3 * step) / rates["rows_of_facts"]
     found = {"sampling": sampling, "covariance": covariance, "values": values, "update": update}
-    found["measuring"] = measuring
+    found |= {"refining": refining, "measuring": measuring}
     return {**found, "total": sum(found.values())}
 
 

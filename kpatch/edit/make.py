@@ -60,6 +60,11 @@ class MakeResult:
     retention: Retention | None = None
 
     @property
+    def edit_seconds(self) -> float:
+        """What finding the edit took: values, update and refinement, without loading, statistics and measuring."""
+        return sum(self.seconds.get(step, 0.0) for step in ("values", "update", "refining"))
+
+    @property
     def facts(self) -> list[dict[str, Any]]:
         """One row per fact: text, target, answers and probabilities before and after."""
         return list(self.effect["facts"])

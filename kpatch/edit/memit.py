@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kpatch import distributed
+from kpatch.edit.bystanders import bystanders, windows
 from kpatch.edit.earlier import facts_to_hold, facts_to_learn_again
 from kpatch.edit.first_token import Part, key_covariances, split, touched
 from kpatch.edit.held import Held, Standing
@@ -21,6 +22,7 @@ from kpatch.edit.layer_states import written
 from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, HyperParams, MemitHyper
 from kpatch.edit.protect import protected_keys
+from kpatch.edit.refine import Goal, refine, text_moved
 from kpatch.edit.requests import Group, contexts_for, group_facts
 from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.edit.unpatched import unpatched
@@ -35,7 +37,10 @@ from kpatch.reporter import Reporter
 from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
 from kpatch.stats.subject_keys import subject_moments
+from kpatch.stats.text import open_text
 from kpatch.text import ranges
+
+REFINED_FROM = 0.01  # nats a token of text: a patch that moves it by less is left as the update made it
 
 
 class Memit(Method):
@@ -76,11 +81,15 @@ class Memit(Method):
                 covariance = self._covariance(model, hyper, layers, inputs)
                 held = protected_keys(model, inputs.protect, facts, layers)
                 preserved = [self._preserved(model, part, told, covariance, held, inputs) for part in parts]
+            text = self._text(model, hyper, covariance, inputs)
             names = map(model.weight_name, layers) if on else ()
             base = {name: model.numbers(name).clone() for name in names}
         earlier = self._held(model, parts, hyper, contexts, facts, base, inputs) if on else []
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
         deltas, keys, by_row, moved = self._write(model, parts, values, preserved, inputs, earlier)
+        if text is not None:
+            with inputs.timed("refining"):
+                deltas = self._refined(model, parts, deltas, told, facts, text, hyper, inputs)
         about = []
         rows = []
         for part, some, more in zip(parts, values, moved, strict=True):
@@ -123,6 +132,10 @@ class Memit(Method):
     def objective(self, hyper: Any) -> Any:
         """What values are optimized for: the settings that decide them, and no others."""
         return JointObjective(hyper.layers, hyper.steps, hyper.learning_rate, hyper.stop_loss, hyper.clamp, hyper.kl)
+
+    def refining(self, hyper: Any) -> Goal | None:
+        """How residuals are refined once they are written; None leaves them as the update has them."""
+        return Goal(hyper.refine, hyper.stop_loss, hyper.kl, hyper.hold) if hyper.refine else None
 
     def weight(self, model: Model, hyper: Any, layer: int) -> float:
         """λ: the mean of k^T E[k k^T]^{-1} k over text is f, so that f / λ is the mean leverage."""
@@ -313,6 +326,49 @@ class Memit(Method):
                 whole[name] = smaller(delta)
                 mixed.add(name)
         return whole, {layer: torch.cat(several) for layer, several in keys.items()}, frozenset(deltas) - mixed, moved
+
+    def _text(self, model: Model, hyper: Any, covariance: Covariance, inputs: Inputs) -> Tensor | None:
+        """Ids [t] of the covariance's text, on which the written weights are held; None where nothing is refined."""
+        if self.refining(hyper) is None:
+            return None
+        text = open_text(model, inputs.corpus, covariance.tokens, seed=inputs.seed, report=inputs.report)
+
+        def read() -> Tensor:
+            with text.cache.locked():
+                return text.ids()
+
+        return distributed.main_does(read)
+
+    def _refined(
+        self,
+        model: Model,
+        parts: Sequence[Part],
+        deltas: Mapping[str, Delta],
+        told: Sequence[Fact],
+        facts: Sequence[Fact],
+        text: Tensor,
+        hyper: Any,
+        inputs: Inputs,
+    ) -> dict[str, Delta]:
+        """The deltas of all parts, refined together (`kpatch.edit.refine`)."""
+        goal = self.refining(hyper)
+        assert goal is not None
+        groups = [group for part in parts for group in part.groups]
+        layer = hyper.layers[len(hyper.layers) // 2]
+        earlier = [fact for some in facts_to_hold(inputs.on, facts, inputs.gone) for fact in some]
+
+        def run() -> dict[str, Delta]:
+            rows = windows(text)
+            moved = text_moved(model, deltas, rows, inputs.budget)
+            if moved < REFINED_FROM:
+                inputs.report.note(f"not refined: the writes move the next word of a text by {moved:.3f} nats alone")
+                return dict(deltas)
+            chat = self.chat(hyper) > 0
+            seed, report = inputs.seed, inputs.report
+            others = bystanders(model, told, groups, layer, rows, earlier, seed, chat, report)
+            return refine(model, groups, deltas, others, goal, seed=seed, budget=inputs.budget, report=report)
+
+        return distributed.main_does(run)
 
 
 def default_layers(count: int, low: float = 0.07, high: float = 0.47) -> tuple[int, ...]:

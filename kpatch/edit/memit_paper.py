@@ -50,6 +50,9 @@ class MemitPaper(Memit):
     def others(self, hyper: PaperValuesHyper) -> int:
         return 0
 
+    def refining(self, hyper: PaperValuesHyper) -> None:
+        return None
+
     def places(self, hyper: PaperValuesHyper) -> list[tuple[int, ...]]:
         return [hyper.layers]
 

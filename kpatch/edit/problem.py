@@ -19,7 +19,7 @@ from kpatch.edit.requests import Group
 from kpatch.facts.tokens import Encoded
 from kpatch.models.fast_forward import packed_mlps
 from kpatch.models.model import Model
-from kpatch.models.partial_forward import Calls, align, record_suffix
+from kpatch.models.partial_forward import Batch, Calls, align, record_suffix
 from kpatch.reporter import Advance
 
 
@@ -54,15 +54,24 @@ class Search(Protocol):
 
 
 @dataclass
-class Rows:
-    """Rows of m groups that run side by side, with everything δ cannot change computed once.
-
-    B rows; S columns from the subject's last token on.
-    """
+class Running:
+    """B rows that run side by side, S columns each; what stands before these columns is computed once."""
 
     calls: Calls
     hidden: Tensor  # (B, S, d) that enter the lowest layer that is run again
     real: Tensor  # (B, S) true where a column holds a token, not padding
+
+    @staticmethod
+    def of(model: Model, batch: Batch, above: int) -> Running:
+        """The rows of a batch, whose columns from the aligned one on run again in the layers above `above`."""
+        calls, hidden = record_suffix(model, batch, above)
+        return Running(calls, hidden, batch.mask[:, batch.column :].bool())
+
+
+@dataclass
+class Rows(Running):
+    """Rows of m groups, S columns from the subject's last token on: what δ cannot change is computed once."""
+
     owner: Tensor  # (B,) the group of each row
     spots: Tensor  # (M, 2) row and column of each predicted target token
     tokens: Tensor  # (M,) the target tokens
@@ -229,7 +238,7 @@ def _cost(count: int, size: tuple[int, int]) -> int:
 def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -> Rows:
     device = model.device
     batch = align([row.ids for row in rows], [row.encoded.subject_last for row in rows], model.pad_id, device)
-    calls, hidden = record_suffix(model, batch, above)
+    running = Running.of(model, batch, above)
     spots, tokens, weights, drift, shares = [], [], [], [], []
     for index, row in enumerate(rows):
         start = row.encoded.prompt_len - 1 - row.encoded.subject_last
@@ -242,9 +251,9 @@ def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -
             tokens.append(token)
             weights.append(row.weight)
     return Rows(
-        calls,
-        hidden,
-        batch.mask[:, batch.column :].bool(),
+        running.calls,
+        running.hidden,
+        running.real,
         torch.tensor([row.group for row in rows], device=device),
         torch.tensor(spots, device=device),
         torch.tensor(tokens, device=device),
@@ -256,7 +265,7 @@ def _side_by_side(model: Model, rows: Sequence[_Row], groups: int, above: int) -
     )
 
 
-def log_probabilities(model: Model, rows: Rows, hidden: Tensor, spots: Tensor, above: int) -> Tensor:
+def log_probabilities(model: Model, rows: Running, hidden: Tensor, spots: Tensor, above: int) -> Tensor:
     """Next-token log-probabilities [M, V] at `spots` [M, 2] after running the layers above layer `above`."""
     real = rows.real.flatten().nonzero().flatten()
     read = torch.unique(spots[:, 0] * hidden.shape[1] + spots[:, 1])

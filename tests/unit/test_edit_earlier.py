@@ -37,7 +37,8 @@ SECOND = [Fact("Mona  Lisa", "Past the {} is", "Rome", id="past")]
 QUICK: dict[str, Any] = {
     "layers": [1, 2],
     "tokens": 400,
-    "settings": {"steps": "25", "lead_ins": "0", "leverage": "50000", "clamp": "3"},
+    # Not refined, which would hold earlier facts by itself
+    "settings": {"steps": "25", "lead_ins": "0", "leverage": "50000", "clamp": "3", "refine": "0"},
 }
 
 
