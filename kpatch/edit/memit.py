@@ -40,8 +40,6 @@ from kpatch.stats.subject_keys import subject_moments
 from kpatch.stats.text import open_text
 from kpatch.text import ranges
 
-REFINED_FROM = 0.01  # nats a token of text: a patch that moves it by less is left as the update made it
-
 
 class Memit(Method):
     """Joint writes, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
@@ -360,9 +358,9 @@ class Memit(Method):
         def run() -> dict[str, Delta]:
             rows = windows(text)
             moved = text_moved(model, deltas, rows, inputs.budget)
-            if moved < REFINED_FROM:
-                inputs.report.note(f"not refined: the writes move the next word of a text by {moved:.3f} nats alone")
+            if moved < hyper.refine_from:
                 return dict(deltas)
+            inputs.report.note(f"the writes move the next word of a text by {moved:.3f} nats: they are refined")
             chat = self.chat(hyper) > 0
             seed, report = inputs.seed, inputs.report
             others = bystanders(model, told, groups, layer, rows, earlier, seed, chat, report)

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from kpatch.edit import bystanders as beside
-from kpatch.edit import memit
 from kpatch.edit import refine as refining
 from kpatch.edit.bystanders import Bystanders, answer, bystanders, windows
 from kpatch.edit.memit import Memit
@@ -34,7 +33,9 @@ FACTS = [
     Fact("Mona Lisa", "In the {}", "Paris", wordings=("Near the {} is",), question="Where is the {}?"),
     Fact("Moonlight Sonata", "By the {}", "Brazil"),
 ]
-HYPER = MemitHyper(layers=(1, 2), steps=20, lead_ins=0, leverage=50_000.0, clamp=3.0, chat=0, refine=8)
+HYPER = MemitHyper(
+    layers=(1, 2), steps=20, lead_ins=0, leverage=50_000.0, clamp=3.0, chat=0, refine=8, refine_from=0.0
+)
 TEXT = torch.arange(5, 5 + 300, dtype=torch.int32) % 200
 
 build = cache(tiny)
@@ -80,12 +81,15 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert any(not torch.equal(first.deltas[name].dense(), other.deltas[name].dense()) for name in first.deltas)
 
 
-def test_a_patch_that_hardly_moves_text_is_left_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_patch_that_hardly_moves_text_is_left_as_it_is() -> None:
     plain, heard = edited(replace(HYPER, refine=0)), Recorder()
-    monkeypatch.setattr(memit, "REFINED_FROM", 1e9)
-    found = edited(HYPER, heard)
+    found = edited(replace(HYPER, refine_from=1e9), heard)
     assert all(torch.equal(found.deltas[name].dense(), plain.deltas[name].dense()) for name in plain.deltas)
-    assert any("not refined" in note for note in heard.notes)
+    assert "Refining" not in heard.tasks
+    assert "Looking for close subjects" not in heard.tasks
+    edited(HYPER, heard)
+    assert heard.tasks["Refining"] == (8, 8)
+    assert any("they are refined" in note for note in heard.notes)
 
 
 def test_how_far_text_moves_is_the_mean_kl_of_its_tokens() -> None:
