@@ -74,7 +74,7 @@ class Inputs:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        """Add the seconds spent inside to `step`: covariance, values or update."""
+        """Add the seconds spent inside to `step`: covariance, values, update or refining."""
         start = time.monotonic()
         yield
         self.seconds[step] = self.seconds.get(step, 0.0) + time.monotonic() - start

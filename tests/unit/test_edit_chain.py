@@ -33,7 +33,7 @@ OWN = (
 )
 COMMON = {"steps": "8", "lead_ins": "1", "clamp": "3"}
 SETTINGS = {
-    "memit": {**COMMON, "leverage": "50000", "chat": "0"},
+    "memit": {**COMMON, "leverage": "50000", "chat": "0", "refine": "0"},  # the law is the update's
     "memit-paper": {**COMMON, "prefixes": "1", "covariance_weight": "0.5"},
 }
 
