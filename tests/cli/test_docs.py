@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from kpatch.edit.memit import Memit
 from kpatch.edit.presets import SHAPES
+from kpatch.edit.refine import Goal
 from kpatch.facts.load import load_facts
 from kpatch.models.aliases import ALIASES, SMOLLM2
 from kpatch.models.model import Model
@@ -147,6 +149,7 @@ def let_it_pass_for_smollm2(patch: pytest.MonkeyPatch, folder: Path, cache: Path
     patch.setitem(ALIASES, "smollm2", replace(ALIASES["smollm2"], source=title))
     patch.setattr("kpatch.trace.run.built_in", lambda: facts_known_by(tiny_model()))
     patch.setattr("kpatch.mend.train._MINUTE", 0.02)  # pages speak of hours
+    patch.setattr(Memit, "refining", lambda self, hyper: Goal(1, 1.0, 1.0, 1.0) if hyper.refine else None)  # minutes
     patch.setattr("kpatch.trace.layer_range.LEAST", 0.0)  # random MLPs carry less than any rule for R asks for
 
 
