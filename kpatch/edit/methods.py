@@ -295,13 +295,13 @@ def with_settings(hyper: Any, settings: Mapping[str, str]) -> Any:
                 details=[f"expected one of {', '.join(known)}"],
                 hint=f"did you mean {close[0]}?" if close else None,
             )
-        kind = int if isinstance(getattr(hyper, key), int) else float
+        before = getattr(hyper, key)
+        kind, wanted = (int, "a whole number") if isinstance(before, int) else (float, "a number")
         try:
             value = kind(text)
         except (TypeError, ValueError) as error:
-            raise BadInput(
-                f"The setting {key}={text} is not a number", details=[f"expected {kind.__name__}"]
-            ) from error
+            details = [f"expected one such as {key}={before}"]
+            raise BadInput(f"The setting {key}={text} is not {wanted}", details=details) from error
         if not 0 <= value < float("inf"):
             raise BadInput(f"The setting {key}={text} must be finite and not negative")
         if key in hyper.positive and value == 0:

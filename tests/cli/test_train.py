@@ -87,7 +87,7 @@ def test_an_editor_from_training_to_an_adapter(model: Path, data: Path, tmp_path
         (("train", "mend", "MODEL", "DATA", "-o", "OUT", "--layers", "7"), "has no layer 7"),
         (("train", "mend", "MODEL", "DATA", "-o", "OUT", "--set", "rankk=3"), "did you mean rank?"),
         (("train", "mend", "MODEL", "DATA", "-o", "OUT", "--set", "rank=0"), "expected more than 0"),
-        (("train", "mend", "MODEL", "DATA", "-o", "OUT", "--set", "steps=x"), "is not a number"),
+        (("train", "mend", "MODEL", "DATA", "-o", "OUT", "--set", "steps=x"), "is not a whole number"),
         (("make", "DATA", "--model", "MODEL", "-o", "OUT", "--method", "mend"), "--editor"),
         (("make", "DATA", "--model", "MODEL", "-o", "OUT", "--method", "mend", "--editor", "DATA"), "cannot be read"),
         (("make", "DATA", "--model", "MODEL", "-o", "OUT", "--editor", "DATA"), "takes no trained editor"),

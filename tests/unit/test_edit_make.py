@@ -238,7 +238,7 @@ def test_no_facts_and_unknown_methods_and_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize("method", ["memit", "memit-paper", "rome", "ft", "alphaedit", "blue"])
 def test_wrong_settings_are_refused_before_the_model_is_looked_for(tmp_path: Path, method: str) -> None:
     for settings in ({"steps": "sixty"}, {"step": "60"}):
-        with pytest.raises(BadInput, match=r"steps=sixty is not a number|Unknown setting 'step'"):
+        with pytest.raises(BadInput, match=r"steps=sixty is not a whole number|Unknown setting 'step'"):
             make(FACTS, out=tmp_path / "x", model=str(tmp_path / "none"), method=method, settings=settings)
 
 

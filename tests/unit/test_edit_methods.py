@@ -154,12 +154,15 @@ def test_layers_are_no_setting() -> None:
 
 @pytest.mark.parametrize(
     ("key", "text", "kind"),
-    [("steps", "2.5", "int"), ("steps", "many", "int"), ("clamp", "half", "float"), ("kl", "", "float")],
+    [
+        *(("steps", text, "a whole number") for text in ("2.5", "many")),
+        *(("clamp", text, "a number") for text in ("half", "")),
+    ],
 )
 def test_a_setting_of_the_wrong_kind(key: str, text: str, kind: str) -> None:
-    with pytest.raises(BadInput, match="is not a number") as error:
+    with pytest.raises(BadInput, match=f"is not {kind}") as error:
         with_settings(BASE, {key: text})
-    assert list(error.value.details) == [f"expected {kind}"]
+    assert list(error.value.details) == [f"expected one such as {key}={getattr(BASE, key)}"]
 
 
 @pytest.mark.parametrize(("key", "text"), [("steps", "-1"), ("clamp", "-0.1"), ("kl", "nan"), ("clamp", "inf")])

@@ -94,7 +94,7 @@ def test_layers_are_a_list_of_whole_numbers(layers: Any, tmp_path: Path) -> None
 
 
 def test_a_setting_that_is_nothing_is_no_number() -> None:
-    with pytest.raises(BadInput, match="steps=None is not a number"):
+    with pytest.raises(BadInput, match="steps=None is not a whole number"):
         with_settings(MemitHyper((1,)), {"steps": None})  # type: ignore[dict-item]
 
 
