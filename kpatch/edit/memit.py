@@ -40,6 +40,8 @@ from kpatch.stats.subject_keys import subject_moments
 from kpatch.stats.text import open_text
 from kpatch.text import ranges
 
+_HELD_TOKENS = 15_360  # of text: 120 windows, two or more of which each step of refinement looks at
+
 
 class Memit(Method):
     """Joint writes, with subjects that open their text edited at a layer of their own (`kpatch.edit.first_token`)."""
@@ -79,15 +81,16 @@ class Memit(Method):
                 covariance = self._covariance(model, hyper, layers, inputs)
                 held = protected_keys(model, inputs.protect, facts, layers)
                 preserved = [self._preserved(model, part, told, covariance, held, inputs) for part in parts]
-            text = self._text(model, hyper, covariance, inputs)
+            goal = self.refining(hyper)
+            text = None if goal is None else self._text(model, covariance, inputs)
             names = map(model.weight_name, layers) if on else ()
             base = {name: model.numbers(name).clone() for name in names}
         earlier = self._held(model, parts, hyper, contexts, facts, base, inputs) if on else []
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
         deltas, keys, by_row, moved = self._write(model, parts, values, preserved, inputs, earlier)
-        if text is not None:
+        if goal is not None and text is not None:
             with inputs.timed("refining"):
-                deltas = self._refined(model, parts, deltas, told, facts, text, hyper, inputs)
+                deltas = self._refined(model, parts, deltas, told, facts, text, goal, hyper, inputs)
         about = []
         rows = []
         for part, some, more in zip(parts, values, moved, strict=True):
@@ -325,11 +328,10 @@ class Memit(Method):
                 mixed.add(name)
         return whole, {layer: torch.cat(several) for layer, several in keys.items()}, frozenset(deltas) - mixed, moved
 
-    def _text(self, model: Model, hyper: Any, covariance: Covariance, inputs: Inputs) -> Tensor | None:
-        """Ids [t] of the covariance's text, on which the written weights are held; None where nothing is refined."""
-        if self.refining(hyper) is None:
-            return None
-        text = open_text(model, inputs.corpus, covariance.tokens, seed=inputs.seed, report=inputs.report)
+    def _text(self, model: Model, covariance: Covariance, inputs: Inputs) -> Tensor:
+        """Ids [t] of the first of the covariance's text, on which the written weights are held."""
+        tokens = min(covariance.tokens, _HELD_TOKENS)  # so that a long corpus is not read again as a whole
+        text = open_text(model, inputs.corpus, tokens, seed=inputs.seed, report=inputs.report)
 
         def read() -> Tensor:
             with text.cache.locked():
@@ -345,12 +347,11 @@ class Memit(Method):
         told: Sequence[Fact],
         facts: Sequence[Fact],
         text: Tensor,
+        goal: Goal,
         hyper: Any,
         inputs: Inputs,
     ) -> dict[str, Delta]:
-        """The deltas of all parts, refined together (`kpatch.edit.refine`)."""
-        goal = self.refining(hyper)
-        assert goal is not None
+        """The deltas of all parts, refined together (`kpatch.edit.refine`), where they move text far enough."""
         groups = [group for part in parts for group in part.groups]
         layer = hyper.layers[len(hyper.layers) // 2]
         earlier = [fact for some in facts_to_hold(inputs.on, facts, inputs.gone) for fact in some]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,9 +67,8 @@ def refine(
     `deltas` are not in the model. Every step looks at some of the groups, each of them equally often, and at rows
     drawn from `others`. `budget` bounds what a batch takes, in bytes. Deterministic in the seed.
     """
-    written = _Written(model, deltas)
+    written = _Written(model, deltas, _BEGIN)
     above = min(written.layers) - 1
-    written.shrink(_BEGIN)
     first = {name: torch.zeros_like(left) for name, left in written.left.items()}
     second = {name: torch.zeros_like(left) for name, left in written.left.items()}
     sizes = {name: float(left.detach().square().mean().sqrt()) for name, left in written.left.items()}
@@ -135,9 +134,9 @@ def _turns(count: int, steps: int, seed: int) -> list[list[int]]:
 
 
 class _Written:
-    """Deltas while they are refined: their residuals are variables, and hooks put them in place."""
+    """Deltas while they are refined: a share of their residuals, as variables, and hooks that put them in place."""
 
-    def __init__(self, model: Model, deltas: Mapping[str, Delta]) -> None:
+    def __init__(self, model: Model, deltas: Mapping[str, Delta], share: float = 1.0) -> None:
         self.model, self.before = model, dict(deltas)
         places = {model.weight_name(index): index for index in model.editable}
         self.layers = {places[name]: name for name in deltas}
@@ -147,34 +146,24 @@ class _Written:
         for name, delta in deltas.items():
             factors = _factors(delta.transposed() if model.stores_transposed else delta)
             factors = factors.to(model.device, torch.float32)
-            self.left[name] = factors.left.clone().requires_grad_()
+            self.left[name] = (share * factors.left).requires_grad_()
             self.right[name] = factors.right
-
-    @torch.no_grad()
-    def shrink(self, share: float) -> None:
-        """Leave a share of every residual."""
-        for left in self.left.values():
-            left *= share
 
     @contextmanager
     def open(self) -> Iterator[None]:
         """While open, the network runs as if the deltas were written, but for what is `without` them."""
-        handles = []
-        for layer, name in self.layers.items():
+        with ExitStack() as stack:
+            for layer, name in self.layers.items():
 
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, name: str = name) -> Tensor:
-                if self.off:
-                    return out
-                left, right = self.left[name].to(out.device), self.right[name].to(out.device)
-                added: Tensor = (inputs[0].to(right.dtype) @ right.T) @ left.T
-                return out + added.to(out.dtype)
+                def hook(module: nn.Module, inputs: tuple[Tensor, ...], out: Tensor, name: str = name) -> Tensor:
+                    if self.off:
+                        return out
+                    left, right = self.left[name].to(out.device), self.right[name].to(out.device)
+                    added: Tensor = (inputs[0].to(right.dtype) @ right.T) @ left.T
+                    return out + added.to(out.dtype)
 
-            handles.append(self.model.down(layer).register_forward_hook(hook))
-        try:
+                stack.callback(self.model.down(layer).register_forward_hook(hook).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def without(self) -> Iterator[None]:
