@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from kpatch.checkpoint import files, parallel
+from kpatch import parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.records import Applied
 from kpatch.checkpoint.shards import Checkpoint, TensorRef
 from kpatch.checkpoint.store import Store

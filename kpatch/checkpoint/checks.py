@@ -12,7 +12,8 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from kpatch.checkpoint import files, parallel
+from kpatch import parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.base_weights import read_base, require_base
 from kpatch.checkpoint.records import AppliedPatch
 from kpatch.checkpoint.shards import Checkpoint, TensorRef, read_json

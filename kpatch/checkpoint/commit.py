@@ -23,8 +23,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
+from kpatch import parallel
 from kpatch.cache import holder, lock, write_error
-from kpatch.checkpoint import files, parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.records import Journal
 from kpatch.checkpoint.store import Store
 from kpatch.errors import Damaged, KpatchError, Refused

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from kpatch.checkpoint import files, parallel
+from kpatch import parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.base_weights import StoredWeights, Weights
 from kpatch.checkpoint.checks import refuse_quantized
 from kpatch.checkpoint.commit import unfinished

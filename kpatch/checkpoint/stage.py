@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from kpatch.checkpoint import files, parallel
+from kpatch import parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.base_weights import base_damaged, read_base
 from kpatch.checkpoint.plan import Plan, WeightPlan
 from kpatch.checkpoint.records import AppliedPatch, AppliedWeight

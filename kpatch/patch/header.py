@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -216,14 +217,12 @@ def _check_delta(manifest: Manifest, name: str, found: Mapping[str, TensorInfo])
 def _check_facts(manifest: Manifest, found: Mapping[str, TensorInfo]) -> set[str]:
     names = {name for name in found if name == VALUES or name.startswith(KEYS)}
     sides = {side for weight in manifest.base.weights.values() for side in weight.shape}
+    groups = Counter(str(layer) for group in manifest.groups for layer in set(group["layers"]))
     for name in names:
         rows, width = found[name].shape
         layer = name.removeprefix(KEYS)
-        wanted = (
-            sum(name == VALUES or layer in map(str, group["layers"]) for group in manifest.groups)
-            if manifest.groups
-            else len(manifest.facts)
-        )
+        counted = len(manifest.groups) if name == VALUES else groups[layer]
+        wanted = counted if manifest.groups else len(manifest.facts)
         if rows != wanted:
             raise ManifestError(f"tensor {name}: has {rows} rows for {wanted} facts")
         if width not in sides:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -168,28 +169,31 @@ def added_subjects(
     made on top of another has learned the other's facts about its subjects again.
     """
     first, most = len(patches) - new, dict[tuple[int, int], int]()
+    related = _related(patches)
     for names in weights:
         together = sorted(solved_together(patches, names))
-        about = {number: labels(patches[number].manifest, names[number]) for number in together}
-        for place, one in enumerate(together):
-            for other in together[place + 1 :]:
-                ids = [{patches[n].id, *patches[n].manifest.holds(patches[n].id)} for n in (one, other)]
-                related = ids[0] & set(patches[other].manifest.parents) or ids[1] & set(patches[one].manifest.parents)
-                if max(one, other) < first or related:
-                    continue
-                count = _other_facts(about[one], about[other])
-                if count:
-                    most[one, other] = max(count, most.get((one, other), 0))
+        by_name = dict[str, list[tuple[int, RowLabel]]]()
+        for number in together:
+            for row in labels(patches[number].manifest, names[number]):
+                for name in row.about:
+                    by_name.setdefault(name, []).append((number, row))
+        subjects = dict[tuple[int, int], set[str]]()
+        for rows in by_name.values():
+            for (one, row), (other, there) in combinations(rows, 2):
+                if one != other and row.facts != there.facts and (one, other) not in related:
+                    subjects.setdefault((one, other), set()).add(row.subject)
+        for pair, found in subjects.items():
+            if max(pair) >= first:
+                most[pair] = max(len(found), most.get(pair, 0))
     return [(one, other, count) for (one, other), count in sorted(most.items())]
 
 
-def _other_facts(rows: Sequence[RowLabel], others: Sequence[RowLabel]) -> int:
-    """How many subjects two patches' rows say other facts about, in the layer of one weight."""
-    by_name: dict[str, set[frozenset[tuple[str, str]]]] = {}
-    for row in others:
-        for name in row.about:
-            by_name.setdefault(name, set()).add(row.facts)
-    return len({row.subject for row in rows if any(by_name.get(name, set()) - {row.facts} for name in row.about)})
+def _related(patches: Sequence[PatchInfo]) -> set[tuple[int, int]]:
+    """Pairs (one, other) of positions, the lower first, of which one was made on top of the other."""
+    ids = [{info.id, *info.manifest.holds(info.id)} for info in patches]
+    parents = [set(info.manifest.parents) for info in patches]
+    pairs = combinations(range(len(patches)), 2)
+    return {(one, other) for one, other in pairs if ids[one] & parents[other] or ids[other] & parents[one]}
 
 
 def warning(by: str, on: str) -> str:

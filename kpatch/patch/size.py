@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from threading import Lock
 from typing import TYPE_CHECKING
 
+from kpatch import parallel
 from kpatch.patch.header import PatchInfo
 from kpatch.patch.manifest import Manifest
+from kpatch.reporter import Advance
 
 if TYPE_CHECKING:
     from kpatch.patch.delta import Delta
@@ -82,17 +85,23 @@ def size_of_sum(
     bound = size(sum(_stored_share(part) for part in parts) for parts in found)
     if bound <= WARN_ABOVE or all(len(parts) == 1 for parts in found):
         return bound
+    from kpatch.patch.delta import one_thread
     from kpatch.patch.summands import summands
 
-    shares, room = [], _KEPT
-    for parts in found:
+    lock, room = Lock(), _KEPT
+
+    def measured(parts: Sequence[Part], advance: Advance) -> float:
+        nonlocal room
         together = summands([part for part in parts if part.patch.id not in apart], replaced)
-        room -= sum(delta.stored_numbers for delta in together)
-        if keep is not None and room >= 0:
-            keep[parts[0].patch.id, parts[0].weight] = together
+        with lock:
+            room -= sum(delta.stored_numbers for delta in together)
+            if keep is not None and room >= 0:
+                keep[parts[0].patch.id, parts[0].weight] = together
         alone = [part.delta() for part in parts if part.patch.id in apart]
-        shares.append(share([*together, *alone], weight_norm(parts[0].manifest, parts[0].weight)))
-    return size(shares)
+        return share([*together, *alone], weight_norm(parts[0].manifest, parts[0].weight))
+
+    with one_thread():  # of torch for each of ours
+        return size(parallel.each(measured, found, lambda amount: None))
 
 
 def _stored_share(part: Part) -> float:

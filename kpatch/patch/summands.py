@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -145,16 +146,17 @@ def asked(part: Part, delta: Delta) -> Asked:
 
 def labels(manifest: Manifest, weight: str) -> tuple[RowLabel, ...]:
     """What the rows of a weight's keys are about."""
-    facts = [(normal(str(fact["subject"])), normal(str(fact["prompt"]))) for fact in manifest.facts]
-    found = []
-    for positions, first in key_rows(manifest, manifest.layer_of(weight)):
-        about = frozenset(facts[index] for index in positions)
-        subject = facts[min(positions)][0] if positions else ""
-        names = (
-            names_of(str(fact["subject"]), str(fact["prompt"])) for fact in (manifest.facts[i] for i in positions)
-        )
-        found.append(RowLabel(subject, about, first, frozenset[str]().union(*names)))
-    return tuple(found)
+    facts = [(str(fact["subject"]), str(fact["prompt"])) for fact in manifest.facts]
+    rows = key_rows(manifest, manifest.layer_of(weight))
+    return tuple(_label(tuple(facts[index] for index in sorted(positions)), first) for positions, first in rows)
+
+
+@lru_cache(1 << 14)  # twenty patches' rows are asked for weight by weight
+def _label(facts: tuple[tuple[str, str], ...], first: bool) -> RowLabel:
+    """The label of a row that carries these facts (subject and prompt)."""
+    about = frozenset((normal(subject), normal(prompt)) for subject, prompt in facts)
+    names = frozenset[str]().union(*(names_of(*fact) for fact in facts))
+    return RowLabel(normal(facts[0][0]) if facts else "", about, first, names)
 
 
 def key_rows(manifest: Manifest, layer: int | None) -> list[tuple[list[int], bool]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.checkpoint import commit, parallel, status
+from kpatch import parallel
+from kpatch.checkpoint import commit, status
 from kpatch.checkpoint.apply import apply
 from tests.support import cli, faults, rows
 from tests.support.checkpoints import make_checkpoint, make_patch, snapshot

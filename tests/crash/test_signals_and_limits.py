@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from kpatch import cache
-from kpatch.checkpoint import files, parallel
+from kpatch import cache, parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.revert import revert
 from kpatch.checkpoint.status import status
 from tests.crash.conftest import COMMANDS, Scenario, picture

@@ -35,6 +35,7 @@ EVERYWHERE = {
     "reporter",
     "text",
     "cache",
+    "parallel",
     "distributed",
     "arguments",
     "memory",

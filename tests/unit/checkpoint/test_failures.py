@@ -19,7 +19,8 @@ from typing import Any
 import pytest
 import torch
 
-from kpatch.checkpoint import files, parallel
+from kpatch import parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import base_weights, verify_fit
 from kpatch.checkpoint.recover import recover

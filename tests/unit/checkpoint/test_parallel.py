@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kpatch.checkpoint import files, parallel
+from kpatch import parallel
+from kpatch.checkpoint import files
 from kpatch.checkpoint.apply import apply
 from kpatch.checkpoint.fit import verify_fit
 from kpatch.checkpoint.revert import revert
