@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kpatch.edit.protect import protected_rows
 from kpatch.edit.requests import Group
 from kpatch.facts.chat import Turn, chat_rows
-from kpatch.facts.fact import Fact
+from kpatch.facts.fact import Fact, Protected
 from kpatch.facts.tokens import Encoded, Item, encode_many
 from kpatch.models.mixed_precision import mixed_precision
 from kpatch.models.model import Model
@@ -39,7 +40,8 @@ class Bystander:
 
 @dataclass
 class Bystanders:
-    """Where they are drawn from: text [rows, WINDOW], shipped subjects in statements, and facts about other subjects.
+    """Where they are drawn from: text [rows, WINDOW], shipped subjects in statements, facts about other subjects, and
+    what the fact file protects.
 
     close [n, c]  for each group the shipped subjects (positions in `names`) whose keys are most like its own
     """
@@ -51,6 +53,7 @@ class Bystanders:
     names: Sequence[str]
     close: Tensor
     earlier: Sequence[Encoded]
+    protected: Sequence[Encoded]
     draws: random.Random
     chat: bool
     _turn: int = field(default=0, init=False)
@@ -63,6 +66,7 @@ class Bystanders:
             [_behind(row) for row in self._some(self.statements, max(12, count))],
             self._close(groups, max(16, count)),
             [answer(one) for one in self._some(self.earlier, max(16, count))],
+            [_behind(one) for one in self._some(self.protected, max(16, count))],
         ]
         return [rows for rows in kinds if rows]
 
@@ -98,15 +102,16 @@ def bystanders(
     layer: int,
     text: Tensor,
     earlier: Sequence[Fact],
+    protect: Sequence[Protected],
     seed: int,
     chat: bool,
     report: Reporter = SILENT,
 ) -> Bystanders:
     """Bystanders of a patch of these groups; keys are compared at `layer`, where the patch edits.
 
-    text are `windows`; `earlier` are facts of patches that the checkpoint carries. `chat` says whether questions are
-    asked in the chat form. Subjects that the facts or their neighbors name are left out, and so are those that would
-    open their text. Deterministic in the seed.
+    text are `windows`; `earlier` are facts of patches that the checkpoint carries, `protect` is what a file wants to
+    stay. `chat` says whether questions are asked in the chat form. Subjects that the facts or their neighbors name are
+    left out, and so are those that would open their text. Deterministic in the seed.
     """
     out = left_out(facts)
     spoken = [(statement, name) for statement, name in told() if name not in out]
@@ -115,7 +120,8 @@ def bystanders(
     statements, names = [rows[place] for place in inside], [spoken[place][1] for place in inside]
     before = list(encode_many(model.tokenizer, [Item(one.prompt, one.subject, one.target) for one in earlier]))
     close = _closest(model, layer, groups, statements, report)
-    return Bystanders(model, facts, text, statements, names, close, before, random.Random(seed), chat)
+    protected = [row for some in protected_rows(model, protect, facts) for row in some]
+    return Bystanders(model, facts, text, statements, names, close, before, protected, random.Random(seed), chat)
 
 
 def windows(text: Tensor) -> Tensor:

@@ -364,7 +364,7 @@ class Memit(Method):
             inputs.report.note(f"the writes move the next word of a text by {moved:.3f} nats: they are refined")
             chat = self.chat(hyper) > 0
             seed, report = inputs.seed, inputs.report
-            others = bystanders(model, told, groups, layer, rows, earlier, seed, chat, report)
+            others = bystanders(model, told, groups, layer, rows, earlier, inputs.protect, seed, chat, report)
             return refine(model, groups, deltas, others, goal, seed=seed, budget=inputs.budget, report=report)
 
         return distributed.main_does(run)

@@ -1,4 +1,4 @@
-"""Subjects that a fact file protects: their keys join C, so that what they mean to the model stays."""
+"""Subjects that a fact file protects: their keys join C, and refinement holds what the model says of them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,25 @@ def protected_keys(
 ) -> dict[int, Tensor]:
     """Columns √w k [f, p] by layer, so that Σ w k k^T is what they add to C.
 
-    A subject without a prompt stands in up to 16 of the facts' prompts and shares its weight among them.
-    Raises BadInput for one that is the first token of its text: there its key is that of every word.
+    A subject without a prompt stands in several texts and shares its weight among them. Raises BadInput as
+    `protected_rows`.
     """
     if not protect:
         return {}
+    rows = protected_rows(model, protect, facts)
+    weights = [one.weight / len(some) for one, some in zip(protect, rows, strict=True) for _ in some]
+    columns = torch.tensor(weights, dtype=torch.float64).sqrt()  # (p,)
+    found = keys_of(model, layers, [row for some in rows for row in some])
+    return {layer: keys.double().T * columns for layer, keys in found.items()}
+
+
+def protected_rows(model: Model, protect: Sequence[Protected], facts: Sequence[Fact]) -> list[list[Encoded]]:
+    """For each protected subject the texts that it stands in: its prompt's, or up to 16 of the facts' prompts.
+
+    Raises BadInput for one that is the first token of its text: there its key is that of every word.
+    """
     own = tuple(dict.fromkeys(text for fact in facts for text in (fact.prompt, *fact.wordings)))
-    items: list[Encoded] = []
-    weights: list[float] = []
+    found = []
     for one in protect:
         prompts = (one.prompt,) if one.prompt else own
         rows = encode_many(model.tokenizer, [Item(prompt, one.subject) for prompt in prompts])
@@ -38,7 +49,5 @@ def protected_keys(
                 f"{one.subject!r} cannot be protected where it is the first token of a text",
                 hint="give it a `prompt` with words before the subject",
             )
-        items += inside
-        weights += [one.weight / len(inside)] * len(inside)
-    columns = torch.tensor(weights, dtype=torch.float64).sqrt()  # (p,)
-    return {layer: keys.double().T * columns for layer, keys in keys_of(model, layers, items).items()}
+        found.append(inside)
+    return found

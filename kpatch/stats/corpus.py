@@ -36,11 +36,15 @@ _HUB_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text by name, without any path; `identity` decides its content; `documents` reads it from the start."""
+    """A text by name, without any path; `identity` decides its content; `documents` reads it from the start.
+
+    `remote` where that takes a network.
+    """
 
     name: str
     identity: str
     documents: Callable[[], Iterator[str]]
+    remote: bool = False
 
 
 def open_corpus(name: str) -> Corpus:
@@ -158,7 +162,7 @@ def _hub(repo: str, config: str | None, revision: str | None) -> Corpus:
         except Exception as error:
             raise _unreachable(where, error) from error
 
-    return Corpus(where, f"hub {where}@{revision}", documents)
+    return Corpus(where, f"hub {where}@{revision}", documents, remote=True)
 
 
 def _unreachable(where: str, error: Exception) -> BadInput:

@@ -27,6 +27,8 @@ VERSION = 2
 ROW = 256
 # Sampling goes one token at a time through all rows at once: half as long is a third faster, and was as good for edits
 SELF_ROW = 128
+_BEGINNING = "beginning.safetensors"
+_KEPT = 1 << 16  # tokens of a corpus
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,7 @@ class Text:
     def ids(self) -> Tensor:
         """The rows, end to end: [tokens] int32."""
         if self.source is not None:
-            documents = self.source.documents()
-            return pack(self.model, documents, self.tokens, self.row, self.source.name, self.report)
+            return self._read(self.source)
         sampled = self.sample()
         groups = [
             self.cache.group(number, partial(sampled.__getitem__, number))  # what other ranks have sampled is kept
@@ -67,6 +68,16 @@ class Text:
             for number in self._numbers()
         ]
         return torch.cat(groups).flatten()[: self.tokens]
+
+    def _read(self, source: Corpus) -> Tensor:
+        """The first tokens of a corpus; of one on the hub the beginning is kept, for what wants no more of it."""
+        kept = self.cache.kept(_BEGINNING, lambda _, tensors: tensors["ids"]) if source.remote else None
+        if kept is not None and len(kept) >= self.tokens:
+            return kept[: self.tokens]
+        ids = pack(self.model, source.documents(), self.tokens, self.row, source.name, self.report)
+        if source.remote and (kept is None or len(kept) < min(len(ids), _KEPT)):
+            self.cache.keep(_BEGINNING, {"ids": ids[:_KEPT].clone()}, {})
+        return ids
 
     def sample(self) -> dict[int, Tensor]:
         """The groups of text that rank 0's cache lacks, each [G, row], sampled by all ranks."""

@@ -37,7 +37,7 @@ class Fixed(Bystanders):
 
     def __init__(self, model: Model, kinds: list[list[Bystander]]) -> None:
         empty = torch.zeros(0, 1)
-        super().__init__(model, (), empty, (), (), empty, (), random.Random(0), False)
+        super().__init__(model, (), empty, (), (), empty, (), (), random.Random(0), False)
         self.kinds = kinds
 
     def draw(self, groups: object) -> list[list[Bystander]]:

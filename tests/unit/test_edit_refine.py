@@ -19,7 +19,7 @@ from kpatch.edit.presets import MemitHyper
 from kpatch.edit.refine import _turns, text_moved
 from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.weights import add, restored
-from kpatch.facts.fact import Fact, Neighbor
+from kpatch.facts.fact import Fact, Neighbor, Protected
 from kpatch.facts.tokens import encode
 from kpatch.models.model import Model
 from kpatch.patch.delta import LowRank
@@ -47,7 +47,7 @@ def edited(hyper: MemitHyper, report: Recorder | None = None) -> Edit:
 
 
 def drawn_from(model: Model, facts: Sequence[Fact] = FACTS, **changed: Any) -> Bystanders:
-    given = {"text": windows(TEXT), "earlier": (), "seed": 0, "chat": False, **changed}
+    given = {"text": windows(TEXT), "earlier": (), "protect": (), "seed": 0, "chat": False, **changed}
     return bystanders(model, facts, group_facts(model, facts, [""]), 1, **given)
 
 
@@ -169,3 +169,15 @@ def test_earlier_facts_are_among_the_bystanders() -> None:
     others = drawn_from(model, earlier=earlier)
     last = others.draw(numbered(group_facts(model, FACTS, [""])))[-1]
     assert [row.ids for row in last] == [encode(model.tokenizer, "In the {} of", "Chicago", "Rome").ids[:-1]]
+
+
+def test_what_a_file_protects_is_among_the_bystanders() -> None:
+    """In its own prompt, or in those of the facts; read from the subject on."""
+    model = build("llama")
+    others = drawn_from(model, protect=[Protected("Chicago", "In the {} of"), Protected("Rome")])
+    last = others.draw(numbered(group_facts(model, FACTS, [""])))[-1]
+    texts = [("In the {} of", "Chicago"), ("In the {}", "Rome"), ("Near the {} is", "Rome"), ("By the {}", "Rome")]
+    rows = [encode(model.tokenizer, *text) for text in texts]
+    assert {row.ids for row in last} == {row.ids for row in rows}
+    own = next(row for row in last if row.ids == rows[0].ids)
+    assert own.read == tuple(range(rows[0].subject_last, len(own.ids)))

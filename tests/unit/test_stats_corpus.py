@@ -14,6 +14,7 @@ import torch
 from kpatch.errors import BadInput
 from kpatch.models.model import Model
 from kpatch.stats.corpus import open_corpus, pack, row_start
+from kpatch.stats.text import open_text
 from tests.support.models import tiny
 from tests.support.tokenizers import byte_level, metaspace
 
@@ -226,3 +227,19 @@ def test_text_is_read_no_further_than_needed(model: Model) -> None:
 
     pack(model, documents(), 100, 16)
     assert read <= 256
+
+
+def test_the_beginning_of_a_corpus_is_kept_for_what_wants_no_more(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without the hub too, once the covariance has read it; more than was kept is read anew."""
+    monkeypatch.setenv("KPATCH_CACHE", str(tmp_path))
+    monkeypatch.setattr("kpatch.stats.text._KEPT", 100)
+    hub = Hub(monkeypatch, [{"text": text} for text in DOCUMENTS])
+    model, name = tiny("llama"), f"owner/name@{'0123456789' * 4}"
+    whole = open_text(model, name, 230).ids()
+    hub.rows = ConnectionError("no route")
+    for tokens in (16, 100):
+        assert torch.equal(open_text(model, name, tokens).ids(), whole[:tokens])
+    with pytest.raises(BadInput, match="could not be read from the hub"):
+        open_text(model, name, 101).ids()
