@@ -20,7 +20,7 @@ from kpatch.edit.presets import PRESETS, MendHyper
 from kpatch.edit.weights import stored
 from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
-from kpatch.mend.aggregate import differences
+from kpatch.mend.aggregate import differences, regression
 from kpatch.mend.data import edit_row
 from kpatch.mend.file import Editor, read_editor, require_fit
 from kpatch.mend.network import Network
@@ -86,7 +86,10 @@ class Mend(Method):
         """One gradient a fact, and what the editor makes of them all; no keys or values are kept."""
         facts = [*facts, *facts_to_learn_again(inputs.on, facts, inputs.report, inputs.gone)]
         network = self.trained.network.to(model.device)
-        gathered = [Gathered(place, bool(hyper.regression)) for place in network.places]
+        gathered = [
+            Gathered(place, bool(hyper.regression), network.precision(number))
+            for number, place in enumerate(network.places)
+        ]
         below = Below(model, network.places[0].layer, 0)
         with inputs.timed("update"), inputs.report.task("Taking gradients", len(facts), "fact") as advance:
             for begin in range(0, len(facts), _FACTS):
@@ -119,8 +122,9 @@ class Gathered:
     the narrower side of the matrix, products are kept in the place of pairs, so that memory does not grow with facts.
     """
 
-    def __init__(self, place: Place, regression: bool) -> None:
+    def __init__(self, place: Place, regression: bool, precision: Tensor | None = None) -> None:
         self.place, self.regression = place, regression
+        self.precision = None if precision is None else precision.double().cpu()
         self.pairs: list[tuple[Tensor, Tensor]] = []
         self.cross: Tensor | None = None  # Σ a bᵀ [in, out]
         self.gram: Tensor | None = None  # Σ a aᵀ [in, in]
@@ -148,11 +152,12 @@ class Gathered:
         if self.cross is None:
             a, b = (torch.cat(some) for some in zip(*self.pairs, strict=True))
             if self.regression:
-                b = torch.linalg.solve(a @ a.T + ridge * torch.eye(len(a), dtype=a.dtype), b)
+                a, b = regression(a, b, torch.tensor(ridge, dtype=a.dtype), self.precision)
             return stored(b.T, a, self.place.transposed)
         if self.pairs:
             self._fold()
         change = self.cross
-        if self.gram is not None:
-            change = torch.linalg.solve(self.gram + ridge * torch.eye(len(self.gram), dtype=change.dtype), change)
+        if self.gram is not None:  # (UᵀU + λ P⁻¹) S = UᵀV, times P
+            gram, change = (one if self.precision is None else self.precision @ one for one in (self.gram, change))
+            change = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), change)
         return stored_small(change if self.place.transposed else change.T.contiguous())

@@ -51,7 +51,8 @@ def updates(network: Network, found: Sequence[tuple[Tensor, Tensor]], groups: in
         own, read, write = _pseudo(network, number, u, delta)
         own, read, write = (one.view(groups, -1, one.shape[-1]) for one in (own, read, write))  # [G, R, ·]
         if how:
-            yield regression(own, differences(own, read, write), network.ridge(number))
+            v = differences(own, read, write)
+            yield regression(own, v, network.ridge(number), network.precision(number))
         else:
             yield read, write
 

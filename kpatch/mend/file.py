@@ -7,7 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +79,7 @@ def write_editor(
         "family": model.family.model_type,
         "model": model.name,
         "tokenizer": tokenizer_hash(model.tokenizer),
-        "settings": {
-            "rank": network.settings.rank,
-            "step": network.settings.step,
-            "regression": network.settings.regression,
-        },
+        "settings": asdict(network.settings),
         "places": [
             {
                 **{"name": place.name, "layer": place.layer, "in": place.width_in, "out": place.width_out},
@@ -152,7 +148,8 @@ def _info(name: str, digest: str, about: Any) -> EditorInfo:
     if about["format"] != FORMAT or about["method"] != "mend":
         raise ValueError(f"format {about['format']!r} of {about['method']!r}; this kpatch reads {FORMAT} of 'mend'")
     given = about["settings"]
-    settings = Settings(_count(given["rank"]), float(given["step"]), _among(given["regression"], (0, 1)))
+    regression, covariance = (_among(given.get(key, 0), (0, 1)) for key in ("regression", "covariance"))
+    settings = Settings(_count(given["rank"]), float(given["step"]), regression, covariance)
     rows = [(_place(row), tuple(float(number) for number in row["sketch"])) for row in about["places"]]
     if not 0 < len(rows) <= 4096 or len({place.name for place, _ in rows}) != len(rows):
         raise ValueError("places must be there, each once")

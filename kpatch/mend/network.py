@@ -23,12 +23,14 @@ class Settings:
     """What an editor is besides its numbers.
 
     rank  of the two matrices of a block   step  the step size α before training   regression  1 where it was trained
-    with MALMEN's ridge regression over all facts, 0 with the sum of their updates
+    with MALMEN's ridge regression over all facts, 0 with the sum of their updates   covariance  1 where the ridge is
+    the covariance of each place's inputs, 0 where it is the identity
     """
 
     rank: int
     step: float = 1e-4
     regression: int = 0
+    covariance: int = 0
 
 
 class Block(nn.Module):
@@ -71,10 +73,21 @@ class Transform(nn.Module):
         return z[..., : self.shape[0]], z[..., self.shape[0] :]
 
 
+class Precision(nn.Module):
+    """P [in, in] of one place: C⁻¹, scaled so that uᵀPu is ‖u‖² on average; the identity before C is measured."""
+
+    matrix: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(width))
+
+
 class Network(nn.Module):
     """One Transform per shape, and for every place its step size α and the logarithm ℓ of its ridge.
 
-    `sizes` [P] holds the mean ‖u‖² of each place's inputs: the unit of the ridge, e^ℓ · size.
+    `sizes` [P] holds the mean ‖u‖² of each place's inputs: the unit of the ridge, e^ℓ · size. `precisions` are the P
+    of `kpatch.mend.aggregate.regression`, none where that is the identity.
     """
 
     sizes: Tensor
@@ -93,6 +106,7 @@ class Network(nn.Module):
         self.steps = nn.Parameter(torch.full((len(where),), settings.step))
         self.ridges = nn.Parameter(torch.zeros(len(where)))
         self.register_buffer("sizes", torch.ones(len(where)))
+        self.precisions = nn.ModuleList(Precision(place.width_in) for place in where if settings.covariance)
 
     def forward(self, number: int, u: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
         """ũ [N, in] and −α δ̃ [N, out] of place `number`: the update of W [out, in] is their product, summed."""
@@ -103,6 +117,13 @@ class Network(nn.Module):
     def ridge(self, number: int) -> Tensor:
         """e^ℓ · mean ‖u‖² of place `number`."""
         return self.ridges[number].exp() * self.sizes[number]
+
+    def precision(self, number: int) -> Tensor | None:
+        """P [in, in] of place `number`, None for the identity."""
+        if not self.settings.covariance:
+            return None
+        matrix: Tensor = self.precisions[number].matrix  # type: ignore[assignment]
+        return matrix
 
 
 def shape_name(shape: tuple[int, int]) -> str:

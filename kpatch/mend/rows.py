@@ -99,9 +99,14 @@ class Above:
     tokens: Tensor  # [M], or [0] where none are wanted
     weights: Tensor  # [M]
 
+    def run(self) -> Tensor:
+        """What leaves the last layer: [B, T, d]."""
+        out: Tensor = self.calls.run(self.hidden, self.first, self.model.n_layers)
+        return out
+
     def logp(self) -> Tensor:
         """log P over the vocabulary at every read: [M, V], float32 or wider."""
-        out = self.calls.run(self.hidden, self.first, self.model.n_layers)
+        out = self.run()
         logits = self.model.logits(out[self.spots[:, 0], self.spots[:, 1]])
         logp: Tensor = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         return logp

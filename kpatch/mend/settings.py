@@ -5,12 +5,15 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from kpatch.errors import BadInput
+
 
 @dataclass(frozen=True, slots=True)
 class TrainHyper:
     """All that decides an editor besides the model, the facts, the layers and the text.
 
     regression  1: the updates of an episode's facts become one by MALMEN's ridge regression; 0: by their sum
+    covariance  1: the ridge of the regression is the covariance of inputs that must stay, as MEMIT's is; 0: λ I
     edits  facts that are edited together in training   batch  facts a step of Adam
     rank  of the editor's matrices (the authors: 1920)   edit_rate  the step size α at first
     learning_rate, step_rate, ridge_rate  of Adam for the network, for α and for ℓ   clip  norm of the gradient at most
@@ -20,6 +23,7 @@ class TrainHyper:
     """
 
     regression: int = 0
+    covariance: int = 0
     edits: int = 1
     batch: int = 10
     rank: int = 256
@@ -41,6 +45,18 @@ class TrainHyper:
         *("edits", "batch", "rank", "edit_rate", "clip", "edit_weight", "texts", "text_tokens", "reads", "measured"),
         *("steps", "validate_every", "patience"),
     )
+
+    def require(self) -> None:
+        """Refuse settings that no editor can be trained with. Raises BadInput."""
+        for name in ("regression", "covariance"):
+            value = getattr(self, name)
+            if value not in (0, 1):
+                raise BadInput(f"The setting {name}={value} is neither on nor off", details=["expected 0 or 1"])
+        if self.covariance and not self.regression:
+            raise BadInput(
+                "covariance=1 is a ridge, and the sum of updates has none",
+                hint="set regression=1 too, or leave it out",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kpatch.errors import BadInput, KpatchError
+from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.memory import bytes_given
 from kpatch.mend.data import Data, learn, locality_text, split
 from kpatch.mend.episode import Loss, loss_of
-from kpatch.mend.network import Network, Settings, shape_name
+from kpatch.mend.measure import measure
+from kpatch.mend.network import Network, Settings
 from kpatch.mend.places import last_layers, places
 from kpatch.mend.progress import Progress, open_progress
-from kpatch.mend.rows import Below, factors, marked
+from kpatch.mend.rows import Below
 from kpatch.mend.settings import TrainHyper
 from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
@@ -80,15 +81,17 @@ def train(
     `layers` are the last three unless given; `corpus` is the text that must stay as it is. It ends after
     `hyper.patience` validations without a lower loss, after `hyper.steps`, or after `minutes` of this run. The same
     inputs, seed and machine give the same editor unless `minutes` ended it, however often it was interrupted.
-    `memory` is what kept states may take in bytes. Raises BadInput for too few facts, wrong layers, no memory, a loss
-    that is not finite.
+    `memory` is what kept states may take in bytes. Raises BadInput for settings that cannot be, too few facts, wrong
+    layers, no memory, a loss that is not finite.
     """
     started = time.monotonic()
+    hyper.require()
     budget = bytes_given(memory, _BUDGET, "memory")
     where = places(model, last_layers(model) if layers is None else layers)
     training, held = split(facts, seed)
     count = -(-hyper.batch // hyper.edits) * hyper.edits
-    network = Network(where, Settings(hyper.rank, hyper.edit_rate, hyper.regression), seed).to(model.device)
+    settings = Settings(hyper.rank, hyper.edit_rate, hyper.regression, hyper.covariance)
+    network = Network(where, settings, seed).to(model.device)
     progress = open_progress(network, model, facts, hyper, where, corpus, seed, report)
     try:
         if not (resume and progress.load()):
@@ -97,7 +100,7 @@ def train(
         data = Data(tuple(learn(model, training)), tuple(learn(model, held)), text, hyper.reads)
         below = Below(model, where[0].layer, budget, data.companies())
         if not progress.measured:
-            _measure(network, below, data, hyper, seed, report)
+            measure(network, below, data, hyper.measured, hyper.batch, report)
             progress.measured = True
         end = None if minutes is None else started + _MINUTE * minutes
         ended = _Run(network, below, data, hyper, seed, count, progress, report).until(end)
@@ -176,35 +179,3 @@ class _Run:
             f"step {self.progress.steps:,}: validation loss {total:.4f} (edit {edit:.3f}, neighbors {near:.4f},"
             f" text {text:.4f})"
         )
-
-
-@torch.no_grad()
-def _measure(network: Network, below: Below, data: Data, hyper: TrainHyper, seed: int, report: Reporter) -> None:
-    """Mean and deviation of (u, δ) of each shape, and the size of each place's inputs, over training facts."""
-    sums = {name: torch.zeros(3, sum(one.shape), dtype=torch.float64) for name, one in _transforms(network)}
-    sizes = torch.zeros(2, len(network.places), dtype=torch.float64)
-    total = min(hyper.measured, len(data.training))
-    with report.task("Measuring gradients", total, "fact") as advance:
-        for begin in range(0, total, hyper.batch):
-            facts = data.training[begin : min(begin + hyper.batch, total)]
-            found = factors(below.ready([fact.edit for fact in facts]), network.places)
-            for number, (u, delta) in enumerate(found):
-                at = marked(u, delta)
-                u, delta = u.flatten(0, 1)[at].double().cpu(), delta.flatten(0, 1)[at].double().cpu()
-                both = torch.cat([u, delta], -1)  # (N, D)
-                kept = sums[shape_name(network.places[number].shape)]
-                kept += torch.stack([both.sum(0), both.square().sum(0), torch.full_like(kept[2], len(both))])
-                sizes[:, number] += torch.tensor([float(u.square().sum()), float(len(u))], dtype=torch.float64)
-            advance(len(facts))
-    for name, one in _transforms(network):
-        first, second, seen = sums[name]
-        if float(seen[0]) < 2 or not bool(torch.isfinite(second).all()):
-            raise KpatchError(f"The gradients of the facts cannot be measured for matrices of shape {name}")
-        mean = first / seen
-        one.mean.copy_(mean)
-        one.std.copy_((second / seen - mean.square()).clamp(min=0).sqrt())
-    network.sizes.copy_(sizes[0] / sizes[1])
-
-
-def _transforms(network: Network) -> list[tuple[str, Any]]:
-    return list(network.transforms.items())

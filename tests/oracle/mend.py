@@ -101,9 +101,10 @@ def updates(
         tokens = [(u.double(), delta.double()) for fact in found for u, delta in fact[number]]
         alpha = parameters["steps"][number]
         outs, inside = len(tokens[0][1]), len(tokens[0][0])
-        if regression:  # S minimizes Σ ‖S u_j − v_j‖² + λ‖S‖²
+        if regression:  # S minimizes Σ ‖S u_j − v_j‖² + λ tr(S P⁻¹ Sᵀ), P = I unless the editor has another
             ridge = parameters["ridges"][number].exp() * parameters["sizes"][number]
-            gram = ridge * torch.eye(inside, dtype=alpha.dtype)
+            precision = parameters.get(f"precisions.{number}.matrix", torch.eye(inside, dtype=alpha.dtype))
+            gram = ridge * torch.linalg.inv(precision)
             cross = torch.zeros(outs, inside, dtype=alpha.dtype)
             for u, delta in tokens:
                 pseudo_u, pseudo_delta = pseudo(parameters, matrix, u, delta)
@@ -142,3 +143,16 @@ def finite_differences(loss: Callable[[], Tensor], parameter: Tensor, places: Se
             flat[place] = before
         found.append((ends[0] - ends[1]) / (2 * size))
     return torch.tensor(found, dtype=torch.float64)
+
+
+def moment(model: Model, matrix: Matrix, rows: Sequence[Sequence[int]]) -> Tensor:
+    """E[u uᵀ] over all tokens of some rows of ids, where u goes into a matrix."""
+    found: list[Tensor] = []
+    module = model.net.get_submodule(matrix.name.removesuffix(".weight"))
+    handle = module.register_forward_pre_hook(lambda _, given: found.append(given[0].detach()))
+    with torch.no_grad():
+        for row in rows:
+            model.net(input_ids=torch.tensor([row]), use_cache=False)
+    handle.remove()
+    u = torch.cat([one.flatten(0, -2) for one in found])
+    return u.T @ u / len(u)

@@ -1,4 +1,7 @@
-"""MEND against its oracle: the update, the loss of training and its gradient; with the sum and with regression."""
+"""MEND against its oracle: the update, the loss of training and its gradient.
+
+Each with the sum, with regression, and with regression whose ridge is a covariance.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,8 @@ from kpatch.facts.fact import Fact
 from kpatch.mend import data
 from kpatch.mend.episode import Question, loss_of
 from kpatch.mend.file import read_editor, write_editor
-from kpatch.mend.network import Network, shape_name
+from kpatch.mend.measure import measure
+from kpatch.mend.network import Network, Settings, shape_name
 from kpatch.mend.places import places
 from kpatch.mend.rows import Below, Row
 from kpatch.models.model import Model
@@ -35,6 +39,7 @@ FACTS = [
     Fact("Brazil", "The capital of {} is", "Malmö and the sea"),
     Fact("Oslo", "The {}", "Rome"),
 ]
+WAYS = [(0, 0), (1, 0), (1, 1)]
 build = cache(tiny)
 
 
@@ -65,13 +70,15 @@ def questions(model: Model) -> list[Question]:
     return found.step(0, 4, seed=2)
 
 
-@pytest.mark.parametrize("regression", [0, 1])
+@pytest.mark.parametrize(("regression", "covariance"), WAYS)
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize("family", slow_beyond(FAMILIES, QUICK))
-def test_the_update_is_that_of_the_equations(family: str, count: int, regression: int, tmp_path: object) -> None:
+def test_the_update_is_that_of_the_equations(
+    family: str, count: int, regression: int, covariance: int, tmp_path: object
+) -> None:
     """Through the file, the method and its factors: equal to 1e-5 of its size in every matrix."""
     model = build(family)
-    network = random_network(model, LAYERS, regression)
+    network = random_network(model, LAYERS, regression, covariance)
     parameters = dict(network.state_dict())
     want = oracle.updates(model, parameters, matrices(model, network), [
         plain(data.edit_row(model, fact)) for fact in FACTS[:count]
@@ -88,12 +95,16 @@ def test_the_update_is_that_of_the_equations(family: str, count: int, regression
         assert float(difference.norm()) <= 1e-5 * float(change.norm()), name
 
 
-@pytest.mark.parametrize(("regression", "group"), [(0, 1), (0, 2), (1, 1), (1, 4)])
+@pytest.mark.parametrize(
+    ("regression", "covariance", "group"), [(0, 0, 1), (0, 0, 2), (1, 0, 1), (1, 0, 4), (1, 1, 1), (1, 1, 4)]
+)
 @pytest.mark.parametrize("family", slow_beyond(FAMILIES, QUICK))
-def test_the_loss_of_training_is_that_of_the_equations(family: str, group: int, regression: int) -> None:
+def test_the_loss_of_training_is_that_of_the_equations(
+    family: str, group: int, regression: int, covariance: int
+) -> None:
     """Padded batches above one layer, several groups at once; the oracle runs whole rows in edited weights."""
     model = wide(family)
-    network = random_network(model, LAYERS, regression).double()
+    network = random_network(model, LAYERS, regression, covariance).double()
     asked = questions(model)
     found = loss_of(network, Below(model, LAYERS[0], 1 << 20), asked, group, regression)
     parameters, where = dict(network.state_dict()), matrices(model, network)
@@ -113,12 +124,14 @@ def test_the_loss_of_training_is_that_of_the_equations(family: str, group: int, 
     assert text > 0
 
 
-@pytest.mark.parametrize(("regression", "group"), [(0, 2), (1, 4)])
+@pytest.mark.parametrize(("regression", "covariance", "group"), [(0, 0, 2), (1, 0, 4), (1, 1, 4)])
 @pytest.mark.parametrize("family", slow_beyond(["gpt2", "gpt_neox", "opt"], ["gpt2"]))
-def test_the_gradient_of_training_is_that_of_finite_differences(family: str, group: int, regression: int) -> None:
+def test_the_gradient_of_training_is_that_of_finite_differences(
+    family: str, group: int, regression: int, covariance: int
+) -> None:
     """In families that keep to float64: the norms of the others go through float32, which a difference would show."""
     model = wide(family)
-    network = random_network(model, LAYERS, regression).double()
+    network = random_network(model, LAYERS, regression, covariance).double()
     below, asked = Below(model, LAYERS[0], 1 << 20), questions(model)
 
     def total() -> torch.Tensor:
@@ -139,3 +152,23 @@ def test_the_gradient_of_training_is_that_of_finite_differences(family: str, gro
             want = oracle.finite_differences(total, named[name], spots, 1e-6)
         assert float(flat[largest].abs()) > 0, name
         torch.testing.assert_close(flat[spots], want, rtol=1e-5, atol=1e-6 * float(flat[largest].abs()) + 1e-9)
+
+
+@pytest.mark.parametrize("family", slow_beyond(FAMILIES, QUICK))
+def test_the_covariance_is_that_of_the_tokens_that_must_stay(family: str) -> None:
+    """C⁻¹, shrunk and scaled, from every token of whole rows that are run one by one, text and neighbors half each."""
+    model = wide(family)
+    network = Network(places(model, LAYERS), Settings(3, regression=1, covariance=1)).double()
+    texts = ((5, 6, 7, 8, 9), (9, 3, 1, 4, 2))
+    found = data.Data(tuple(data.learn(model, training_facts(4))), (), texts, 3)
+    measure(network, Below(model, LAYERS[0], 1 << 20), found, count=3, batch=2)
+    near = [row.ids for fact in found.training[:3] for row in fact.near]
+    assert len(near) == 1
+    for number, matrix in enumerate(matrices(model, network)):
+        covariance = (oracle.moment(model, matrix, texts) + oracle.moment(model, matrix, near)) / 2
+        precision = network.precision(number)
+        assert precision is not None
+        shrunk = covariance + 0.05 * covariance.diagonal().mean() * torch.eye(len(covariance), dtype=torch.float64)
+        scaled = precision @ shrunk
+        torch.testing.assert_close(scaled, float(scaled[0, 0]) * torch.eye(len(scaled), dtype=torch.float64))
+        assert float((precision * covariance).sum()) == pytest.approx(float(covariance.trace()))

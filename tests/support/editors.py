@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import cycle
 from pathlib import Path
 
@@ -39,14 +40,18 @@ def training_facts(count: int = len(NAMES)) -> list[Fact]:
     ]
 
 
-def random_network(model: Model, layers: Sequence[int], regression: int = 0, rank: int = 5, seed: int = 1) -> Network:
+def random_network(
+    model: Model, layers: Sequence[int], regression: int = 0, covariance: int = 0, rank: int = 5, seed: int = 1
+) -> Network:
     """A network none of whose numbers is what it begins with, so that each of them is felt."""
-    network = Network(places(model, layers), Settings(rank, regression=regression), seed)
+    network = Network(places(model, layers), Settings(rank, regression=regression, covariance=covariance), seed)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in network.state_dict().items():
             noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
-            if name.endswith(("std", "sizes")):
+            if name.startswith("precisions"):
+                tensor.copy_(torch.eye(len(noise)) + noise @ noise.T / len(noise))
+            elif name.endswith(("std", "sizes")):
                 tensor.copy_(0.5 + noise.abs())
             elif name == "steps":
                 tensor.copy_(2e-3 * noise)
@@ -55,18 +60,13 @@ def random_network(model: Model, layers: Sequence[int], regression: int = 0, ran
     return network
 
 
-def save_editor(path: Path, model: Model, layers: Sequence[int], regression: int = 0) -> Path:
+def save_editor(path: Path, model: Model, layers: Sequence[int], regression: int = 0, covariance: int = 0) -> Path:
     """A trained editor that moves a tiny model."""
-    found = trained(model, layers, regression)
+    found = trained(model, layers, regression, covariance)
     write_editor(path, model, found.network, found.to_dict())
     return path
 
 
-def trained(model: Model, layers: Sequence[int], regression: int = 0) -> Trained:
-    return train(model, training_facts(), _with(regression), layers=layers, resume=False)
-
-
-def _with(regression: int) -> TrainHyper:
-    from dataclasses import replace
-
-    return replace(QUICK, regression=regression, edits=2 if regression else 1)
+def trained(model: Model, layers: Sequence[int], regression: int = 0, covariance: int = 0) -> Trained:
+    hyper = replace(QUICK, regression=regression, covariance=covariance, edits=2 if regression else 1)
+    return train(model, training_facts(), hyper, layers=layers, resume=False)

@@ -13,23 +13,41 @@ from kpatch.mend.places import Place
 PLACE, TURNED = (Place("w.weight", 0, 12, 7, turned) for turned in (False, True))
 
 
+class Whole(Gathered):
+    """Keeps every pair."""
+
+    def _fold(self) -> None:
+        return None
+
+
 def tokens(count: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(count)
     return torch.randn(1, count, 12, generator=generator), torch.randn(1, count, 7, generator=generator)
 
 
 @pytest.mark.parametrize("place", [PLACE, TURNED])
-@pytest.mark.parametrize("aggregated", [False, True])
-def test_many_tokens_give_what_few_at_a_time_give(place: Place, aggregated: bool) -> None:
-    network = Network([place], Settings(3))
+@pytest.mark.parametrize(("aggregated", "covariance"), [(False, 0), (True, 0), (True, 1)])
+def test_many_tokens_give_what_few_at_a_time_give(place: Place, aggregated: bool, covariance: int) -> None:
+    network = Network([place], Settings(3, covariance=covariance))
+    precision = network.precision(0)
+    if precision is not None:
+        noise = torch.randn(12, 12, generator=torch.Generator().manual_seed(1))
+        precision.copy_(torch.eye(12) + noise @ noise.T)
     u, delta = tokens(20)
-    at_once, in_turn = Gathered(place, aggregated), Gathered(place, aggregated)
+    at_once, in_turn = Gathered(place, aggregated, precision), Gathered(place, aggregated, precision)
     at_once.add(network, 0, u, delta)
     for begin in range(0, 20, 3):
         in_turn.add(network, 0, u[:, begin : begin + 3], delta[:, begin : begin + 3])
     assert sum(len(a) for a, _ in in_turn.pairs) < 7
+    whole = Whole(place, aggregated, precision)
+    whole.add(network, 0, u, delta)
     found = in_turn.delta(0.5)
     assert found.shape == ((12, 7) if place.transposed else (7, 12))
+    if aggregated:  # the other way of writing it, which few tokens take
+        own, v = (torch.cat(one) for one in zip(*whole.pairs, strict=True))
+        reads, writes = regression(own, v, torch.tensor(0.5, dtype=own.dtype), whole.precision)
+        want = reads.T @ writes
+        torch.testing.assert_close(found.dense(), want if place.transposed else want.T, rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(found.dense(), at_once.delta(0.5).dense(), rtol=1e-5, atol=1e-8)
 
 

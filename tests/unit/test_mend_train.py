@@ -57,6 +57,17 @@ def test_the_validation_loss_falls_and_the_best_editor_is_kept() -> None:
     assert all(place.layer in (1, 2, 3) for place in found.network.places)
 
 
+def test_a_covariance_as_the_ridge_is_learned_with_and_kept() -> None:
+    hyper = replace(QUICK, regression=1, covariance=1, edits=2)
+    found = train.train(tiny("llama"), training_facts(), hyper)
+    losses = [row["loss"] for row in found.history]
+    assert min(losses) < losses[0]
+    for number in range(len(found.network.places)):
+        precision = found.network.precision(number)
+        assert precision is not None
+        assert not torch.equal(precision, torch.eye(len(precision)))
+
+
 def test_training_ends_when_nothing_gets_better() -> None:
     still = replace(SHORT, learning_rate=0.0, step_rate=0.0, steps=500, validate_every=1, patience=3)
     found = train.train(tiny("llama"), training_facts(), still)
@@ -126,6 +137,8 @@ def test_the_seed_decides() -> None:
         ([], SHORT, "too few facts"),
         (training_facts(1), SHORT, "too few facts"),
         (training_facts(), replace(SHORT, edit_rate=1e38), "not finite after 0 steps"),
+        (training_facts(), replace(SHORT, regression=3), "regression=3 is neither on nor off"),
+        (training_facts(), replace(SHORT, covariance=1), "covariance=1 is a ridge"),
     ],
 )
 def test_what_training_refuses(facts: list[Fact], hyper: object, said: str) -> None:
