@@ -21,7 +21,6 @@ from kpatch.models.model import Model
 from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.text import open_text
 
-_COMPANY = 8  # rows of text that are run together
 _HOLD = 10  # of so many subjects, one is for validation
 _LARGEST_HELD = 100
 
@@ -34,11 +33,6 @@ class Learned:
     again: tuple[Row, ...]
     near: tuple[Row, ...]
 
-    @property
-    def company(self) -> tuple[Ids, ...]:
-        """Its rows, which are run together below the first edited layer, each once."""
-        return tuple(dict.fromkeys(row.ids for row in (self.edit, *self.again, *self.near)))
-
 
 @dataclass(frozen=True)
 class Data:
@@ -48,11 +42,6 @@ class Data:
     held: tuple[Learned, ...]
     text: tuple[Ids, ...]
     reads: int
-
-    def companies(self) -> list[tuple[Ids, ...]]:
-        """Every row once, with those that it is run with."""
-        texts = [self.text[at : at + _COMPANY] for at in range(0, len(self.text), _COMPANY)]
-        return [*(fact.company for fact in (*self.training, *self.held)), *texts]
 
     def step(self, number: int, count: int, seed: int) -> list[Question]:
         """`count` facts for training step `number`: each of them comes once before one comes again."""

@@ -27,6 +27,11 @@ class Question:
     near: Row
     text: Row
 
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """All four."""
+        return self.edit, self.again, self.near, self.text
+
 
 @dataclass(frozen=True)
 class Loss:

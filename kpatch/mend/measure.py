@@ -28,13 +28,13 @@ def measure(network: Network, below: Below, data: Data, count: int, batch: int, 
     Its precisions too, where it has them: C is the mean of E[u uᵀ] over the text that must stay and over the facts'
     neighbors. Raises KpatchError where the gradients are not finite.
     """
-    facts = data.training[: min(count, len(data.training))]
+    facts, near, text = rows_measured(network, data, count)
     sums = {name: torch.zeros(3, sum(one.shape), dtype=torch.float64) for name, one in _transforms(network)}
     sizes = torch.zeros(2, len(network.places), dtype=torch.float64)
     with report.task("Measuring gradients", len(facts), "fact") as advance:
         for begin in range(0, len(facts), batch):
             some = facts[begin : begin + batch]
-            found = factors(below.ready([fact.edit for fact in some]), network.places)
+            found = factors(below.ready(some), network.places)
             for number, (u, delta) in enumerate(found):
                 at = marked(u, delta)
                 u, delta = u.flatten(0, 1)[at].double().cpu(), delta.flatten(0, 1)[at].double().cpu()
@@ -52,13 +52,21 @@ def measure(network: Network, below: Below, data: Data, count: int, batch: int, 
         one.std.copy_((second / seen - mean.square()).clamp(min=0).sqrt())
     network.sizes.copy_(sizes[0] / sizes[1])
     if network.settings.covariance:
-        _measure_precisions(network, below, data, [row for fact in facts for row in fact.near], batch, report)
+        _measure_precisions(network, below, [rows for rows in (text, near) if rows], batch, report)
+
+
+def rows_measured(network: Network, data: Data, count: int) -> tuple[list[Row], list[Row], list[Row]]:
+    """The rows that `measure` runs: `count` facts, and where C is wanted their neighbors and the text."""
+    facts = data.training[:count]
+    if not network.settings.covariance:
+        return [fact.edit for fact in facts], [], []
+    near = [row for fact in facts for row in fact.near]
+    return [fact.edit for fact in facts], near, [Row(ids, ()) for ids in data.text]
 
 
 def _measure_precisions(
-    network: Network, below: Below, data: Data, near: Sequence[Row], batch: int, report: Reporter
+    network: Network, below: Below, kinds: Sequence[Sequence[Row]], batch: int, report: Reporter
 ) -> None:
-    kinds = [rows for rows in ([Row(ids, ()) for ids in data.text], list(near)) if rows]
     total = sum(len(rows) for rows in kinds)
     covariances: list[Tensor | float] = [0.0] * len(network.places)
     with report.task("Measuring inputs that must stay", total, "text") as advance:
@@ -79,7 +87,8 @@ def inverse(covariance: Tensor) -> Tensor:
     mean = covariance.diagonal().mean().clamp(min=torch.finfo(covariance.dtype).tiny)
     found = torch.linalg.inv(covariance + _SHRINK * mean * torch.eye(width, dtype=covariance.dtype))
     found = (found + found.T) / 2
-    return found * (width * mean / (found * covariance).sum())
+    scaled: Tensor = found * (width * mean / (found * covariance).sum())
+    return scaled
 
 
 def _moments(network: Network, below: Below, batches: Iterable[Sequence[Row]], advance: Any) -> list[Tensor]:

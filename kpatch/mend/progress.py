@@ -29,7 +29,7 @@ from kpatch.reporter import SILENT, Reporter
 from kpatch.stats.corpus import SELF, open_corpus
 from kpatch.stats.covariance import whole_steps
 
-_CODE = 1  # raise it when the same settings come to give another editor
+_CODE = 2  # raise it when the same settings come to give another editor
 _KEY = "kpatch"
 # What Adam keeps of a parameter, and what it is called in the file
 _ADAM = {"exp_avg": "first", "exp_avg_sq": "second", "step": "count"}

@@ -1,7 +1,8 @@
 """Rows of tokens from the first edited layer up: what enters it is run once, the layers above it again and again.
 
-An edit changes nothing below the first edited layer, so that the states that enter it never change in training. Rows
-that belong together are run together, always in the same batch, so that a run that was resumed sees the same bits.
+An edit changes nothing below the first edited layer, so that the states that enter it never change in training. A
+row is always run in the same batch, with rows that were wanted at the same time, so that a run that was resumed sees
+the same bits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from kpatch.mend.places import Place, module_of
 from kpatch.models.model import Model
 from kpatch.models.partial_forward import Batch, Calls, align, record
+
+_BATCH = 8  # rows that are run together
 
 Ids = tuple[int, ...]
 Update = tuple[Tensor, Tensor]  # reads [G, R, in] and writes [G, R, out] of one place, for each of G groups
@@ -34,13 +37,20 @@ class Row:
 class Below:
     """The states that enter layer `first`; kept as long as they fit into `budget` bytes.
 
-    `companies` are rows of ids that are run together; a row that is in none of them is run alone.
+    A row is run with those that `together` named with it, or alone.
     """
 
-    def __init__(self, model: Model, first: int, budget: int, companies: Iterable[tuple[Ids, ...]] = ()) -> None:
+    def __init__(self, model: Model, first: int, budget: int) -> None:
         self.model, self.first, self.budget = model, first, budget
-        self._company = {ids: company for company in companies for ids in company}
+        self._company: dict[Ids, tuple[Ids, ...]] = {}
         self._kept: dict[Ids, Tensor] = {}
+
+    def together(self, rows: Iterable[Ids]) -> None:
+        """Rows that are wanted together are run together, in batches of like lengths; the first word counts."""
+        new = sorted({ids for ids in rows if ids not in self._company}, key=lambda ids: (len(ids), ids))
+        for begin in range(0, len(new), _BATCH):
+            company = tuple(new[begin : begin + _BATCH])
+            self._company |= dict.fromkeys(company, company)
 
     def ready(self, rows: Sequence[Row]) -> Above:
         """Rows padded on the right, with the states that enter the first edited layer."""
@@ -78,9 +88,7 @@ class Below:
     def _run(self, rows: tuple[Ids, ...]) -> dict[Ids, Tensor]:
         calls = record(self.model, _padded(self.model, rows))
         hidden = calls.run(calls.start, 0, self.first)
-        # A row that stands in two companies is taken from one of them, whichever of the two runs first
-        own = [(number, ids) for number, ids in enumerate(rows) if self._company.get(ids, rows) == rows]
-        return {ids: hidden[number, : len(ids)].clone() for number, ids in own}
+        return {ids: hidden[number, : len(ids)].clone() for number, ids in enumerate(rows)}
 
 
 def _padded(model: Model, rows: Sequence[Ids]) -> Batch:

@@ -19,8 +19,8 @@ from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.memory import bytes_given
 from kpatch.mend.data import Data, learn, locality_text, split
-from kpatch.mend.episode import Loss, loss_of
-from kpatch.mend.measure import measure
+from kpatch.mend.episode import Loss, Question, loss_of
+from kpatch.mend.measure import measure, rows_measured
 from kpatch.mend.network import Network, Settings
 from kpatch.mend.places import last_layers, places
 from kpatch.mend.progress import Progress, open_progress
@@ -98,12 +98,13 @@ def train(
             progress.clear()
         text = locality_text(model, corpus, seed, (hyper.texts, hyper.text_tokens), report)
         data = Data(tuple(learn(model, training)), tuple(learn(model, held)), text, hyper.reads)
-        below = Below(model, where[0].layer, budget, data.companies())
+        below = Below(model, where[0].layer, budget)
+        run = _Run(network, below, data, hyper, seed, count, progress, report)
         if not progress.measured:
             measure(network, below, data, hyper.measured, hyper.batch, report)
             progress.measured = True
         end = None if minutes is None else started + _MINUTE * minutes
-        ended = _Run(network, below, data, hyper, seed, count, progress, report).until(end)
+        ended = run.until(end)
     except KeyboardInterrupt:
         progress.save()
         raise
@@ -128,6 +129,13 @@ class _Run:
     ) -> None:
         self.network, self.below, self.data, self.hyper = network, below, data, hyper
         self.seed, self.count, self.progress, self.report = seed, count, progress, report
+        # In the order in which they come first, so that a resumed run finds the same batches
+        for asked in data.judged(count, seed):
+            _together(below, asked)
+        for rows in rows_measured(network, data, hyper.measured):
+            below.together(row.ids for row in rows)
+        for step in range(progress.steps):
+            _together(below, data.step(step, count, seed))
 
     def until(self, end: float | None) -> str:
         """Train; why it ended."""
@@ -151,6 +159,7 @@ class _Run:
 
     def _step(self) -> None:
         asked = self.data.step(self.progress.steps, self.count, self.seed)
+        _together(self.below, asked)
         with torch.enable_grad():
             total = self._total(loss_of(self.network, self.below, asked, self.hyper.edits, self.hyper.regression))
         gradients = torch.autograd.grad(total, list(self.network.parameters()), allow_unused=True)
@@ -179,3 +188,7 @@ class _Run:
             f"step {self.progress.steps:,}: validation loss {total:.4f} (edit {edit:.3f}, neighbors {near:.4f},"
             f" text {text:.4f})"
         )
+
+
+def _together(below: Below, asked: Sequence[Question]) -> None:
+    below.together(row.ids for one in asked for row in one.rows)

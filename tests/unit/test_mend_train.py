@@ -190,7 +190,10 @@ def test_states_are_the_same_bits_kept_or_run_again() -> None:
     model = tiny("llama")
     facts = data.learn(model, training_facts(4))  # two of them have the same neighbor
     rows = [facts[2].edit, facts[0].again[0], facts[1].near[0], facts[3].near[0], facts[0].edit]
-    kept, none = (Below(model, 1, budget, [fact.company for fact in facts]) for budget in (1 << 20, 0))
+    kept, none = (Below(model, 1, budget) for budget in (1 << 20, 0))
+    for below in (kept, none):
+        for fact in facts:
+            below.together(row.ids for row in (fact.edit, *fact.again, *fact.near))
     first = kept.ready(rows).hidden
     assert torch.equal(first, none.ready(rows).hidden)
     assert torch.equal(first, kept.ready(rows).hidden)
