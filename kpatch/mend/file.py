@@ -107,6 +107,8 @@ def read_editor(path: str | Path) -> Editor:
             if text is None or len(text) > _LARGEST:
                 raise _no_editor(path, "it has no description of an editor")
             info = _info(name, digest, json.loads(text))
+            if _largest(info) > path.stat().st_size:  # before memory is taken for it
+                raise _no_editor(path, "it describes larger matrices than it holds")
             network = Network(info.places, info.settings)
             expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
             shapes = {key: tuple(found.get_slice(key).get_shape()) for key in found.keys()}
@@ -126,6 +128,14 @@ def read_editor(path: str | Path) -> Editor:
     _require_finite(path, tensors)
     network.load_state_dict(tensors)
     return Editor(info, network.requires_grad_(False).eval())
+
+
+def _largest(info: EditorInfo) -> int:
+    """Bytes of the largest tensor that a description asks for."""
+    settings = info.settings
+    sides = [(sum(place.shape), min(settings.rank, sum(place.shape))) for place in info.places]
+    squares = [(place.width_in, place.width_in) for place in info.places if settings.covariance]
+    return 4 * max(rows * columns for rows, columns in [*sides, *squares])
 
 
 def _no_editor(path: Path, reason: str) -> BadInput:

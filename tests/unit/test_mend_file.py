@@ -51,8 +51,10 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
     return path
 
 
-def test_what_is_written_is_read_back(path: Path, model: Model) -> None:
-    network = random_network(model, LAYERS)
+@pytest.mark.parametrize("covariance", [0, 1])
+def test_what_is_written_is_read_back(path: Path, model: Model, covariance: int) -> None:
+    network = random_network(model, LAYERS, covariance, covariance)
+    write_editor(path, model, network, {"steps": 3}, force=True)
     found = read_editor(path)
     assert found.network.settings == network.settings
     assert found.info.places == network.places
@@ -94,9 +96,13 @@ def test_numbers_that_are_none_are_refused(path: Path) -> None:
         lambda told: told["places"].append(told["places"][0]),
         lambda told: told["places"][0].update({"in": -1}),
         lambda told: told["places"][0].update({"in": 1 << 40}),
+        lambda told: told["places"][0].update({"in": 1 << 20}),
+        lambda told: told["settings"].update(rank=1 << 20) or told["places"][0].update({"out": 1 << 20}),
         lambda told: told["settings"].update(rank="many"),
         lambda told: told["settings"].update(rank=6),
         lambda told: told["settings"].update(regression=3),
+        lambda told: told["settings"].update(covariance=2),
+        lambda told: told["settings"].update(covariance=1),
         lambda told: told.update(family=7),
     ],
 )
