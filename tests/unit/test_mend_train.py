@@ -92,7 +92,7 @@ def test_an_interrupted_run_ends_in_the_same_editor(
 ) -> None:
     """Ctrl-C saves what was done; a crash leaves what was saved last, here after every step."""
     model, facts = tiny("llama"), training_facts()
-    hyper = replace(SHORT, regression=regression, edits=2 if regression else 1)
+    hyper = replace(SHORT, regression=regression, covariance=regression, edits=2 if regression else 1)
     monkeypatch.setenv("KPATCH_CACHE", str(tmp_path / "whole"))
     write_editor(tmp_path / "whole.safetensors", model, train.train(model, facts, hyper).network, {})
     monkeypatch.setenv("KPATCH_CACHE", str(tmp_path / "cut"))
