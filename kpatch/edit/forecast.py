@@ -28,7 +28,7 @@ from kpatch.errors import BadInput
 from kpatch.evaluate.answers import ANSWER_TOKENS
 from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import Item, encode_many
-from kpatch.facts.wordings import with_grammar, with_wordings
+from kpatch.facts.wordings import require_mode, with_grammar, with_wordings
 from kpatch.memory import bytes_given
 from kpatch.models.address import resolve
 from kpatch.models.model import Model
@@ -110,10 +110,11 @@ def forecast(
         )
     budget = bytes_given(memory, DEFAULT_BUDGET, "memory")
     wording = wordings or (file.wordings if file else None) or "auto"
+    require_mode(wording)
+    empty = skeleton(resolve(str(named), report), device=device, dtype=dtype, modules=modules)
     chosen = with_wordings(facts_in(facts), wording, report)
     if wording == "auto":  # what the model itself would be asked for is not known
         chosen = with_grammar(chosen, report)
-    empty = skeleton(resolve(str(named), report), device=device, dtype=dtype, modules=modules)
     if layers_from is not None:
         layers = read_layers(layers_from, empty)
     carried, gone = carried_by(empty.path) if on is not None and empty.path is not None else ((), {})

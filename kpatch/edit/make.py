@@ -27,7 +27,7 @@ from kpatch.evaluate.metrics import Measurement, effect, measure
 from kpatch.evaluate.retention import Retention, retention
 from kpatch.facts.fact import Fact, FactFile, facts_in
 from kpatch.facts.tokens import check_lengths
-from kpatch.facts.wordings import LEARNED, with_grammar, with_wordings
+from kpatch.facts.wordings import LEARNED, require_mode, with_grammar, with_wordings
 from kpatch.memory import bytes_given
 from kpatch.models.fingerprint import tokenizer_hash
 from kpatch.models.model import Model, open_model
@@ -110,8 +110,9 @@ def make(
     started = time.monotonic()
     file = None if preset is None else read_preset(preset)
     wanted = wordings or (file.wordings if file else None) or "auto"
-    chosen = with_wordings(facts_in(facts), wanted, report)
-    if not chosen:
+    require_mode(wanted)
+    given = facts_in(facts)
+    if not given:
         raise BadInput("There are no facts to make a patch from")
     if layers is not None and layers_from is not None:
         raise BadInput("`layers` and `layers_from` exclude each other", hint="leave one of them out")
@@ -131,6 +132,7 @@ def make(
     edited = _load(facts, model, on, device, dtype, modules, report, max_memory)
     if layers_from is not None:
         layers = read_layers(layers_from, edited)
+    chosen = with_wordings(given, wanted, report)
     if wanted == "auto":
         chosen = with_grammar(ask_for_wordings(edited, chosen, LEARNED, seed, report), report)
     check_lengths(edited.tokenizer, chosen)

@@ -24,10 +24,7 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, and its
     question. A prompt that is a question is said as a statement before that.
     """
-    if mode not in get_args(Mode):
-        raise BadInput(
-            f"Unknown `wordings` {mode!r}", details=[f"expected one of {', '.join(get_args(Mode))}"], hint="take auto"
-        )
+    require_mode(mode)
     if mode == "none":
         return tuple(replace(fact, wordings=(), question=None) for fact in facts)
     if mode == "given":
@@ -37,6 +34,14 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     if new:
         report.note(f"{new} of {len(facts)} facts are learned in other wordings as well")
     return found
+
+
+def require_mode(mode: str) -> None:
+    """Raise BadInput for a mode that `with_wordings` does not know."""
+    if mode not in get_args(Mode):
+        raise BadInput(
+            f"Unknown `wordings` {mode!r}", details=[f"expected one of {', '.join(get_args(Mode))}"], hint="take auto"
+        )
 
 
 def with_grammar(facts: Sequence[Fact], report: Reporter = SILENT) -> tuple[Fact, ...]:
