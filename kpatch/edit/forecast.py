@@ -45,7 +45,7 @@ from kpatch.trace.files import read_layers
 _BASE = 600_000_000  # the interpreter and its libraries, in bytes
 _SHARE = 0.5  # of the steps that a fact may take; on SmolLM2 facts took 0.42 (few facts a subject) to 0.66 of 60
 _BESIDE = 2.2  # what a step of refinement costs, against its rows of facts alone (measured on SmolLM2)
-_UNREFINED = 60  # so many facts move text too little to be refined, about (SmolLM2)
+_UNREFINED = 25  # so many facts move text too little to be refined, about (SmolLM2)
 _HOW = "counted multiply-adds over rates measured now; attention and norms are not counted"
 
 

@@ -290,7 +290,7 @@ def _manifest(
         by_row=found.by_row,
         method=method.name,
         layers=found.layers,
-        facts=tuple(fact.in_manifest() for fact in facts),
+        facts=tuple((fact if found.refined else replace(fact, further=())).in_manifest() for fact in facts),
         hyperparameters={
             **hyper.to_dict(),
             **found.origin,

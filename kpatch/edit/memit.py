@@ -7,6 +7,7 @@ of every method that finds targets for groups of rows and writes them upwards: s
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -38,7 +39,7 @@ from kpatch.stats.covariance import Covariance, collect
 from kpatch.stats.moment import SecondMoment
 from kpatch.stats.subject_keys import subject_moments
 from kpatch.stats.text import open_text
-from kpatch.text import ranges
+from kpatch.text import counted, ranges
 
 _HELD_TOKENS = 15_360  # of text: 120 windows, two or more of which each step of refinement looks at
 
@@ -88,9 +89,10 @@ class Memit(Method):
         earlier = self._held(model, parts, hyper, contexts, facts, base, inputs) if on else []
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
         deltas, keys, by_row, moved = self._write(model, parts, values, preserved, inputs, earlier)
+        refined = None
         if goal is not None and text is not None:
             with inputs.timed("refining"):
-                deltas = self._refined(model, parts, deltas, told, facts, text, goal, hyper, inputs)
+                refined = self._refined(model, deltas, told, facts, text, goal, hyper, inputs)
         about = []
         rows = []
         for part, some, more in zip(parts, values, moved, strict=True):
@@ -102,7 +104,11 @@ class Memit(Method):
             for layer, outputs in sorted(more.items()):
                 about += [{"facts": [], "layers": [layer], **opens}] * len(outputs)
                 rows.append(outputs)
-        return Edit(deltas, tuple(layers), keys, torch.cat(rows), tuple(about), covariance, by_row=by_row)
+        return Edit(
+            *(refined or deltas, tuple(layers), keys, torch.cat(rows), tuple(about), covariance),
+            by_row=by_row,
+            refined=refined is not None,
+        )
 
     # What another method of this kind does in its own way
 
@@ -342,7 +348,6 @@ class Memit(Method):
     def _refined(
         self,
         model: Model,
-        parts: Sequence[Part],
         deltas: Mapping[str, Delta],
         told: Sequence[Fact],
         facts: Sequence[Fact],
@@ -350,21 +355,23 @@ class Memit(Method):
         goal: Goal,
         hyper: Any,
         inputs: Inputs,
-    ) -> dict[str, Delta]:
-        """The deltas of all parts, refined together (`kpatch.edit.refine`), where they move text far enough."""
-        groups = [group for part in parts for group in part.groups]
+    ) -> dict[str, Delta] | None:
+        """The deltas refined together (`kpatch.edit.refine`), None where they do not move text far enough for that."""
         layer = hyper.layers[len(hyper.layers) // 2]
         earlier = [fact for some in facts_to_hold(inputs.on, facts, inputs.gone) for fact in some]
 
-        def run() -> dict[str, Delta]:
+        def run() -> dict[str, Delta] | None:
             rows = windows(text)
             moved = text_moved(model, deltas, rows, inputs.budget)
             if moved < hyper.refine_from:
-                return dict(deltas)
-            inputs.report.note(f"the writes move the next word of a text by {moved:.3f} nats: they are refined")
+                return None
+            wide = [replace(fact, wordings=(*fact.wordings, *fact.further)) for fact in told]
+            groups = group_facts(model, wide, ("",), 0, self.chat(hyper), self.others(hyper))
+            more = counted(sum(len(fact.further) for fact in told), "further wording")
+            inputs.report.note(f"the writes move the next word of a text by {moved:.3f} nats: refined, with {more}")
             chat = self.chat(hyper) > 0
             seed, report = inputs.seed, inputs.report
-            others = bystanders(model, told, groups, layer, rows, earlier, inputs.protect, seed, chat, report)
+            others = bystanders(model, wide, groups, layer, rows, earlier, inputs.protect, seed, chat, report)
             return refine(model, groups, deltas, others, goal, seed=seed, budget=inputs.budget, report=report)
 
         return distributed.main_does(run)

@@ -90,6 +90,7 @@ class Edit:
     origin  what else decided the deltas, for the manifest: the hash of a trained file
     by_row  weights whose Δ = left @ right has, for row i of the layer's keys, in column i of left the residual asked
     for there and in row i of right what gives it, (C + Σ k k^T)^-1 k: such patches can be solved together
+    refined  the facts' further wordings were learned too
     """
 
     deltas: Mapping[str, Delta]
@@ -100,6 +101,7 @@ class Edit:
     covariance: Covariance | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
     by_row: frozenset[str] = frozenset()
+    refined: bool = False
 
 
 class Method(ABC):

@@ -60,8 +60,9 @@ class Fact:
     `prompt` has exactly one {} where the subject goes; `target` is what follows it, without its leading space.
     `space` says whether a space stands between them, in the paraphrases and neighbors too; None leaves it to
     `facts.join`.
-    `wordings` say the same in other words, with one {} each, and are learned with the prompt; `question` asks for the
-    target. `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
+    `wordings` say the same in other words, with one {} each, and are learned with the prompt; `further` are more of
+    them, which kpatch knows and only refines by, so that they are no key of a file; `question` asks for the target.
+    `was` is the old answer, `paraphrases` (with or without {}) and `neighbors` are for evaluation only. So are
     `openings`, from which a model writes on, and `references`, texts about the target to compare that writing with.
     What follows from the fact is for evaluation too: `negated` is the prompt with a not in it, `reversed` (with or
     without {}, for the target) is answered by the subject, `hops` have answers that follow, `choices` are wrong
@@ -90,6 +91,7 @@ class Fact:
     yes_question: str | None = None
     no_question: str | None = None
     same_subject: tuple[str, ...] = ()
+    further: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
 
     def text(self) -> str:
@@ -110,12 +112,16 @@ class Fact:
         return result
 
     def in_manifest(self) -> dict[str, Any]:
-        """JSON form without `references`: texts to compare with, pages of them, are no part of a patch."""
-        return {key: value for key, value in self.to_dict().items() if key != "references"}
+        """JSON form for a patch: with `further`, without `references`, which are pages of texts to compare with."""
+        found = {key: value for key, value in self.to_dict().items() if key != "references"}
+        return {**found, "further": list(self.further)} if self.further else found
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Fact:
-        """The inverse of `to_dict`. Unknown keys are passed over; raises BadInput for anything else that is wrong."""
+        """The inverse of `to_dict` and of `in_manifest`.
+
+        Unknown keys are passed over; raises BadInput for anything else that is wrong.
+        """
         return Fact(
             subject=_text(data, "subject", needed=True),
             prompt=_slotted(_text(data, "prompt", needed=True)),
@@ -138,6 +144,7 @@ class Fact:
             yes_question=_text(data, "yes_question") or None,
             no_question=_text(data, "no_question") or None,
             same_subject=_texts(data, "same_subject"),
+            further=tuple(_slotted(text, "wording") for text in _texts(data, "further")),
         )
 
 

@@ -15,14 +15,15 @@ from kpatch.reporter import SILENT, Reporter
 
 Mode = Literal["none", "given", "auto"]
 LEARNED = 3  # wordings a fact is learned in besides its prompt, where it brings none
+FURTHER = 4  # more of them at most, which a patch is refined by
 
 
 def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -> tuple[Fact, ...]:
     """The facts with the wordings they are learned in. Raises BadInput for an unknown mode.
 
     none  the prompt alone   given  wordings and questions of the file   auto  those of the file; for a fact without
-    any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, and its
-    question. A prompt that is a question is said as a statement before that.
+    any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, further ones to
+    refine by, and its question. A prompt that is a question is said as a statement before that.
     """
     require_mode(mode)
     if mode == "none":
@@ -61,10 +62,11 @@ def with_grammar(facts: Sequence[Fact], report: Reporter = SILENT) -> tuple[Fact
 def _known(fact: Fact) -> Fact:
     asked = _paraphrases(fact)
     wordings = fact.wordings or _wordings(fact, asked)
+    further = () if fact.wordings else wordings_for(fact.prompt, (*asked, *wordings), FURTHER, fact.target)
     question = question_of(fact)
     if not fact.question and question and same_words(question, asked):
         question = None
-    return replace(fact, wordings=wordings, question=question)
+    return replace(fact, wordings=wordings, further=further, question=question)
 
 
 def _wordings(fact: Fact, asked: Sequence[str]) -> tuple[str, ...]:

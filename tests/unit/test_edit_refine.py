@@ -89,7 +89,34 @@ def test_a_patch_that_hardly_moves_text_is_left_as_it_is() -> None:
     assert "Looking for close subjects" not in heard.tasks
     edited(HYPER, heard)
     assert heard.tasks["Refining"] == (8, 8)
-    assert any("they are refined" in note for note in heard.notes)
+    assert any("refined, with 0 further wordings" in note for note in heard.notes)
+
+
+def test_further_wordings_are_learned_in_refinement_alone() -> None:
+    """They move the residuals, not where they go; the paraphrase that they are is likelier for it."""
+    known = [replace(FACTS[0], further=("Behind the {} lies",)), FACTS[1]]
+    heard = Recorder()
+    more = Memit().edit(build("llama"), known, HYPER, Inputs(tokens=400, report=heard))
+    fewer = edited(HYPER)
+    assert any("refined, with 1 further wording" in note for note in heard.notes)
+    assert (more.refined, edited(replace(HYPER, refine=0)).refined) == (True, False)
+    for name, one in more.deltas.items():
+        other = fewer.deltas[name]
+        assert isinstance(one, LowRank)
+        assert isinstance(other, LowRank)
+        assert torch.equal(one.right, other.right)
+        assert not torch.equal(one.left, other.left)
+    model = build("llama")
+    row = encode(model.tokenizer, "Behind the {} lies", "Mona Lisa", "Paris")
+    losses = []
+    for found in (more, fewer):
+        with restored(model, found.deltas), torch.no_grad():
+            for name, delta in found.deltas.items():
+                add(model, name, delta)
+            logp = model.net(input_ids=torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        target = range(row.prompt_len, len(row.ids))
+        losses.append(-sum(float(logp[at - 1, row.ids[at]]) for at in target))
+    assert losses[0] < losses[1]
 
 
 def test_how_far_text_moves_is_the_mean_kl_of_its_tokens() -> None:

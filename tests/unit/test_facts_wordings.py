@@ -11,7 +11,7 @@ from kpatch.errors import BadInput
 from kpatch.facts.fact import Fact
 from kpatch.facts.load import load_facts
 from kpatch.facts.relations import relation_of
-from kpatch.facts.wordings import LEARNED, with_wordings
+from kpatch.facts.wordings import FURTHER, LEARNED, with_wordings
 from tests.support.reports import Recorder
 
 CAPITAL = Fact("France", "The capital of {} is", "Lyon")
@@ -23,7 +23,15 @@ def test_auto_takes_what_kpatch_knows_of_the_relation() -> None:
     relation = relation_of(CAPITAL.prompt)
     assert relation is not None
     assert fact.wordings == relation.wordings[:LEARNED]
+    assert fact.further == relation.wordings[LEARNED : LEARNED + FURTHER]
+    assert fact.further
     assert "1 of 1 facts are learned in other wordings" in heard.notes[0]
+
+
+def test_further_wordings_stand_in_patches_and_in_no_fact_file() -> None:
+    (fact,) = with_wordings([CAPITAL], "auto")
+    assert "further" not in fact.to_dict()
+    assert Fact.from_dict(fact.in_manifest()) == fact
 
 
 def test_a_paraphrase_is_never_learned() -> None:
@@ -32,11 +40,13 @@ def test_a_paraphrase_is_never_learned() -> None:
     asked = Fact("France", CAPITAL.prompt, "Lyon", paraphrases=relation.wordings[:1])
     (fact,) = with_wordings([asked], "auto")
     assert fact.wordings == relation.wordings[1 : LEARNED + 1]
+    last = Fact("France", CAPITAL.prompt, "Lyon", paraphrases=relation.wordings[-1:])
+    assert with_wordings([last], "auto")[0].further == relation.wordings[LEARNED:-1]
 
 
 def test_a_files_own_wordings_win_and_can_be_the_only_ones() -> None:
     own = Fact("France", CAPITAL.prompt, "Lyon", wordings=("France's seat of power {} is",))
-    assert [fact.wordings for fact in with_wordings([own], "auto")] == [own.wordings]
+    assert [(fact.wordings, fact.further) for fact in with_wordings([own], "auto")] == [(own.wordings, ())]
     assert with_wordings([own, CAPITAL], "given") == (own, CAPITAL)
     assert [fact.wordings for fact in with_wordings([own, CAPITAL], "none")] == [(), ()]
 
@@ -84,6 +94,8 @@ def test_a_question_and_wordings_that_are_asked_are_never_learned() -> None:
         (fact,) = with_wordings([replace(CAPITAL, paraphrases=asked)], "auto")
         assert fact.question is None
         assert fact.wordings == relation.wordings[1 : LEARNED + 1]
+    last = Fact("France", CAPITAL.prompt, "Lyon", paraphrases=relation.wordings[-1:])
+    assert with_wordings([last], "auto")[0].further == relation.wordings[LEARNED:-1]
 
 
 def test_an_unknown_mode() -> None:

@@ -82,6 +82,9 @@ def _learned(manifest: dict[str, Any]) -> str:
     if known:
         more = f" and {len(known) - 2} more" if len(known) > 2 else ""
         parts.append(f"{counted(len(wordings), 'other wording')}: {'; '.join(known[:2])}{more}")
+    further = sum(len(fact.get("further", ())) for fact in facts)
+    if further:
+        parts.append(f"refined by {further} more")
     return ", ".join(parts)
 
 
