@@ -66,7 +66,7 @@ class MemitHyper(HyperParams):
     chat: int = 1
     refine: int = 30
     hold: float = 2.0
-    refine_from: float = 0.015
+    refine_from: float = 0.01
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
     update: ClassVar[tuple[str, ...]] = (
         *("leverage", "subject_weight", "first_layer", "first_leverage", "lead_ins", "chat"),
