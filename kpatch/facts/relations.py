@@ -64,15 +64,16 @@ def relation_of(prompt: str) -> Relation | None:
 
 
 def wordings_for(
-    prompt: str, avoid: Sequence[str] = (), count: int | None = None, target: str = ""
+    prompt: str, avoid: Sequence[str] = (), count: int | None = None, target: str = "", question: str | None = None
 ) -> tuple[str, ...]:
     """The first `count` (default: all) wordings of the prompt's relation, none for a prompt that has none.
 
-    Left out are those that say the prompt, or one of `avoid` (templates with {}), in the same words. A subject keeps
-    the article that the prompt gives it ("The {} is in"). Before a target that brings its own article ("the euro") a
-    wording loses the one it ends in.
+    A prompt that says nothing known has the relation of its `question`, where there is one. Left out are those that
+    say the prompt, or one of `avoid` (templates with {}), in the same words. A subject keeps the article that the
+    prompt gives it ("The {} is in"). Before a target that brings its own article ("the euro") a wording loses the one
+    it ends in.
     """
-    relation = relation_of(prompt)
+    relation = relation_of(prompt) or (relation_of(question) if question else None)
     if relation is None:
         return ()
     taken = {_without_article(_words(template)) for template in (prompt, *avoid)}

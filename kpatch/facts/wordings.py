@@ -22,8 +22,9 @@ def with_wordings(facts: Sequence[Fact], mode: str, report: Reporter = SILENT) -
     """The facts with the wordings they are learned in. Raises BadInput for an unknown mode.
 
     none  the prompt alone   given  wordings and questions of the file   auto  those of the file; for a fact without
-    any, wordings of its relation as `facts.relations` knows them, none of them among its paraphrases, further ones to
-    refine by, and its question. A prompt that is a question is said as a statement before that.
+    any, wordings of the relation that its prompt says, or its question asks for, as `facts.relations` knows them, none
+    of them among its paraphrases; further ones to refine by, and its question. A prompt that is a question is said as
+    a statement before that.
     """
     require_mode(mode)
     if mode == "none":
@@ -62,7 +63,9 @@ def with_grammar(facts: Sequence[Fact], report: Reporter = SILENT) -> tuple[Fact
 def _known(fact: Fact) -> Fact:
     asked = _paraphrases(fact)
     wordings = fact.wordings or _wordings(fact, asked)
-    further = () if fact.wordings else wordings_for(fact.prompt, (*asked, *wordings), FURTHER, fact.target)
+    further = (
+        () if fact.wordings else wordings_for(fact.prompt, (*asked, *wordings), FURTHER, fact.target, fact.question)
+    )
     question = question_of(fact)
     if not fact.question and question and same_words(question, asked):
         question = None
@@ -72,7 +75,7 @@ def _known(fact: Fact) -> Fact:
 def _wordings(fact: Fact, asked: Sequence[str]) -> tuple[str, ...]:
     """Those of the prompt's relation; a question as a statement before them, since none of them is so plain."""
     said = _reworded(fact, asked) if is_question(fact.prompt) else ()
-    known = wordings_for(fact.prompt, (*asked, *said[:1]), LEARNED - len(said[:1]), fact.target)
+    known = wordings_for(fact.prompt, (*asked, *said[:1]), LEARNED - len(said[:1]), fact.target, fact.question)
     return (*said[:1], *known) if known else said
 
 

@@ -28,6 +28,17 @@ def test_auto_takes_what_kpatch_knows_of_the_relation() -> None:
     assert "1 of 1 facts are learned in other wordings" in heard.notes[0]
 
 
+def test_a_question_says_the_relation_where_the_prompt_does_not() -> None:
+    odd = Fact("France", "Ministers of {} zorb each morning in", "Lyon", question="What is the capital of {}?")
+    (known,) = with_wordings([CAPITAL], "auto")
+    (fact,) = with_wordings([odd], "auto")
+    assert (fact.wordings, fact.further, fact.question) == (known.wordings, known.further, odd.question)
+    (alone,) = with_wordings([replace(odd, question="Which zorb flims {}?")], "auto")
+    assert (alone.wordings, alone.further) == ((), ())
+    said = replace(CAPITAL, question="Who is the mayor of {}?")  # the prompt says more than the question
+    assert with_wordings([said], "auto")[0].wordings == known.wordings
+
+
 def test_further_wordings_stand_in_patches_and_in_no_fact_file() -> None:
     (fact,) = with_wordings([CAPITAL], "auto")
     assert "further" not in fact.to_dict()
