@@ -79,6 +79,7 @@ def command(
     from kpatch.mend.settings import TrainHyper
 
     hyper = with_settings(TrainHyper(), settings)
+    hyper.require()
     loaded = open_model(output, model, device, dtype, names, parse.max_memory(max_memory))
 
     from kpatch.mend.editor import train_editor
