@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -59,8 +60,7 @@ class Data:
 
     def _nth(self, position: int, seed: int) -> Learned:
         epoch, at = divmod(position, len(self.training))
-        order = torch.randperm(len(self.training), generator=_generator(seed, "epoch", epoch))
-        return self.training[int(order[at])]
+        return self.training[_order(len(self.training), seed, epoch)[at]]
 
     def _asked(self, facts: Sequence[Learned], generator: torch.Generator) -> list[Question]:
         def one_of(rows: Sequence[Row]) -> Row:
@@ -77,6 +77,13 @@ class Data:
         ids = self.text[int(torch.randint(len(self.text), (), generator=generator))]
         places = torch.randperm(len(ids), generator=generator)[: self.reads].sort().values
         return Row(ids, tuple(places.tolist()))
+
+
+@lru_cache(2)  # a step may end one epoch and begin the next
+def _order(count: int, seed: int, epoch: int) -> list[int]:
+    """In which order the training facts come in an epoch."""
+    order: list[int] = torch.randperm(count, generator=_generator(seed, "epoch", epoch)).tolist()
+    return order
 
 
 def _generator(seed: int, what: str, number: int) -> torch.Generator:

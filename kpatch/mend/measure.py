@@ -14,7 +14,7 @@ from kpatch.mend.data import Data
 from kpatch.mend.network import Network, Transform, shape_name
 from kpatch.mend.places import module_of
 from kpatch.mend.rows import Below, Row, factors, marked
-from kpatch.reporter import SILENT, Reporter
+from kpatch.reporter import SILENT, Advance, Reporter
 
 _SHRINK = (
     0.05  # of the mean eigenvalue, added to every eigenvalue of C: fewer tokens than that say nothing of the least
@@ -91,7 +91,7 @@ def inverse(covariance: Tensor) -> Tensor:
     return scaled
 
 
-def _moments(network: Network, below: Below, batches: Iterable[Sequence[Row]], advance: Any) -> list[Tensor]:
+def _moments(network: Network, below: Below, batches: Iterable[Sequence[Row]], advance: Advance) -> list[Tensor]:
     """E[u uᵀ] [in, in] of every place over all tokens of some rows, float64 on the CPU."""
     sums = [torch.zeros(place.width_in, place.width_in, dtype=torch.float64) for place in network.places]
     seen = 0

@@ -60,13 +60,13 @@ def random_network(
     return network
 
 
-def save_editor(path: Path, model: Model, layers: Sequence[int], regression: int = 0, covariance: int = 0) -> Path:
+def save_editor(path: Path, model: Model, layers: Sequence[int], regression: int = 0) -> Path:
     """A trained editor that moves a tiny model."""
-    found = trained(model, layers, regression, covariance)
+    found = trained(model, layers, regression)
     write_editor(path, model, found.network, found.to_dict())
     return path
 
 
-def trained(model: Model, layers: Sequence[int], regression: int = 0, covariance: int = 0) -> Trained:
-    hyper = replace(QUICK, regression=regression, covariance=covariance, edits=2 if regression else 1)
+def trained(model: Model, layers: Sequence[int], regression: int = 0) -> Trained:
+    hyper = replace(QUICK, regression=regression, edits=2 if regression else 1)
     return train(model, training_facts(), hyper, layers=layers, resume=False)
