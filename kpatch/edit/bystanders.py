@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from kpatch.edit.layer_states import written
 from kpatch.edit.protect import protected_rows
 from kpatch.edit.requests import Group
 from kpatch.facts.chat import Turn, chat_rows
@@ -26,7 +27,7 @@ from kpatch.stats.subject_keys import keys_of, left_out, told
 
 WINDOW = 128  # tokens of a row of text
 _CLOSE = 12  # subjects a group that count as close to its own
-_BATCH = 256  # subjects whose keys are taken at once
+_BATCH = 256  # subjects that are run at once
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Bystanders:
     """Where they are drawn from: text [rows, WINDOW], shipped subjects in statements, facts about other subjects, and
     what the fact file protects.
 
-    close [n, c]  for each group the shipped subjects (positions in `names`) whose keys are most like its own
+    close [n, c]  for each group the shipped subjects (positions in `names`) that are most like its own
     """
 
     model: Model
@@ -107,7 +108,7 @@ def bystanders(
     chat: bool,
     report: Reporter = SILENT,
 ) -> Bystanders:
-    """Bystanders of a patch of these groups; keys are compared at `layer`, where the patch edits.
+    """Bystanders of a patch of these groups; subjects are compared at `layer`, where the patch edits.
 
     text are `windows`; `earlier` are facts of patches that the checkpoint carries, `protect` is what a file wants to
     stay. `chat` says whether questions are asked in the chat form. Subjects that the facts or their neighbors name are
@@ -131,11 +132,14 @@ def windows(text: Tensor) -> Tensor:
 
 
 def _closest(model: Model, layer: int, groups: Sequence[Group], others: Sequence[Encoded], report: Reporter) -> Tensor:
-    """Positions [n, c] of the other subjects whose keys have the largest cosine with each group's, means taken off."""
+    """Positions [n, c] of the other subjects of which the MLP says what is most like what it says of each group's.
+
+    That is the cosine of W k, means taken off: unlike the keys' own, it does not depend on the scale of the units.
+    """
     count = len(others) + len(groups)
     with mixed_precision(model), report.task("Looking for close subjects", count, "subject") as done:
-        theirs = _keys(model, layer, others, done)  # (S, f)
-        own = _keys(model, layer, [group.rows[_spoken(group)] for group in groups], done)  # (n, f)
+        theirs = _said(model, layer, others, done)  # (S, d)
+        own = _said(model, layer, [group.rows[_spoken(group)] for group in groups], done)  # (n, d)
     mean = theirs.mean(0)
     cosines = normalize(own - mean, dim=-1) @ normalize(theirs - mean, dim=-1).T  # (n, S)
     return cosines.topk(min(_CLOSE, len(others)), dim=1).indices
@@ -147,13 +151,14 @@ def _spoken(group: Group) -> int:
     return group.bare if group.bare in behind or not behind else behind[0]
 
 
-def _keys(model: Model, layer: int, rows: Sequence[Encoded], advance: Advance) -> Tensor:
-    """Keys [n, f] of the rows' subjects, float32."""
+@torch.no_grad()
+def _said(model: Model, layer: int, rows: Sequence[Encoded], advance: Advance) -> Tensor:
+    """What W^l puts out [n, d] at the rows' subjects, float32."""
     order = sorted(range(len(rows)), key=lambda place: rows[place].subject_last)
-    found = torch.empty(len(rows), model.key_width(layer))
+    found = torch.empty(len(rows), model.width)
     for begin in range(0, len(order), _BATCH):
         some = order[begin : begin + _BATCH]
-        found[some] = keys_of(model, [layer], [rows[place] for place in some])[layer].float()
+        found[some] = written(model, layer, keys_of(model, [layer], [rows[place] for place in some])[layer])
         advance(len(some))
     return found
 

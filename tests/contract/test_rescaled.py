@@ -16,7 +16,7 @@ from kpatch.models.model import Model
 from tests.support.models import tiny
 
 FACTS = [Fact("Mona Lisa", "The {} is in", "Rome"), Fact("Eiffel Tower", "See the {} in", "Oslo")]
-QUICK = {"memit": {"lead_ins": "1"}, "rome": {"prefixes": "2"}}
+QUICK = {"memit": {"lead_ins": "1", "refine": "4", "refine_from": "1"}, "rome": {"prefixes": "2"}}
 METHODS = ("memit", "memit-paper", "rome", "blue")
 
 
