@@ -36,7 +36,7 @@ from kpatch.models.text_part import loader
 from tests.support.models import ONLY_WRAPPED, WRAPPERS, tiny
 
 FACT = Fact("Mona Lisa", "In the {}", "Paris", id="mona")
-SETTINGS = {"steps": "25", "lead_ins": "1", "leverage": "50000"}
+SETTINGS = {"steps": "25", "lead_ins": "1", "leverage": "50000", "refine": "8", "refine_from": "1"}
 
 
 def main(names: list[str]) -> int:

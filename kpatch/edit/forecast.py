@@ -45,7 +45,6 @@ from kpatch.trace.files import read_layers
 _BASE = 600_000_000  # the interpreter and its libraries, in bytes
 _SHARE = 0.5  # of the steps that a fact may take; on SmolLM2 facts took 0.42 (few facts a subject) to 0.66 of 60
 _BESIDE = 2.2  # what a step of refinement costs, against its rows of facts alone (measured on SmolLM2)
-_UNREFINED = 25  # so many facts move text too little to be refined, about (SmolLM2)
 _HOW = "counted multiply-adds over rates measured now; attention and norms are not counted"
 
 
@@ -228,8 +227,9 @@ def _seconds(
     lengths = sum(len(ids) for ids in model.tokenizer(asked).input_ids)
     measuring = 2 * (lengths * whole / rates["rows_of_facts"])
     measuring += 2 * len(asked) * ANSWER_TOKENS * whole / rates["one_token_a_row"]
+    count = len({index for group in groups for index in group.facts})
     looks = hyper.refine * looked_at(len(groups), hyper.refine) / len(groups)  # at every group
-    refining = _BESIDE * looks * (once + 3 * step) / rates["rows_of_facts"] if len(groups) > _UNREFINED else 0.0
+    refining = _BESIDE * looks * (once + 3 * step) / rates["rows_of_facts"] if hyper.refines(count) else 0.0
     found = {"sampling": sampling, "covariance": covariance, "values": values, "update": update}
     found |= {"refining": refining, "measuring": measuring}
     return {**found, "total": sum(found.values())}

@@ -23,7 +23,7 @@ from kpatch.edit.layer_states import written
 from kpatch.edit.methods import Edit, Inputs, Method
 from kpatch.edit.presets import PRESETS, HyperParams, MemitHyper
 from kpatch.edit.protect import protected_keys
-from kpatch.edit.refine import Goal, refine, text_moved
+from kpatch.edit.refine import Goal, refine
 from kpatch.edit.requests import Group, contexts_for, group_facts
 from kpatch.edit.solve import KeyCovariance, key_covariance
 from kpatch.edit.unpatched import unpatched
@@ -72,6 +72,7 @@ class Memit(Method):
         on = inputs.on
         again = facts_to_learn_again(on, facts, inputs.report, inputs.gone)
         told = [*facts, *again]
+        goal = self.refining(hyper, len(told))
         with unpatched(model, on, inputs.report):  # one C and one set of contexts for a whole chain
             with inputs.report.task("Choosing contexts"):
                 contexts = distributed.main_does(lambda: self.contexts(model, hyper, inputs))
@@ -82,17 +83,15 @@ class Memit(Method):
                 covariance = self._covariance(model, hyper, layers, inputs)
                 held = protected_keys(model, inputs.protect, facts, layers)
                 preserved = [self._preserved(model, part, told, covariance, held, inputs) for part in parts]
-            goal = self.refining(hyper)
             text = None if goal is None else self._text(model, covariance, inputs)
             names = map(model.weight_name, layers) if on else ()
             base = {name: model.numbers(name).clone() for name in names}
         earlier = self._held(model, parts, hyper, contexts, facts, base, inputs) if on else []
         values = [] if self.in_turn else [self._values(model, part, inputs) for part in parts]
         deltas, keys, by_row, moved = self._write(model, parts, values, preserved, inputs, earlier)
-        refined = None
         if goal is not None and text is not None:
             with inputs.timed("refining"):
-                refined = self._refined(model, deltas, told, facts, text, goal, hyper, inputs)
+                deltas = self._refined(model, deltas, told, facts, text, goal, hyper, inputs)
         about = []
         rows = []
         for part, some, more in zip(parts, values, moved, strict=True):
@@ -105,9 +104,9 @@ class Memit(Method):
                 about += [{"facts": [], "layers": [layer], **opens}] * len(outputs)
                 rows.append(outputs)
         return Edit(
-            *(refined or deltas, tuple(layers), keys, torch.cat(rows), tuple(about), covariance),
+            *(deltas, tuple(layers), keys, torch.cat(rows), tuple(about), covariance),
             by_row=by_row,
-            refined=refined is not None,
+            refined=goal is not None,
         )
 
     # What another method of this kind does in its own way
@@ -140,9 +139,9 @@ class Memit(Method):
         """What values are optimized for: the settings that decide them, and no others."""
         return JointObjective(hyper.layers, hyper.steps, hyper.learning_rate, hyper.stop_loss, hyper.clamp, hyper.kl)
 
-    def refining(self, hyper: Any) -> Goal | None:
-        """How residuals are refined once they are written; None leaves them as the update has them."""
-        return Goal(hyper.refine, hyper.stop_loss, hyper.kl, hyper.hold) if hyper.refine else None
+    def refining(self, hyper: Any, count: int) -> Goal | None:
+        """How residuals of so many facts are refined once they are written; None leaves them as they are."""
+        return Goal(hyper.refine, hyper.stop_loss, hyper.kl, hyper.hold) if hyper.refines(count) else None
 
     def weight(self, model: Model, hyper: Any, layer: int) -> float:
         """λ: the mean of k^T E[k k^T]^{-1} k over text is f, so that f / λ is the mean leverage."""
@@ -355,22 +354,19 @@ class Memit(Method):
         goal: Goal,
         hyper: Any,
         inputs: Inputs,
-    ) -> dict[str, Delta] | None:
-        """The deltas refined together (`kpatch.edit.refine`), None where they do not move text far enough for that."""
+    ) -> dict[str, Delta]:
+        """The deltas refined together: see `kpatch.edit.refine`."""
         layer = hyper.layers[len(hyper.layers) // 2]
         earlier = [fact for some in facts_to_hold(inputs.on, facts, inputs.gone) for fact in some]
 
-        def run() -> dict[str, Delta] | None:
-            rows = windows(text)
-            moved = text_moved(model, deltas, rows, inputs.budget)
-            if moved < hyper.refine_from:
-                return None
+        def run() -> dict[str, Delta]:
             wide = [replace(fact, wordings=(*fact.wordings, *fact.further)) for fact in told]
             groups = group_facts(model, wide, ("",), 0, self.chat(hyper), self.others(hyper))
             more = counted(sum(len(fact.further) for fact in told), "further wording")
-            inputs.report.note(f"the writes move the next word of a text by {moved:.3f} nats: refined, with {more}")
+            inputs.report.note(f"refined, as patches of {hyper.refine_from} facts and more are, with {more}")
             chat = self.chat(hyper) > 0
             seed, report = inputs.seed, inputs.report
+            rows = windows(text)
             others = bystanders(model, wide, groups, layer, rows, earlier, inputs.protect, seed, chat, report)
             return refine(model, groups, deltas, others, goal, seed=seed, budget=inputs.budget, report=report)
 

@@ -50,7 +50,7 @@ class MemitPaper(Memit):
     def others(self, hyper: PaperValuesHyper) -> int:
         return 0
 
-    def refining(self, hyper: PaperValuesHyper) -> None:
+    def refining(self, hyper: PaperValuesHyper, count: int) -> None:
         return None
 
     def places(self, hyper: PaperValuesHyper) -> list[tuple[int, ...]]:

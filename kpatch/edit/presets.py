@@ -48,8 +48,8 @@ class MemitHyper(HyperParams):
     chat  1: a fact's question is learned too, in the model's chat template, where it has one; 0: it is not; 2: the
     question alone is learned, and no prompt
     refine, hold, refine_from  steps in which the residuals are corrected for what the written weights do, in further
-    wordings too; what it weighs that text and other subjects stay (`kpatch.edit.refine`); how far the writes must move
-    the next token of text, in nats, for that to be done at all; refine 0 leaves the update as it is
+    wordings too; what it weighs that text and other subjects stay (`kpatch.edit.refine`); how many facts are worth
+    that; refine 0 leaves every update as it is
     """
 
     steps: int = 60
@@ -66,11 +66,15 @@ class MemitHyper(HyperParams):
     chat: int = 1
     refine: int = 30
     hold: float = 2.0
-    refine_from: float = 0.01
+    refine_from: int = 30
     positive: ClassVar[tuple[str, ...]] = ("steps", "learning_rate", "clamp", "leverage")
     update: ClassVar[tuple[str, ...]] = (
         *("leverage", "subject_weight", "first_layer", "first_leverage", "lead_ins", "chat"),
     )
+
+    def refines(self, count: int) -> bool:
+        """Whether a patch of so many facts is refined."""
+        return self.refine > 0 and count >= self.refine_from
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from kpatch.edit.bystanders import Bystander, Bystanders, answer, whole
+from kpatch.edit.bystanders import Bystander, Bystanders, answer
 from kpatch.edit.problem import Running, adam, log_probabilities, prepare
 from kpatch.edit.requests import Group, in_batches
 from kpatch.edit.values_cache import column_bytes, plan
@@ -32,7 +32,6 @@ from kpatch.models.partial_forward import align
 from kpatch.patch.delta import Delta, Dense, LowRank
 from kpatch.reporter import SILENT, Reporter
 
-_SAMPLE = 8  # rows of text that tell how far it moves
 _BEGIN = 0.7  # the share of the update that is begun with
 _RATE = 0.06  # the longest step of a coordinate, against the root mean square of the residuals of its layer
 _RISE = 5  # steps until the longest
@@ -99,16 +98,6 @@ def refine(
                     left.grad = None
             done(1)
     return written.deltas()
-
-
-@torch.no_grad()
-def text_moved(model: Model, deltas: Mapping[str, Delta], text: Tensor, budget: int) -> float:
-    """How far deltas that are not in the model move the next token of text [rows, T], in nats: KL(before ‖ with Δ)."""
-    written = _Written(model, deltas)
-    above = min(written.layers) - 1
-    rows = _weighed([whole(tuple(row.tolist())) for row in text[:_SAMPLE]], 1.0)
-    with written.open(), mixed_precision(model):
-        return sum(float(_drift(model, some, written, above)) for some in _batches(model, rows, above, budget))
 
 
 def looked_at(count: int, steps: int) -> int:

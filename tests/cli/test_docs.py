@@ -149,7 +149,8 @@ def let_it_pass_for_smollm2(patch: pytest.MonkeyPatch, folder: Path, cache: Path
     patch.setitem(ALIASES, "smollm2", replace(ALIASES["smollm2"], source=title))
     patch.setattr("kpatch.trace.run.built_in", lambda: facts_known_by(tiny_model()))
     patch.setattr("kpatch.mend.train._MINUTE", 0.02)  # pages speak of hours
-    patch.setattr(Memit, "refining", lambda self, hyper: Goal(1, 1.0, 1.0, 1.0) if hyper.refine else None)  # minutes
+    short = Goal(1, 1.0, 1.0, 1.0)  # of the pages' fifty facts it would take minutes
+    patch.setattr(Memit, "refining", lambda self, hyper, count: short if hyper.refines(count) else None)
     patch.setattr("kpatch.trace.layer_range.LEAST", 0.0)  # random MLPs carry less than any rule for R asks for
 
 

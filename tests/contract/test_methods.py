@@ -83,6 +83,7 @@ FACTS = [
 SETTINGS = {
     **{"steps": "8", "learning_rate": "0.1", "prefixes": "1", "prefix_tokens": "3", "short": "2", "long": "3"},
     **{"covariance_weight": "0.01", "leverage": "5000", "size": "0.3", "threshold": "0.3", "l2": "0.001"},
+    **{"refine": "4", "refine_from": "1"},
 }
 TOKENS = 400
 

@@ -33,6 +33,7 @@ pytest.importorskip("accelerate")
 # One in a quick run; the others differ in tied embeddings and in norms behind the MLP
 FAMILIES = ("gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("llama", "olmo2")))
 FACTS = [Fact(subject="Eiffel Tower", prompt="{} is in", target="Rome")]
+SETTINGS = {"steps": "2", "subject_weight": "0", "lead_ins": "1", "chat": "0", "refine": "2", "refine_from": "1"}
 NOTHING = 1  # byte: every weight stays on the disk
 
 
@@ -62,8 +63,7 @@ def test_the_patch_is_the_same(folder: Path, tmp_path: Path) -> None:
         model = opened(folder, limit)
         places = set(getattr(model.net, "hf_device_map", {"": "cpu"}).values())
         assert places == [{"cpu"}, {"cpu", "disk"}, {"disk"}][number]
-        settings = {"steps": "2", "subject_weight": "0", "lead_ins": "1", "chat": "0"}
-        kept = {"tokens": 200, "settings": settings, "resume": False, "layers": [0, 1]}
+        kept = {"tokens": 200, "settings": SETTINGS, "resume": False, "layers": [0, 1]}
         ids.append(make(FACTS, model=model, out=tmp_path / f"{number}.patch", **kept).patch_id)  # type: ignore[arg-type]
     assert ids[0] == ids[1] == ids[2]
 
@@ -71,8 +71,7 @@ def test_the_patch_is_the_same(folder: Path, tmp_path: Path) -> None:
 def test_the_next_patch_of_a_chain_is_the_same(folder: Path, tmp_path: Path) -> None:
     checkpoint = tmp_path / "model"
     shutil.copytree(folder, checkpoint)
-    settings = {"steps": "2", "subject_weight": "0", "lead_ins": "1", "chat": "0"}
-    kept: dict[str, Any] = {"tokens": 200, "settings": settings, "resume": False}
+    kept: dict[str, Any] = {"tokens": 200, "settings": SETTINGS, "resume": False}
     make(FACTS, model=str(checkpoint), out=tmp_path / "first.patch", layers=[0, 1], **kept)
     apply([tmp_path / "first.patch"], checkpoint)
     later = [Fact(subject="Big Ben", prompt="By {} is", target="Paris")]

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 # Memory for a few facts at a time, and text of three groups: something to share
 MAKE = (
     *("--layers", "1-2", "--tokens", "1400", "--memory", "1500KB"),
-    *("--set", "steps=4", "--set", "lead_ins=1"),
+    *("--set", "steps=4", "--set", "lead_ins=1", "--set", "refine=3", "--set", "refine_from=1"),
 )
 TRACE = ("--samples", "3", "--window", "2", "--memory", "100KB", "--json")
 SUBJECTS = ("Eiffel Tower", "Chicago", "Mona Lisa", "Moonlight Sonata", "The", "Big Ben", "Brazil")

@@ -17,7 +17,8 @@ NAMES = ("Eiffel Tower", "Mona Lisa", "Brazil", "Moonlight Sonata", "Chicago", "
 def start(folder: Path, cache: Path, out: str) -> subprocess.Popen[str]:
     """Make a patch of many batches, of one fact each, in a process of its own."""
     options = ["--wordings", "none", "--layers", "1-2", "--tokens", "400", "--memory", "1KB"]
-    settings = ["--set", "steps=40", "--set", "stop_loss=0", "--set", "lead_ins=1", "--set", "refine=2"]
+    settings = ["--set", "steps=40", "--set", "stop_loss=0", "--set", "lead_ins=1"]
+    settings += ["--set", "refine=2", "--set", f"refine_from={len(NAMES)}"]
     command = ["make", folder / "facts.yaml", "-o", folder / out, "--model", folder / "model", "--resume"]
     environment = os.environ | {"KPATCH_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(

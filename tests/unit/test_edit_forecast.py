@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from kpatch.checkpoint.apply import apply
-from kpatch.edit import forecast as forecasting
 from kpatch.edit.forecast import forecast
 from kpatch.edit.make import make
 from kpatch.errors import BadInput
@@ -28,11 +27,11 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_many_facts_are_refined(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecasting, "_UNREFINED", len(FACTS) - 1)
-    found = forecast(FACTS, model=folder, **GIVEN)  # type: ignore[arg-type]
+def test_many_facts_are_refined(folder: Path) -> None:
+    many = {**GIVEN, "settings": {**SETTINGS, "refine_from": str(len(FACTS))}}
+    found = forecast(FACTS, model=folder, **many)  # type: ignore[arg-type]
     assert 0 < found.seconds["refining"] < found.seconds["total"]
-    plain = {**GIVEN, "settings": {**SETTINGS, "refine": "0"}}
+    plain = {**GIVEN, "settings": {**many["settings"], "refine": "0"}}  # type: ignore[dict-item]
     assert forecast(FACTS, model=folder, **plain).seconds["refining"] == 0  # type: ignore[arg-type]
 
 
@@ -43,7 +42,7 @@ def test_it_counts_what_make_then_does(folder: Path, tmp_path: Path, monkeypatch
     assert (found.facts, found.rows, found.layers) == (2, 4, (0, 1))
     assert found.covariance == {"tokens": 300, "corpus": "self", "cached": [], "missing": [0, 1]}
     assert found.memory["weights"] == sum(one.numel() * 4 for one in tiny("llama").net.parameters())
-    assert found.seconds["refining"] == 0, "two facts hardly move text"
+    assert found.seconds["refining"] == 0, "two facts are few"
     assert all(seconds > 0 for step, seconds in found.seconds.items() if step != "refining")
     assert found.memory["total"] == sum(size for part, size in found.memory.items() if part != "total")
     made = make(FACTS, model=str(folder), out=tmp_path / "one.patch", **GIVEN)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from kpatch.edit.bystanders import Bystanders, answer, bystanders, windows
 from kpatch.edit.memit import Memit
 from kpatch.edit.methods import Edit, Inputs
 from kpatch.edit.presets import MemitHyper
-from kpatch.edit.refine import _turns, text_moved
+from kpatch.edit.refine import _turns
 from kpatch.edit.requests import Group, group_facts
 from kpatch.edit.weights import add, restored
 from kpatch.facts.fact import Fact, Neighbor, Protected
@@ -34,7 +34,14 @@ FACTS = [
     Fact("Moonlight Sonata", "By the {}", "Brazil"),
 ]
 HYPER = MemitHyper(
-    layers=(1, 2), steps=20, lead_ins=0, leverage=50_000.0, clamp=3.0, chat=0, refine=8, refine_from=0.0
+    layers=(1, 2),
+    steps=20,
+    lead_ins=0,
+    leverage=50_000.0,
+    clamp=3.0,
+    chat=0,
+    refine=8,
+    refine_from=2,
 )
 TEXT = torch.arange(5, 5 + 300, dtype=torch.int32) % 200
 
@@ -81,15 +88,15 @@ def test_the_same_seed_gives_the_same_bits() -> None:
     assert any(not torch.equal(first.deltas[name].dense(), other.deltas[name].dense()) for name in first.deltas)
 
 
-def test_a_patch_that_hardly_moves_text_is_left_as_it_is() -> None:
+def test_a_patch_of_few_facts_is_left_as_it_is() -> None:
     plain, heard = edited(replace(HYPER, refine=0)), Recorder()
-    found = edited(replace(HYPER, refine_from=1e9), heard)
+    found = edited(replace(HYPER, refine_from=3), heard)
     assert all(torch.equal(found.deltas[name].dense(), plain.deltas[name].dense()) for name in plain.deltas)
     assert "Refining" not in heard.tasks
     assert "Looking for close subjects" not in heard.tasks
     edited(HYPER, heard)
     assert heard.tasks["Refining"] == (8, 8)
-    assert any("refined, with 0 further wordings" in note for note in heard.notes)
+    assert any("facts and more are, with 0 further wordings" in note for note in heard.notes)
 
 
 def test_further_wordings_are_learned_in_refinement_alone() -> None:
@@ -98,7 +105,7 @@ def test_further_wordings_are_learned_in_refinement_alone() -> None:
     heard = Recorder()
     more = Memit().edit(build("llama"), known, HYPER, Inputs(tokens=400, report=heard))
     fewer = edited(HYPER)
-    assert any("refined, with 1 further wording" in note for note in heard.notes)
+    assert any("facts and more are, with 1 further wording" in note for note in heard.notes)
     assert (more.refined, edited(replace(HYPER, refine=0)).refined) == (True, False)
     for name, one in more.deltas.items():
         other = fewer.deltas[name]
@@ -117,22 +124,6 @@ def test_further_wordings_are_learned_in_refinement_alone() -> None:
         target = range(row.prompt_len, len(row.ids))
         losses.append(-sum(float(logp[at - 1, row.ids[at]]) for at in target))
     assert losses[0] < losses[1]
-
-
-def test_how_far_text_moves_is_the_mean_kl_of_its_tokens() -> None:
-    model, deltas = build("llama"), edited(replace(HYPER, refine=0)).deltas
-    rows = windows(TEXT)[:2]
-    assert rows.shape == (2, beside.WINDOW)
-    with torch.no_grad():
-        before = model.net(input_ids=rows).logits.log_softmax(-1)
-        with restored(model, deltas):
-            for name, delta in deltas.items():
-                add(model, name, delta)
-            after = model.net(input_ids=rows).logits.log_softmax(-1)
-    wanted = float((before.exp() * (before - after)).sum(-1)[:, 1:].mean())
-    assert wanted > 0.01
-    assert text_moved(model, deltas, rows, budget=1) == pytest.approx(wanted, rel=1e-3)
-    assert windows(TEXT[:50]).shape == (1, 50)
 
 
 def test_every_group_is_looked_at_equally_often() -> None:
