@@ -36,7 +36,7 @@ from kpatch.models.text_part import loader
 from tests.support.models import ONLY_WRAPPED, WRAPPERS, tiny
 
 FACT = Fact("Mona Lisa", "In the {}", "Paris", id="mona")
-SETTINGS = {"steps": "25", "lead_ins": "1", "leverage": "50000", "refine": "8", "refine_from": "1"}
+SETTINGS = {"steps": "25", "lead_ins": "1", "leverage": "50000"}
 
 
 def main(names: list[str]) -> int:
@@ -74,13 +74,13 @@ def row(name: str, folder: Path) -> str:
     return f"| {name} | {layers} | {gguf} | {shown} | {tried.off:.0e} | {back} |"
 
 
-def edit(name: str, folder: Path) -> Tried:
+def edit(name: str, folder: Path, settings: dict[str, str] = SETTINGS) -> Tried:
     """Make a patch for a tiny random model in `folder`, apply it, ask, and revert."""
     model, directory, patch = tiny(name), folder / "model", folder / "news.patch"
     model.net.save_pretrained(directory)
     model.tokenizer.save_pretrained(directory)
     base = digest(directory)
-    made = kpatch.make([FACT], out=patch, model=str(directory), layers=[1, 2], tokens=400, settings=SETTINGS)
+    made = kpatch.make([FACT], out=patch, model=str(directory), layers=[1, 2], tokens=400, settings=settings)
     before, off = asked(directory)
     kpatch.apply([patch], directory)
     after, off_after = asked(directory)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.families import FACT, asked, digest, edit
+from benchmarks.families import FACT, SETTINGS, asked, digest, edit
 from kpatch.models.families import FAMILIES
 from tests.support.families import slow_beyond
 from tests.support.models import ONLY_WRAPPED, WRAPPERS
@@ -21,7 +21,7 @@ QUICK = ("gemma3", "llama4", "qwen2_moe")
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("family", slow_beyond(QUICK, MODELS))
 def test_an_edit_arrives_and_goes_again(family: str, tmp_path: Path) -> None:
-    tried = edit(family, tmp_path)
+    tried = edit(family, tmp_path, {**SETTINGS, "refine": "4", "refine_from": "1"})
     assert tried.layers == (1, 2)
     assert tried.after > 1.5 * tried.before, FACT
     assert tried.off < 1e-5
