@@ -16,9 +16,8 @@ from kpatch.mend.places import module_of
 from kpatch.mend.rows import Below, Row, factors, marked
 from kpatch.reporter import SILENT, Advance, Reporter
 
-_SHRINK = (
-    0.05  # of the mean eigenvalue, added to every eigenvalue of C: fewer tokens than that say nothing of the least
-)
+# Of the mean eigenvalue, added to every eigenvalue of C: fewer tokens than that say nothing of the least
+_SHRINK = 0.05
 
 
 @torch.no_grad()

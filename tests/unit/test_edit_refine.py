@@ -33,16 +33,7 @@ FACTS = [
     Fact("Mona Lisa", "In the {}", "Paris", wordings=("Near the {} is",), question="Where is the {}?"),
     Fact("Moonlight Sonata", "By the {}", "Brazil"),
 ]
-HYPER = MemitHyper(
-    layers=(1, 2),
-    steps=20,
-    lead_ins=0,
-    leverage=50_000.0,
-    clamp=3.0,
-    chat=0,
-    refine=8,
-    refine_from=2,
-)
+HYPER = MemitHyper(layers=(1, 2), steps=20, lead_ins=0, leverage=50_000.0, clamp=3.0, chat=0, refine=8, refine_from=2)
 TEXT = torch.arange(5, 5 + 300, dtype=torch.int32) % 200
 
 build = cache(tiny)
@@ -124,6 +115,11 @@ def test_further_wordings_are_learned_in_refinement_alone() -> None:
         target = range(row.prompt_len, len(row.ids))
         losses.append(-sum(float(logp[at - 1, row.ids[at]]) for at in target))
     assert losses[0] < losses[1]
+
+
+def test_text_is_cut_into_whole_rows_and_a_short_one_is_one() -> None:
+    assert torch.equal(windows(TEXT), TEXT[: 2 * beside.WINDOW].view(2, beside.WINDOW).long())
+    assert torch.equal(windows(TEXT[:50]), TEXT[None, :50].long())
 
 
 def test_every_group_is_looked_at_equally_often() -> None:

@@ -105,6 +105,8 @@ def test_a_question_and_wordings_that_are_asked_are_never_learned() -> None:
         (fact,) = with_wordings([replace(CAPITAL, paraphrases=asked)], "auto")
         assert fact.question is None
         assert fact.wordings == relation.wordings[1 : LEARNED + 1]
+    last = Fact("France", CAPITAL.prompt, "Lyon", paraphrases=relation.wordings[-1:])
+    assert with_wordings([last], "auto")[0].further == relation.wordings[LEARNED:-1]
 
 
 def test_an_unknown_mode() -> None:
